@@ -1,0 +1,53 @@
+"""Optional and version-dependent imports, in one place."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from types import ModuleType
+
+from .errors import DependencyError
+
+#: Import name -> the extra of drum-hf that brings it.
+_EXTRAS = {"matplotlib": "plot", "bm25s": "bm25", "gradio": "app"}
+
+
+def require(module: str, purpose: str) -> ModuleType:
+    """Import an optional package, or say which pip line brings it.
+
+    Raises:
+        DependencyError: the package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        top = module.partition(".")[0]
+        extra = _EXTRAS.get(top)
+        line = f'pip install "drum-hf[{extra}]"' if extra else f"pip install {top}"
+        raise DependencyError(f"{purpose} needs the package {top!r}, which is not installed; run: {line}") from error
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@functools.cache
+def require_faiss() -> ModuleType:
+    """Import FAISS; faiss-cpu and faiss-gpu write the same folder and break one another.
+
+    Raises:
+        DependencyError: neither or both are installed.
+    """
+    gpu = [name for name in ("faiss-gpu", "faiss-gpu-cu12", "faiss-gpu-cuvs") if _installed(name)]
+    if gpu and _installed("faiss-cpu"):
+        raise DependencyError(
+            f"expected one FAISS package, found faiss-cpu and {', '.join(gpu)}: both install the folder 'faiss' and "
+            f"overwrite one another. Keep the GPU one with: pip uninstall -y faiss-cpu {' '.join(gpu)} && "
+            f"pip install {gpu[0]}"
+        )
+    return require("faiss", "the demonstration index")

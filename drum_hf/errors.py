@@ -1,0 +1,94 @@
+"""Named errors. Each message says what was expected, what came, and what to do about it."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ChatTemplateError",
+    "ColumnError",
+    "ContextOverflowError",
+    "DependencyError",
+    "DimensionMismatchError",
+    "DrumError",
+    "DuplicateIdError",
+    "EmptySupportError",
+    "ImageError",
+    "LeakError",
+    "MissingIdError",
+    "NonFiniteEmbeddingError",
+    "NonFiniteScoreError",
+    "RowError",
+    "SavedFileError",
+    "ScoringUnsupportedError",
+    "TooFewDemonstrationsError",
+]
+
+
+class DrumError(Exception):
+    """Base of every error that drum-hf raises for a user's fault."""
+
+
+class ColumnError(DrumError, ValueError):
+    """A table lacks a column, or a column holds another type than expected."""
+
+
+class RowError(DrumError, ValueError):
+    """One row of a table can't be used; the message names the row and the column."""
+
+
+class ImageError(RowError):
+    """An image can't be read: missing, truncated, zero-size, or far larger than is safe to decode."""
+
+
+class DuplicateIdError(DrumError, ValueError):
+    """Two rows share an id."""
+
+
+class MissingIdError(DrumError, KeyError):
+    """An id that was asked for is not in the table or index."""
+
+    def __str__(self) -> str:  # KeyError would show the repr of the message
+        return str(self.args[0]) if self.args else ""
+
+
+class EmptySupportError(DrumError, ValueError):
+    """The support set holds no demonstration."""
+
+
+class TooFewDemonstrationsError(DrumError, ValueError):
+    """More demonstrations were asked for than the support set holds."""
+
+
+class LeakError(DrumError, ValueError):
+    """A query (or its image's group) would demonstrate itself, or train and test overlap."""
+
+
+class ContextOverflowError(DrumError, ValueError):
+    """The conversation is longer than the LVLM's context; nothing is cut silently."""
+
+
+class ChatTemplateError(DrumError, ValueError):
+    """The LVLM's processor has no chat template, or one that loses text or images."""
+
+
+class ScoringUnsupportedError(DrumError, NotImplementedError):
+    """This LVLM can't return log-probabilities of a given response."""
+
+
+class NonFiniteScoreError(DrumError, ValueError):
+    """The LVLM returned NaN or infinity as a score."""
+
+
+class NonFiniteEmbeddingError(DrumError, ValueError):
+    """The encoder returned NaN or infinity in an embedding."""
+
+
+class DimensionMismatchError(DrumError, ValueError):
+    """Vectors of one dimension met an index of another."""
+
+
+class SavedFileError(DrumError, OSError):
+    """A saved retriever, store or table has a file missing, altered or from an unknown format version."""
+
+
+class DependencyError(DrumError, ImportError):
+    """An optional package is missing, or two packages that exclude one another are both installed."""

@@ -1,0 +1,69 @@
+"""Packaging of drum-hf. Ranges only; the exact set that is tested stands in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+
+extras = {
+    "plot": ["matplotlib>=3.8"],
+    "bm25": ["bm25s>=0.2"],
+    "app": ["gradio>=5"],
+    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.25"],
+    # Replaces faiss-cpu: see the README for the install line.
+    "gpu": ["faiss-gpu>=1.11"],
+}
+extras["demo"] = extras["plot"] + extras["bm25"]
+extras["dev"] = extras["demo"] + [
+    "hypothesis>=6.100",
+    "mypy>=1.10",
+    "pre-commit>=3.7",
+    "pycocoevalcap>=1.2",
+    "pytest>=8",
+    "ruff>=0.6",
+]
+
+setup(
+    name="drum-hf",
+    version="0.1.0.dev0",
+    description="Learn which demonstrations your large vision-language model needs in its prompt, and retrieve them.",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The drum-hf authors",
+    license="Apache-2.0",
+    packages=find_packages(include=["drum_hf", "drum_hf.*"]),
+    package_data={"drum_hf": ["py.typed", "playground/models/**/*"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "accelerate>=1.1",
+        "datasets>=4",
+        "evaluate>=0.4.3",
+        "faiss-cpu>=1.10",
+        "huggingface_hub>=1.0",
+        "numpy>=1.24",
+        "peft>=0.17",
+        "Pillow>=10",
+        "pyarrow>=15",
+        "safetensors>=0.4.5",
+        "scikit-learn>=1.3",
+        "sentence-transformers>=6",
+        "torch>=2.6",
+        "tqdm>=4.65",
+        "transformers>=5",
+        "wrapt>=1.16",
+    ],
+    extras_require=extras,
+    entry_points={"console_scripts": ["drum-hf=drum_hf.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    keywords="vision-language in-context-learning retrieval demonstrations huggingface",
+    project_urls={"DRUM (paper)": "https://arxiv.org/abs/2412.07619", "ICL tuning (paper)": "https://arxiv.org/abs/2403.12736"},
+)
