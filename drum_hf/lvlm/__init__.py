@@ -1,0 +1,1 @@
+"""Large vision-language models: how they are prompted, run, and their scores kept."""

@@ -1,0 +1,716 @@
+"""`TransformersLVLM`: a model that runs here, scored and asked through stock transformers.
+
+A score needs one forward pass over "conversation + response without its last token". Passes are batched by length,
+left-padded, and give logits only where a response stands. Where the loaded family lets them (a probe decides, by
+comparing the results), images go through the image processor and the vision tower once and are then kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import inspect
+import json
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import ChatTemplateError, ContextOverflowError, NonFiniteScoreError
+from ..types import ICLRequest, Query, image_key
+from .prompts import ChatFormat, ImagePosition, Row
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from tqdm import tqdm
+
+__all__ = ["TransformersLVLM"]
+
+logger = logging.getLogger(__name__)
+
+#: Processor outputs that one image's features depend on, in the families whose features may be kept apart.
+_IMAGE_INPUTS = {"pixel_values", "pixel_attention_mask"}
+
+_PROBE = ICLRequest(Query(None, "probe"))
+
+# Answers tokenized and sorted by length together: enough for full batches, few enough to hold.
+_ANSWERS_AT_ONCE = 8192
+
+# Tokenizers without a limit of their own say 1e30; a context of more than this is such a "no limit".
+_NO_LIMIT = 10_000_000
+
+
+@dataclasses.dataclass
+class _KeptImage:
+    ids: list[int]  # what the processor puts in place of the placeholder
+    features: torch.Tensor  # (image tokens, hidden), as the text model takes them
+
+
+def _hash(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{len(part)}:".encode())
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _settings(config: Any) -> Any:
+    """A configuration without what says where it came from, or who read it."""
+    if isinstance(config, dict):
+        left_out = ("name_or_path", "transformers_version")
+        return {k: _settings(v) for k, v in config.items() if not str(k).startswith("_") and k not in left_out}
+    return config
+
+
+def _hash_weights(model: Any) -> str:
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _image_only(processor_class: Any) -> Any:
+    """The processor's class without its video processor, which needs torchvision; images don't."""
+
+    class ImageOnly(processor_class):
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in processor_class.get_attributes() if name != "video_processor"]
+
+        @classmethod
+        def _get_arguments_from_pretrained(cls, *args: Any, **kwargs: Any) -> list[Any]:
+            arguments = super()._get_arguments_from_pretrained(*args, **kwargs)
+            arguments.insert(processor_class.get_attributes().index("video_processor"), None)
+            return arguments
+
+    ImageOnly.__name__ = processor_class.__name__  # what save_pretrained writes down
+    return ImageOnly
+
+
+def _load_processor(name_or_path: str | os.PathLike[str], config: Any, **kwargs: Any) -> Any:
+    from transformers import AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+    from transformers.utils import is_torchvision_available
+
+    processor_class: Any = PROCESSOR_MAPPING.get(type(config), None)
+    if (
+        is_torchvision_available()
+        or processor_class is None
+        or "video_processor" not in processor_class.get_attributes()
+    ):
+        return AutoProcessor.from_pretrained(name_or_path, **kwargs)
+    logger.info("torchvision is not installed: %s loads without its video processor", processor_class.__name__)
+    return _image_only(processor_class).from_pretrained(name_or_path, **kwargs)
+
+
+class TransformersLVLM:
+    """A Hugging Face image-text-to-text model as an `LVLM`.
+
+    The model is taken as frozen: its fingerprint and its images' features are computed once and kept.
+
+    Args:
+        model: any `AutoModelForImageTextToText` model; set to evaluation mode.
+        processor: its processor, with a fast tokenizer and a chat template.
+        name: what to call it; default: where it was loaded from.
+        revision: commit of the Hub repository `name` that the weights are from, unchanged. Where given, the
+            fingerprint trusts it; else the weights are hashed.
+        batch_size: sequences a forward pass.
+        max_batch_tokens: tokens a forward pass, padding included; one longer sequence still runs alone. Our choice.
+        image_position: a turn's image before ("first") or after ("last") its text.
+        system: text of a system turn, or None.
+        score_end_of_turn: whether the token that ends the assistant's turn counts as the response's last. It does not
+            by default (our choice): the mean over few tokens would be dominated by it. Switch it on where one
+            choice is the beginning of another.
+        image_cache_bytes: features of the most recent images that are kept, on the model's device. Our choice of
+            512 MiB holds some 200 images split in 17 tiles of 64 tokens x 576 floats.
+
+    Raises:
+        ChatTemplateError: the processor has no chat template, or one that loses text or images.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        name: str | None = None,
+        revision: str | None = None,
+        batch_size: int = 16,
+        max_batch_tokens: int = 16_384,
+        image_position: ImagePosition = "first",
+        system: str | None = None,
+        score_end_of_turn: bool = False,
+        image_cache_bytes: int = 1 << 29,
+    ) -> None:
+        if batch_size < 1 or max_batch_tokens < 1:
+            raise ValueError(f"expected positive batch limits, got {batch_size=} and {max_batch_tokens=}")
+        self.model = model.eval()
+        self.processor = processor
+        self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
+        self.revision = revision
+        self.batch_size = batch_size
+        self.max_batch_tokens = max_batch_tokens
+        self.image_cache_bytes = image_cache_bytes
+        self.format = ChatFormat(
+            processor, image_position=image_position, system=system, score_end_of_turn=score_end_of_turn
+        )
+        self.tokenizer = self.format.tokenizer
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token  # any would do: padding is masked
+        self._pad_id = self.tokenizer.pad_token_id or 0
+        parameters = inspect.signature(model.forward).parameters
+        self._has_logits_to_keep = "logits_to_keep" in parameters
+        self._has_image_outputs = "mm_encoder_outputs" in parameters
+        self._kept_images: OrderedDict[str, _KeptImage] = OrderedDict()
+        self._kept_bytes = 0
+        self._tokens_an_image = 1  # the most seen so far, to estimate lengths
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        local_files_only: bool = False,
+        dtype: Any = "auto",
+        device: str | torch.device | None = None,
+        adapter: str | None = None,
+        trust_remote_code: bool = False,
+        batch_size: int = 16,
+        max_batch_tokens: int = 16_384,
+        image_position: ImagePosition = "first",
+        system: str | None = None,
+        score_end_of_turn: bool = False,
+        image_cache_bytes: int = 1 << 29,
+        **model_kwargs: Any,
+    ) -> TransformersLVLM:
+        """Load model and processor from a directory or the Hub.
+
+        Args:
+            name_or_path: directory or Hub id.
+            revision, token, cache_dir, local_files_only, trust_remote_code: as everywhere in transformers.
+            dtype: "auto" takes the one the weights are saved in.
+            device: default: CUDA where there is one, else CPU. Leave it out with `device_map`.
+            adapter: directory or Hub id of a PEFT adapter, merged into the weights.
+            batch_size, max_batch_tokens, image_position, system, score_end_of_turn, image_cache_bytes: see the class.
+            model_kwargs: for `AutoModelForImageTextToText.from_pretrained`.
+
+        Raises:
+            ChatTemplateError: see the class.
+            OSError: there is no such model.
+        """
+        import torch
+        from transformers import AutoModelForImageTextToText
+
+        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        hub["trust_remote_code"] = trust_remote_code
+        if revision is not None:
+            hub["revision"] = revision
+        model: Any = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype, **hub, **model_kwargs)
+        commit = getattr(model.config, "_commit_hash", None)
+        processor = _load_processor(name_or_path, model.config, **hub)
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(
+                model, adapter, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+            ).merge_and_unload()
+            commit = None  # the weights are no longer those of the commit
+        if "device_map" not in model_kwargs:
+            model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(
+            model,
+            processor,
+            name=str(name_or_path),
+            revision=commit,
+            batch_size=batch_size,
+            max_batch_tokens=max_batch_tokens,
+            image_position=image_position,
+            system=system,
+            score_end_of_turn=score_end_of_turn,
+            image_cache_bytes=image_cache_bytes,
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {type(self.model).__name__}, {self.model.dtype})"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hex digits that change with whatever a score depends on; computed on first use.
+
+        That is: weights (an adapter's included), configuration, dtype, chat template, tokenizer, image processing,
+        `image_position`, `system`, `score_end_of_turn`.
+        """
+        image_processor = getattr(self.processor, "image_processor", None)
+        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        for state in ("padding", "truncation"):  # what the last call left behind
+            tokenizer.pop(state, None)
+        parts = [
+            type(self.model).__name__,
+            f"{self.name}@{self.revision}" if self.revision else _hash_weights(self.model),
+            str(self.model.dtype),
+            _settings(self.model.config.to_dict()),
+            self.processor.chat_template,
+            tokenizer,
+            _settings({k: v for k, v in self.processor.to_dict().items() if not isinstance(v, dict)}),
+            _settings(image_processor.to_dict()) if image_processor is not None else None,
+            [self.format.image_position, self.format.system, self.format.score_end_of_turn],
+        ]
+        return _hash(*(json.dumps(part, sort_keys=True, default=str).encode() for part in parts))[:32]
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that fit the context, or None where the model states no limit."""
+        limits = [
+            getattr(self.model.config.get_text_config(), "max_position_embeddings", None),
+            getattr(self.tokenizer, "model_max_length", None),
+        ]
+        stated = [int(limit) for limit in limits if limit and limit < _NO_LIMIT]
+        return min(stated) if stated else None
+
+    # ---- what the protocol asks for ----
+
+    def score(self, requests: Sequence[ICLRequest], *, progress: bool = False) -> np.ndarray:
+        """Log-likelihood of each request's gold response, given its conversation.
+
+        One response: mean log-probability a token. Several: log of the weighted mean of their exponentials. With
+        `choices`, a response's score is its summed log-probability minus the log-sum-exp over all choices' (DRUM,
+        section 3; mean and weighting are our choice). Responses and choices are stripped of outer whitespace.
+
+        Returns:
+            float64, shape (len(requests),), at most 0, higher is better, in the order of the requests.
+
+        Raises:
+            ValueError: a response is missing, empty or not among its choices, or a weight is not positive.
+            ContextOverflowError: a conversation doesn't fit the context; nothing is cut.
+            NonFiniteScoreError: the model returned NaN or infinity.
+            RowError: a text holds the placeholder that stands for an image.
+        """
+        wanted: list[list[str]] = []
+        for request in requests:
+            responses = [_stripped(request, response, "response") for response in request.responses]
+            if not responses:
+                raise ValueError(f"expected at least one response to score, query {request.query.id!r} has none")
+            if any(not weight > 0 for weight in request.weights):
+                raise ValueError(f"expected positive weights, query {request.query.id!r} has {request.weights}")
+            choices = _choices(request)
+            strangers = [response for response in responses if choices and response not in choices]
+            if strangers:
+                raise ValueError(
+                    f"expected responses among the choices {choices}, query {request.query.id!r} has {strangers}; add "
+                    "them to the choices or leave the choices out"
+                )
+            wanted.append(choices or responses)
+        scores = np.empty(len(requests))
+        for i, parts in enumerate(self._logprobs(requests, wanted, progress)):
+            if requests[i].choices:
+                normalised = dict(zip(wanted[i], _log_softmax(np.array([part.sum() for part in parts])), strict=True))
+                values = np.array([normalised[response.strip()] for response in requests[i].responses])
+            else:
+                values = np.array([part.mean() for part in parts])
+            weights = np.array(requests[i].weights or [1.0] * len(values))
+            scores[i] = np.logaddexp.reduce(values + np.log(weights / weights.sum()))
+        return scores
+
+    def score_tokens(self, requests: Sequence[ICLRequest], *, progress: bool = False) -> list[np.ndarray]:
+        """Log-probability of every token of each request's first response; errors as in `score`.
+
+        Returns:
+            a float64 array for each request, as long as its response has tokens in its context.
+        """
+        wanted = []
+        for request in requests:
+            if not request.responses:
+                raise ValueError(f"expected at least one response to score, query {request.query.id!r} has none")
+            wanted.append([_stripped(request, request.responses[0], "response")])
+        return [parts[0] for parts in self._logprobs(requests, wanted, progress)]
+
+    def label_scores(self, request: ICLRequest) -> np.ndarray:
+        """Log-probability of every choice, normalised over the choices.
+
+        Returns:
+            float64, shape (len(request.choices),); the exponentials sum to 1.
+
+        Raises:
+            ValueError: there are no choices, or two are the same; otherwise as in `score`.
+        """
+        choices = _choices(request)
+        if not choices:
+            raise ValueError(f"expected choices to score, query {request.query.id!r} has none")
+        (parts,) = self._logprobs([request], [choices], progress=False)
+        return _log_softmax(np.array([part.sum() for part in parts]))
+
+    def generate(
+        self, requests: Sequence[ICLRequest], *, max_new_tokens: int = 32, progress: bool = False
+    ) -> list[str]:
+        """Greedy answers in the order of the requests, without special tokens, stripped.
+
+        An answer ends at the model's end-of-sequence tokens or at the token by which its chat template ends a turn.
+
+        Raises:
+            ContextOverflowError: a conversation and `max_new_tokens` don't fit the context.
+            RowError: a text holds the placeholder that stands for an image.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
+        rows = self.format.prompt_rows(requests)
+        settings = copy.deepcopy(self.model.generation_config)
+        settings.update(
+            max_new_tokens=max_new_tokens,
+            max_length=None,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=self._pad_id,
+            eos_token_id=self._stop_ids or None,
+        )
+        answers = [""] * len(rows)
+
+        def run(batch: list[int]) -> int:
+            inputs = self._encode([rows[i] for i in batch], new_tokens=max_new_tokens)
+            out = self.model.generate(**inputs, generation_config=settings)
+            new = out[:, inputs["input_ids"].shape[1] :]
+            for i, text in zip(batch, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                answers[i] = text.strip()
+            return len(batch)
+
+        with _bar("generating", len(rows), progress) as bar:
+            self._in_batches(rows, run, bar, new_tokens=max_new_tokens)
+        return answers
+
+    def count_tokens(self, requests: Sequence[ICLRequest]) -> list[int]:
+        """Tokens of each conversation up to where the answer begins, images included. Answers nothing."""
+        rows = self.format.prompt_rows(requests)
+        counts = [0] * len(rows)
+
+        def run(batch: list[int]) -> int:
+            for i, ids in zip(batch, self._expand([rows[j] for j in batch])[0], strict=True):
+                counts[i] = len(ids)
+            return len(batch)
+
+        self._in_batches(rows, run)
+        return counts
+
+    @cached_property
+    def _stop_ids(self) -> list[int]:
+        stated = self.model.generation_config.eos_token_id
+        stops = set(stated if isinstance(stated, list) else [] if stated is None else [stated])
+        if self.tokenizer.eos_token_id is not None:
+            stops.add(self.tokenizer.eos_token_id)
+        after = self.tokenizer(self.format.end_of_turn, add_special_tokens=False)["input_ids"]
+        stops.update([i for i in after if i in self.format.special_ids][:1])
+        return sorted(stops)
+
+    # ---- from rows to tensors ----
+
+    def _expand(self, rows: list[Row]) -> tuple[list[list[int]], dict[str, Any]]:
+        """Ids of each row with its images' tokens in place, and what else the model takes."""
+        if not any(row.images for row in rows):
+            return [row.ids for row in rows], {}
+        if self._keeps_images:
+            return self._expand_kept(rows)
+        return self._expand_plain(rows)
+
+    def _expand_plain(self, rows: list[Row]) -> tuple[list[list[int]], dict[str, Any]]:
+        out = self.processor(
+            text=[row.text for row in rows],
+            images=[row.images for row in rows],
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=self.format.add_special_tokens,
+        )
+        shape, mask = out["input_ids"].shape, out["attention_mask"].bool()
+        ids = []
+        for row, full, real in zip(rows, out["input_ids"], mask, strict=True):
+            own = full[real].tolist()
+            own = own[: len(own) - row.cut]
+            if own[len(own) - row.tail :] != row.ids[len(row.ids) - row.tail :]:
+                raise ChatTemplateError(
+                    f"the processor and the tokenizer disagree on the response's tokens of query "
+                    f"{row.request.query.id!r}; check that the processor's tokenizer is the one it was saved with"
+                )
+            ids.append(own)
+            self._tokens_an_image = max(self._tokens_an_image, 1 + (len(own) - len(row.ids)) // len(row.images))
+        extra: dict[str, Any] = {}
+        for key, value in out.items():
+            if key in ("input_ids", "attention_mask"):
+                continue
+            if getattr(value, "shape", None) == shape:  # one entry a token, such as token_type_ids
+                value = [v[real].tolist()[: len(i)] for v, real, i in zip(value, mask, ids, strict=True)]
+            extra[key] = value
+        return ids, extra
+
+    def _expand_kept(self, rows: list[Row]) -> tuple[list[list[int]], dict[str, Any]]:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        keys = [[image_key(image) for image in row.images] for row in rows]
+        kept = self._keep(
+            {k: im for ks, row in zip(keys, rows, strict=True) for k, im in zip(ks, row.images, strict=True)}
+        )
+        image_id = self.processor.image_token_id
+        ids = []
+        for row, mine in zip(rows, keys, strict=True):
+            own: list[int] = []
+            turn = iter(mine)
+            for token in row.ids:
+                if token == image_id:
+                    own.extend(kept[next(turn)].ids)
+                else:
+                    own.append(token)
+            ids.append(own)
+        features = [kept[key].features for mine in keys for key in mine]
+        outputs = BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
+        return ids, {"mm_encoder_outputs": {"image": outputs}}
+
+    def _keep(self, images: dict[str, Image]) -> dict[str, _KeptImage]:
+        """Features of the images by key, computed for those not kept yet."""
+        kept = {}
+        missing = []
+        for key in images:
+            if key in self._kept_images:
+                self._kept_images.move_to_end(key)
+                kept[key] = self._kept_images[key]
+            else:
+                missing.append(key)
+        for start in range(0, len(missing), self.batch_size):
+            batch = missing[start : start + self.batch_size]
+            out = self.processor(
+                text=[self.processor.image_token] * len(batch),
+                images=[[images[key]] for key in batch],
+                padding=True,
+                return_tensors="pt",
+                add_special_tokens=False,
+            )
+            inputs = {key: self._to_device(value) for key, value in out.items() if key in _IMAGE_INPUTS}
+            features = self.model.get_image_features(**inputs, return_dict=True).pooler_output
+            for i, key in enumerate(batch):
+                ids = out["input_ids"][i][out["attention_mask"][i].bool()].tolist()
+                self._tokens_an_image = max(self._tokens_an_image, len(ids))
+                # A copy: a view would keep the whole batch's features alive.
+                kept[key] = self._kept_images[key] = _KeptImage(ids, features[i].clone())
+                self._kept_bytes += features[i].nbytes
+        while self._kept_bytes > self.image_cache_bytes and self._kept_images:
+            _, oldest = self._kept_images.popitem(last=False)
+            self._kept_bytes -= oldest.features.nbytes
+        return kept
+
+    @cached_property
+    def _keeps_images(self) -> bool:
+        """Whether kept features give the model's own logits: tried out, on images of two shapes."""
+        import torch
+        from PIL import Image
+
+        image_token = getattr(self.processor, "image_token", None)
+        if image_token is None or image_token != self.format.image_token:
+            return False
+        if not self._has_image_outputs or getattr(self.processor, "image_token_id", None) is None:
+            return False
+        noise = np.random.default_rng(0)
+        wide, tall = (Image.fromarray(noise.integers(0, 256, (*s, 3), dtype=np.uint8)) for s in ((48, 64), (64, 40)))
+        texts = [f"a {image_token}b", f"a {image_token}b {image_token} c"]
+        ids = self.format.tokenize(texts)["input_ids"]
+        rows = [Row(_PROBE, texts[0], ids[0], [wide]), Row(_PROBE, texts[1], ids[1], [tall, wide])]
+        try:
+            plain_ids, plain = self._expand_plain(rows)
+            if not set(plain) <= _IMAGE_INPUTS:
+                return False
+            kept_ids, kept = self._expand_kept(rows)
+            edges = [i for image in self._keep({"wide": wide}).values() for i in (image.ids[0], image.ids[-1])]
+            if kept_ids != plain_ids or not self.format.special_ids.issuperset(edges):
+                return False
+            ours, theirs = (self._logits(self._pad(plain_ids, extra), 1) for extra in (kept, plain))
+        except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            logger.debug("kept image features are not for %s: %s", type(self.model).__name__, error)
+            return False
+        tolerance = 1e-4 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
+        same = torch.allclose(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance)
+        if not same:
+            logger.info("%s: every image is processed each time it is shown", self.name)
+        return same
+
+    def _to_device(self, value: Any) -> Any:
+        if not hasattr(value, "to"):
+            return value
+        if value.is_floating_point():
+            return value.to(self.model.device, dtype=self.model.dtype)
+        return value.to(self.model.device)
+
+    def _pad(self, ids: list[list[int]], extra: dict[str, Any]) -> dict[str, Any]:
+        import torch
+
+        length = max(map(len, ids))
+
+        def stack(rows: list[list[int]], fill: int) -> torch.Tensor:
+            return torch.tensor([[fill] * (length - len(row)) + row for row in rows], device=self.model.device)
+
+        inputs = {"input_ids": stack(ids, self._pad_id), "attention_mask": stack([[1] * len(row) for row in ids], 0)}
+        for key, value in extra.items():
+            per_token = isinstance(value, list) and key not in inputs
+            inputs[key] = stack(value, 0) if per_token else self._to_device(value)
+        return inputs
+
+    def _encode(self, rows: list[Row], new_tokens: int = 0) -> dict[str, Any]:
+        ids, extra = self._expand(rows)
+        limit = self.context_length
+        for row, own in zip(rows, ids, strict=True):
+            if limit is not None and len(own) + new_tokens > limit:
+                room = f" and {new_tokens} to generate" if new_tokens else ""
+                raise ContextOverflowError(
+                    f"expected at most {limit} tokens (the context of {self.name}), but the conversation of query "
+                    f"{row.request.query.id!r} with {len(row.request.demonstrations)} demonstrations has "
+                    f"{len(own)}{room}; use fewer shots or smaller images"
+                )
+        return self._pad(ids, extra)
+
+    # ---- running ----
+
+    def _logits(self, inputs: dict[str, Any], keep: int) -> torch.Tensor:
+        """Logits of the last `keep` positions, (rows, keep, vocabulary)."""
+        import torch
+
+        with torch.inference_mode():
+            if self._has_logits_to_keep:
+                return self.model(**inputs, use_cache=False, logits_to_keep=keep).logits
+            return self.model(**inputs, use_cache=False).logits[:, -keep:]
+
+    def _batches(self, rows: list[Row], new_tokens: int) -> Iterator[list[int]]:
+        """Indices of rows, longest first, so that memory runs out early or never."""
+        sizes = [len(row.ids) + len(row.images) * (self._tokens_an_image - 1) + new_tokens for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: (bool(rows[i].images), sizes[i]), reverse=True)
+        batch: list[int] = []
+        for i in order:
+            if batch:
+                full = len(batch) == self.batch_size or (len(batch) + 1) * sizes[batch[0]] > self.max_batch_tokens
+                # Processors take batches in which every conversation has images, or none has.
+                if full or bool(rows[batch[0]].images) != bool(rows[i].images):
+                    yield batch
+                    batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _in_batches(
+        self, rows: list[Row], run: Callable[[list[int]], int], bar: tqdm | None = None, new_tokens: int = 0
+    ) -> None:
+        """Call `run` on batches of row indices; a batch that doesn't fit the memory is halved, down to one row.
+
+        `run` returns how many answers it has done.
+        """
+        import torch
+
+        with torch.inference_mode():
+            if any(row.images for row in rows):
+                _ = self._keeps_images  # also learns how many tokens an image takes, before lengths are estimated
+            for batch in self._batches(rows, new_tokens):
+                waiting = [batch]
+                while waiting:
+                    part = waiting.pop()
+                    try:
+                        done = run(part)
+                    except torch.OutOfMemoryError:
+                        if len(part) == 1:
+                            raise
+                    else:
+                        if bar is not None:
+                            bar.update(done)
+                        continue
+                    # Outside of `except`, whose traceback would keep the failed batch's tensors alive.
+                    logger.info("out of memory with %d sequences: trying half", len(part))
+                    if torch.cuda.is_available():
+                        torch.cuda.empty_cache()
+                    half = len(part) // 2
+                    waiting += [part[half:], part[:half]]
+
+    def _logprobs(
+        self, requests: Sequence[ICLRequest], wanted: list[list[str]], progress: bool
+    ) -> list[list[np.ndarray]]:
+        """Log-probabilities of the tokens of every wanted answer of every request."""
+        result: list[list[np.ndarray]] = []
+        with _bar("scoring", sum(map(len, wanted)), progress) as bar:
+            start = 0
+            while start < len(requests):
+                stop, answers = start + 1, len(wanted[start])
+                while stop < len(requests) and answers + len(wanted[stop]) <= _ANSWERS_AT_ONCE:
+                    answers += len(wanted[stop])
+                    stop += 1
+                result += self._run_answers(requests[start:stop], wanted[start:stop], bar)
+                start = stop
+        return result
+
+    def _run_answers(
+        self, requests: Sequence[ICLRequest], wanted: list[list[str]], bar: tqdm
+    ) -> list[list[np.ndarray]]:
+        import torch
+
+        rows, placed = self.format.answer_rows(requests, wanted)
+        in_row: list[list[tuple[int, int]]] = [[] for _ in rows]
+        for r, answers in enumerate(placed):
+            for a, answer in enumerate(answers):
+                in_row[answer.row].append((r, a))
+        result: list[list[np.ndarray]] = [[np.empty(0)] * len(answers) for answers in wanted]
+
+        def run(batch: list[int]) -> int:
+            here = [(b, r, a, placed[r][a]) for b, i in enumerate(batch) for r, a in in_row[i]]
+            keep = max(answer.back + len(answer.ids) for *_, answer in here)
+            inputs = self._encode([rows[i] for i in batch])
+            logits = self._logits(inputs, keep).float()
+            at = [
+                (b, keep - answer.back - len(answer.ids) + j, t)
+                for b, _, _, answer in here
+                for j, t in enumerate(answer.ids)
+            ]
+            b, position, token = torch.tensor(at, device=logits.device).T
+            picked = (logits[b, position, token] - logits.logsumexp(-1)[b, position]).cpu().numpy().astype(np.float64)
+            done = 0
+            for _, r, a, answer in here:
+                values = picked[done : done + len(answer.ids)]
+                done += len(answer.ids)
+                if not np.isfinite(values).all():
+                    raise NonFiniteScoreError(
+                        f"expected finite log-probabilities, {self.name} gave {values} for the response "
+                        f"{wanted[r][a]!r} of query {requests[r].query.id!r}; load it with dtype=torch.float32, and "
+                        "check its weights"
+                    )
+                result[r][a] = values
+            return len(here)
+
+        self._in_batches(rows, run, bar)
+        return result
+
+
+def _bar(title: str, total: int, shown: bool) -> tqdm:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc=title, unit="answer", disable=not shown)
+
+
+def _log_softmax(values: np.ndarray) -> np.ndarray:
+    return values - np.logaddexp.reduce(values)
+
+
+def _stripped(request: ICLRequest, text: str, kind: str) -> str:
+    if not text.strip():
+        raise ValueError(f"expected a {kind} with text, query {request.query.id!r} has {text!r}")
+    return text.strip()
+
+
+def _choices(request: ICLRequest) -> list[str]:
+    choices = [_stripped(request, choice, "choice") for choice in request.choices]
+    if len(set(choices)) < len(choices):
+        raise ValueError(f"expected distinct choices, query {request.query.id!r} has {choices}")
+    return choices

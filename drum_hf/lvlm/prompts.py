@@ -1,0 +1,323 @@
+"""Demonstrations to chat messages, and chat messages to text with the response's place known."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import ChatTemplateError, RowError
+from ..types import Demonstration, ICLRequest, Query
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Answer", "ChatFormat", "Row", "build_messages"]
+
+ImagePosition = Literal["first", "last"]
+
+# Private-use characters: no chat template trims or escapes them, and no response holds them.
+_SLOT = "\ue000response\ue001"
+
+
+def _user_turn(turn: Demonstration | Query, image_position: ImagePosition, pixels: bool) -> dict[str, Any]:
+    content: list[dict[str, Any]] = [{"type": "text", "text": turn.prompt}] if turn.prompt else []
+    if turn.image is not None:
+        image: dict[str, Any] = {"type": "image", "image": turn.image} if pixels else {"type": "image"}
+        content.insert(0 if image_position == "first" else len(content), image)
+    if not content:
+        kind = "demonstration" if isinstance(turn, Demonstration) else "query"
+        raise ValueError(
+            f"expected an image or a prompt in every turn, but the {kind} {turn.id!r} has neither; give it one of them"
+        )
+    return {"role": "user", "content": content}
+
+
+def _text_turn(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def _messages(
+    request: ICLRequest, image_position: ImagePosition, system: str | None, pixels: bool
+) -> list[dict[str, Any]]:
+    messages = [_text_turn("system", system)] if system else []
+    for demonstration in request.demonstrations:
+        messages.append(_user_turn(demonstration, image_position, pixels))
+        messages.append(_text_turn("assistant", demonstration.response))
+    messages.append(_user_turn(request.query, image_position, pixels))
+    return messages
+
+
+def build_messages(
+    request: ICLRequest, *, image_position: ImagePosition = "first", system: str | None = None
+) -> list[dict[str, Any]]:
+    """A request as Hugging Face chat messages, ready for `processor.apply_chat_template`.
+
+    Every demonstration is a user turn and an assistant turn, first to last; the query is the last user turn. What the
+    request wants scored is not in the messages, and neither is the query's draft, which only the retriever uses.
+
+    Args:
+        image_position: whether a turn's image stands before ("first") or after ("last") its text. Our choice of
+            "first" is what most chat templates were trained on.
+        system: text of a system turn before everything, or None for no such turn.
+
+    Raises:
+        ValueError: a turn has neither an image nor a prompt, or `image_position` is unknown.
+
+    >>> demonstration = Demonstration("d", None, "capital of Italy?", "Rome")
+    >>> for message in build_messages(ICLRequest(Query(None, "capital of Norway?"), (demonstration,))):
+    ...     print(message["role"], message["content"])
+    user [{'type': 'text', 'text': 'capital of Italy?'}]
+    assistant [{'type': 'text', 'text': 'Rome'}]
+    user [{'type': 'text', 'text': 'capital of Norway?'}]
+    """
+    if image_position not in ("first", "last"):
+        raise ValueError(f'expected image_position "first" or "last", got {image_position!r}')
+    return _messages(request, image_position, system, pixels=True)
+
+
+def _images(request: ICLRequest) -> list[Image]:
+    """The images of a request in the order its messages show them."""
+    images = [demonstration.image for demonstration in request.demonstrations]
+    return [image for image in (*images, request.query.image) if image is not None]
+
+
+@dataclasses.dataclass
+class Row:
+    """One sequence to run: a rendered conversation, less the last `cut` of its tokens.
+
+    `ids` are the tokens of the text as rendered, an image being one placeholder; only the processor knows how many
+    tokens an image really takes. So everything is counted from the end, where both agree.
+    """
+
+    request: ICLRequest
+    text: str
+    ids: list[int]
+    images: list[Image]
+    cut: int = 0
+    tail: int = 0  # tokens at the end, from the response's first one on
+
+
+@dataclasses.dataclass
+class Answer:
+    """A response's tokens, the last of them predicted `back` positions before the end of its row."""
+
+    row: int
+    ids: list[int]
+    back: int
+
+
+class ChatFormat:
+    """A processor's chat template and tokenizer, checked once; turns requests into rows of tokens.
+
+    The template must keep every text and every image: a conversation of two turns is tried out on construction.
+
+    Args:
+        processor: a Hugging Face processor with a chat template and a fast tokenizer.
+        image_position: see `build_messages`.
+        system: see `build_messages`.
+        score_end_of_turn: whether the special token after a response counts as its last.
+
+    Attributes:
+        end_of_turn: what the template writes after a response.
+        image_token: text that stands for one image in a rendered conversation; None where the processor doesn't say.
+        add_special_tokens: whether the tokenizer adds its own; not where the template writes the BOS token itself.
+        special_ids: ids of tokens that no ordinary text gives.
+
+    Raises:
+        ChatTemplateError: there is no template or no fast tokenizer, or the template fails, or loses a text or an
+            image.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        image_position: ImagePosition = "first",
+        system: str | None = None,
+        score_end_of_turn: bool = False,
+    ) -> None:
+        if image_position not in ("first", "last"):
+            raise ValueError(f'expected image_position "first" or "last", got {image_position!r}')
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.image_position = image_position
+        self.system = system
+        self.score_end_of_turn = score_end_of_turn
+        name = type(processor).__name__
+        if getattr(processor, "chat_template", None) is None:
+            raise ChatTemplateError(
+                f"expected a processor with a chat template, but {name} has none: use the instruction-tuned version "
+                "of the model, or set processor.chat_template to a Jinja template"
+            )
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise ChatTemplateError(
+                "expected a fast tokenizer, which knows where a response's tokens stand, but that of "
+                f"{name} is a {type(self.tokenizer).__name__}: convert it, or use a repository with a tokenizer.json"
+            )
+        self.special_ids = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        self._check()
+
+    def _fail(self, what: str) -> ChatTemplateError:
+        return ChatTemplateError(
+            "expected a chat template that keeps every text and image of a conversation, but that of "
+            f"{type(self.processor).__name__} {what}; set processor.chat_template to one that renders content lists "
+            'of {"type": "image"} and {"type": "text"} parts for the roles user and assistant'
+            + (" and system" if self.system else "")
+        )
+
+    def _check(self) -> None:
+        texts = ["probe question one", "probe answer one", "probe question two"]
+
+        def conversation(with_images: bool) -> list[dict[str, Any]]:
+            messages = [_text_turn("system", self.system)] if self.system else []
+            messages += [_text_turn(role, t) for role, t in zip(("user", "assistant", "user"), texts, strict=True)]
+            for message in messages:
+                if with_images and message["role"] == "user":
+                    message["content"].insert(0 if self.image_position == "first" else 1, {"type": "image"})
+            return messages
+
+        plain, shown = self._apply([conversation(False), conversation(True)], generate=True)
+        (full,) = self._apply([[*conversation(True), _text_turn("assistant", _SLOT)]], generate=False)
+        for text in [*texts, *([self.system.strip()] if self.system else [])]:
+            if text not in shown:
+                raise self._fail(f"lost the text {text!r}")
+        if full.count(_SLOT) != 1:
+            raise self._fail(f"renders the last response {full.count(_SLOT)} times instead of once")
+        before, _, self.end_of_turn = full.partition(_SLOT)
+        bos = self.tokenizer.bos_token
+        self.add_special_tokens = not (bos is not None and shown.startswith(bos))
+        # Whitespace between the generation prompt and the response is the model's to produce: a token that holds
+        # only that belongs to the response.
+        given = next((i for i, (a, b) in enumerate(zip(before, shown, strict=False)) if a != b), len(shown))
+        self._glue = len(before) - max(min(given, len(before)), len(before.rstrip()))
+
+        names = [getattr(self.processor, name, None) for name in ("image_token", "boi_token")]
+        counts = {name: shown.count(name) for name in names if isinstance(name, str) and name}
+        found = [name for name, count in counts.items() if count == 2 and name not in plain]
+        if counts and not found:
+            raise self._fail(f"loses an image: for two images its placeholders appear {counts} times")
+        if not counts and shown == plain:
+            raise self._fail("loses the images: a conversation reads the same with and without them")
+        self.image_token = found[0] if found else None
+
+    def _apply(self, conversations: list[list[dict[str, Any]]], *, generate: bool) -> list[str]:
+        from jinja2 import TemplateError
+
+        try:
+            return self.processor.apply_chat_template(conversations, add_generation_prompt=generate, tokenize=False)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise self._fail(f"fails: {error}") from error
+
+    def prompts(self, requests: Sequence[ICLRequest]) -> list[str]:
+        """Each conversation as text, up to where the model begins to answer."""
+        return self._apply([_messages(r, self.image_position, self.system, False) for r in requests], generate=True)
+
+    def frames(self, requests: Sequence[ICLRequest]) -> list[tuple[str, str]]:
+        """What stands before and after the response of each conversation: `before + response + after` is its text."""
+        conversations = [
+            [*_messages(r, self.image_position, self.system, False), _text_turn("assistant", _SLOT)] for r in requests
+        ]
+        frames = []
+        for text in self._apply(conversations, generate=False):
+            before, _, after = text.rpartition(_SLOT)
+            frames.append((before, after))
+        return frames
+
+    def tokenize(self, texts: list[str]) -> Any:
+        """A BatchEncoding of rendered conversations, an image being one placeholder."""
+        return self.tokenizer(texts, add_special_tokens=self.add_special_tokens, return_attention_mask=False)
+
+    def _checked_images(self, request: ICLRequest, text: str) -> list[Image]:
+        images = [im if im.mode == "RGB" else im.convert("RGB") for im in _images(request)]
+        token = self.image_token
+        if token is not None and text.count(token) != len(images):
+            raise RowError(
+                f"expected the image placeholder {token!r} once for each of {len(images)} images, but the "
+                f"conversation of query {request.query.id!r} holds it {text.count(token)} times; remove it from "
+                "prompts and responses"
+            )
+        return images
+
+    def prompt_rows(self, requests: Sequence[ICLRequest]) -> list[Row]:
+        """A row for each conversation, up to where the model begins to answer.
+
+        Raises:
+            RowError: a text holds the placeholder that stands for an image.
+        """
+        if not requests:
+            return []
+        texts = self.prompts(requests)
+        return [
+            Row(request, text, ids, self._checked_images(request, text))
+            for request, text, ids in zip(requests, texts, self.tokenize(texts)["input_ids"], strict=True)
+        ]
+
+    def answer_rows(
+        self, requests: Sequence[ICLRequest], wanted: list[list[str]]
+    ) -> tuple[list[Row], list[list[Answer]]]:
+        """Rows to run, and where in them the tokens of every wanted answer of every request stand.
+
+        A conversation and its answer are tokenized together. Answers that share their first tokens share a row:
+        only the longest run, and none runs its last token, which predicts nothing.
+
+        Raises:
+            RowError: a text holds the placeholder that stands for an image.
+            ChatTemplateError: an answer has no token of its own.
+        """
+        texts: list[str] = []
+        spans: list[tuple[int, int]] = []
+        for (before, after), answers in zip(self.frames(requests), wanted, strict=True):
+            for answer in answers:
+                texts.append(before + answer + after)
+                spans.append((len(before) - self._glue, len(before) + len(answer)))
+        encodings = self.tokenize(texts).encodings
+        rows: list[Row] = []
+        placed: list[list[Answer]] = []
+        at = 0
+        for request, answers in zip(requests, wanted, strict=True):
+            images = self._checked_images(request, texts[at])
+            found = []
+            for k in range(at, at + len(answers)):
+                ids = encodings[k].ids
+                first, stop = self._locate(ids, encodings[k].offsets, spans[k], texts[k])
+                found.append((tuple(ids[: stop - 1]), ids[first:stop], k, len(ids) - stop + 1))
+            at += len(answers)
+            mine: list[Answer | None] = [None] * len(answers)
+            longest: tuple[int, ...] = ()
+            # Sorted in reverse, everything that a prefix begins stands right before it.
+            for j in sorted(range(len(found)), key=lambda j: found[j][0], reverse=True):
+                prefix, ids, k, cut = found[j]
+                if longest[: len(prefix)] != prefix:
+                    rows.append(Row(request, texts[k], list(prefix), images, cut, len(ids) - 1))
+                    longest = prefix
+                mine[j] = Answer(len(rows) - 1, ids, len(longest) - len(prefix))
+            placed.append([answer for answer in mine if answer is not None])
+        return rows, placed
+
+    def _locate(
+        self, ids: list[int], offsets: list[tuple[int, int]], span: tuple[int, int], text: str
+    ) -> tuple[int, int]:
+        """First and one past the last of the tokens that overlap the characters of `span`."""
+        start, end = span
+        stop = len(ids)
+        while stop and (offsets[stop - 1][0] >= end or offsets[stop - 1] == (0, 0)):
+            stop -= 1
+        first = stop
+        while first and offsets[first - 1][1] > start:
+            first -= 1
+        if first == stop or first == 0:
+            raise ChatTemplateError(
+                f"expected tokens before and in the response {text[start:end]!r}, but the tokenizer made none; "
+                "check the tokenizer's normalizer and the chat template"
+            )
+        if self.score_end_of_turn:
+            while stop < len(ids) and ids[stop] not in self.special_ids:
+                stop += 1
+            if stop == len(ids):
+                raise ChatTemplateError(
+                    "score_end_of_turn=True expects a chat template that ends an assistant's turn with a special "
+                    "token, and there is none after the response; leave score_end_of_turn out"
+                )
+            stop += 1
+        return first, stop
