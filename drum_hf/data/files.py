@@ -1,0 +1,361 @@
+"""The user's own data: local tables and folders of images, or a data set of the Hub, as a `TripletTable`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from ..errors import ColumnError, EmptySupportError, SavedFileError
+from ..types import content_key
+from ._images import FORMATS
+from ._storage import read_parquet, saved_about
+from .triplets import MAX_PIXELS, TripletTable
+
+if TYPE_CHECKING:
+    import datasets
+
+    Rows: TypeAlias = list[Any] | datasets.Dataset
+
+__all__ = ["load_table"]
+
+logger = logging.getLogger(__name__)
+
+#: Our column -> names that public tables use for it, tried in order where ours is absent.
+_SYNONYMS = {
+    "image": ("file_name", "image_path"),
+    "prompt": ("question",),
+    "response": ("answer",),
+    "references": ("answers",),
+}
+_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def load_table(
+    path: str | os.PathLike[str],
+    *,
+    split: str | None = None,
+    on_bad_rows: Literal["raise", "skip"] = "raise",
+    columns: Mapping[str, str] | None = None,
+    image_root: str | os.PathLike[str] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    **load_options: Any,
+) -> TripletTable:
+    """Read and check the user's own table of demonstrations.
+
+    `path` is one of
+      - a .csv, .tsv, .jsonl, .json (a list of objects) or .parquet file. Image paths are relative to its folder and
+        may not leave it, unless `image_root` says otherwise. In CSV every cell is text, and lists are JSON texts;
+      - a folder with one such file (metadata.* if there are several) and the images beside it;
+      - a folder of folders of images, one for each class: label and response are the folder's name, the prompt is
+        empty, and the id is the image's path;
+      - what `TripletTable.save`, `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote;
+      - the id of a data set on the Hub.
+
+    Where a column is absent, a usual other name for it is accepted and logged: question (prompt), answer (response),
+    file_name or image_path (image), answers (references, if they are lists). Without any response, it is the most
+    frequent of the row's references. Ids and groups may be whole numbers.
+
+    Args:
+        path: see above. What exists on disk goes before the Hub.
+        split: which split, where there are several: of the Hub's, of a DatasetDict, or a sub-folder or file so named.
+        on_bad_rows, columns, max_pixels: as in `TripletTable.from_dataset`.
+        image_root: the folder that image paths are relative to and may not leave.
+        load_options: for `datasets.load_dataset` (name, revision, token…); only with a Hub id.
+
+    Raises:
+        SavedFileError: there is no such table, or it can't be read as one.
+        ColumnError, RowError, ImageError, DuplicateIdError, EmptySupportError: as in `TripletTable.from_dataset`.
+        ValueError: `split` names none of the splits, or is needed and missing.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (8, 8), "red").save(folder / "bus.png")
+        >>> _ = (folder / "metadata.csv").write_text("file_name,question,answer\\nbus.png,What colour?,red\\n")
+        >>> table = load_table(folder)
+        >>> table.prompts, table.responses
+        (['What colour?'], ['red'])
+    """
+    local = Path(path)
+    if not local.exists():
+        data = _from_hub(os.fspath(path), split, load_options)
+        root = image_root
+    else:
+        if load_options:
+            raise ValueError(
+                f"{', '.join(load_options)}: expected only with a Hub id, but {local} is on this machine; "
+                "drop the option, or rename the folder if you mean the Hub's data set"
+            )
+        if local.is_dir() and (local / "dataset_dict.json").is_file():
+            local = _split_folder(local, split)
+        elif split is not None:
+            local = _split_path(local, split)
+        local = local if local.is_file() or _is_saved_dataset(local) else _table_in(local) or local
+        if local.suffix == ".parquet" and _is_triplet_file(local):
+            return TripletTable.load(local, max_pixels=max_pixels)
+        data = _read(local)
+        root = image_root or (local.parent if local.is_file() else local)
+    if not len(data):
+        raise EmptySupportError(f"{path}: expected at least one row, came an empty table; add rows")
+    data, names = _with_usual_names(data, dict(columns or {}))
+    return TripletTable.from_dataset(
+        data, on_bad_rows=on_bad_rows, columns=names, image_root=root, max_pixels=max_pixels
+    )
+
+
+# Where the table is
+
+
+def _from_hub(path: str, split: str | None, options: dict[str, Any]) -> datasets.Dataset:
+    if not _HUB_ID.fullmatch(path) or path.endswith(_SUFFIXES):
+        raise SavedFileError(f"{path}: expected a file, a folder or a Hub data set id, found none; check the path")
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        data = datasets.load_dataset(path, split=split, **options)
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise SavedFileError(
+            f"{path}: expected a file or folder here, or a data set of the Hub, found neither ({error}); "
+            "check the name, log in if it is private, or give a local path"
+        ) from error
+    if isinstance(data, datasets.Dataset):
+        return data
+    if not isinstance(data, datasets.DatasetDict):
+        raise ColumnError(f"{path}: expected a table, came {type(data).__name__}; load without streaming=True")
+    if len(data) != 1:
+        raise _which_split(path, split, list(data))
+    return next(iter(data.values()))
+
+
+def _which_split(path: Any, split: str | None, found: Sequence[str]) -> ValueError:
+    came = "none was given" if split is None else f"came {split!r}"
+    return ValueError(f"{path}: expected split= one of {', '.join(map(repr, found)) or '(none here)'}, {came}")
+
+
+def _split_folder(folder: Path, split: str | None) -> Path:
+    try:
+        splits = json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SavedFileError(f"{folder / 'dataset_dict.json'}: expected a list of splits; save it again") from error
+    if split is None and len(splits) == 1:
+        split = splits[0]
+    if split is None or split not in splits:
+        raise _which_split(folder, split, splits)
+    return folder / split
+
+
+def _split_path(path: Path, split: str) -> Path:
+    found = {}
+    if path.is_dir() and not _is_saved_dataset(path):
+        visible = [p for p in sorted(path.iterdir()) if not p.name.startswith(".")]
+        found = {p.name if p.is_dir() else p.stem: p for p in visible if p.is_dir() or p.suffix.lower() in _SUFFIXES}
+    if split not in found:
+        raise _which_split(path, split, list(found))
+    return found[split]
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file()
+
+
+def _table_in(folder: Path) -> Path | None:
+    """The one table of a folder; None where it holds no table file."""
+    tables = sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith("."))
+    named = [p for p in tables if p.stem == "metadata"] or tables
+    if len(named) > 1:
+        raise SavedFileError(
+            f"{folder}: expected one table file, found {', '.join(p.name for p in named)}; "
+            "pass the file itself, or split= with its name"
+        )
+    return named[0] if named else None
+
+
+def _is_triplet_file(file: Path) -> bool:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return bool(saved_about(pq.read_schema(file)))
+    except (pa.ArrowException, OSError, ValueError):
+        return False  # reading it will say what is wrong
+
+
+# Reading
+
+
+def _read(path: Path) -> Rows:
+    if path.is_dir():
+        return _read_saved_dataset(path) if _is_saved_dataset(path) else _read_class_folders(path)
+    suffix = path.suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise SavedFileError(f"{path}: expected a table ({', '.join(_SUFFIXES)}), came {suffix or 'no'} extension")
+    if not path.stat().st_size:
+        raise EmptySupportError(f"{path}: expected at least one row, came an empty file; write the table again")
+    if suffix == ".parquet":
+        return _read_parquet_rows(path)
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SavedFileError(f"{path}: expected text in UTF-8 ({error}); save it in that encoding") from error
+    if suffix == ".jsonl":
+        return [_json(line, f"{path}, line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if suffix == ".json":
+        rows = _json(text, str(path))
+        if not isinstance(rows, list):
+            raise SavedFileError(f"{path}: expected a list of objects, came {type(rows).__name__}; one object a row")
+        return rows
+    return list(_csv_rows(text, path, "\t" if suffix == ".tsv" else ","))
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SavedFileError(f"{where}: expected JSON ({error}); correct it, or write the file again") from error
+
+
+def _csv_rows(text: str, path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise ColumnError(f"{path}: expected each column once, came {', '.join(header)}; rename the copies")
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                raise SavedFileError(
+                    f"{path}, line {reader.line_num}: expected {len(header)} cells, came {len(cells)}; "
+                    'put quotes ("…") around a text that holds the separator'
+                )
+            if cells:
+                yield {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)}
+    except csv.Error as error:
+        raise SavedFileError(f"{path}, line {reader.line_num}: {error}; correct the line") from error
+
+
+def _cell(name: str, cell: str) -> Any:
+    if name == "image" or name in _SYNONYMS["image"]:
+        return cell or None
+    if name == "references" or name in _SYNONYMS["references"]:
+        try:
+            return json.loads(cell) if cell else None
+        except (ValueError, RecursionError):
+            return cell  # the row check refuses it, with the row's number
+    return cell
+
+
+def _read_parquet_rows(path: Path) -> datasets.Dataset:
+    import datasets
+    import pyarrow as pa
+
+    try:
+        table = read_parquet(path)
+        fingerprint = content_key(str(path.resolve()), str(path.stat().st_mtime_ns), str(path.stat().st_size))
+        return datasets.Dataset(table, fingerprint=fingerprint)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise SavedFileError(f"{path}: expected a parquet file ({error}); write or download it again") from error
+
+
+def _read_saved_dataset(folder: Path) -> datasets.Dataset:
+    import datasets
+    import pyarrow as pa
+
+    try:
+        return datasets.Dataset.load_from_disk(str(folder))
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise SavedFileError(
+            f"{folder}: expected what Dataset.save_to_disk writes ({type(error).__name__}: {error}); save it again"
+        ) from error
+
+
+def _read_class_folders(folder: Path) -> list[dict[str, Any]]:
+    from PIL import Image
+
+    Image.init()
+    suffixes = {suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS}
+    rows = [
+        {"id": name, "image": name, "prompt": "", "response": label.name, "label": label.name}
+        for label in sorted(folder.iterdir())
+        if label.is_dir() and not label.name.startswith(".")
+        for file in sorted(label.iterdir())
+        if file.suffix.lower() in suffixes and not file.name.startswith(".")
+        for name in [f"{label.name}/{file.name}"]
+    ]
+    if not rows:
+        raise EmptySupportError(
+            f"{folder}: expected a table file ({', '.join(_SUFFIXES)}) or a folder of images for each class, "
+            "found neither; add one"
+        )
+    return rows
+
+
+# Columns
+
+
+def _with_usual_names(data: Rows, columns: dict[str, str]) -> tuple[Rows, dict[str, str]]:
+    """Accept other names that public tables use, whole-number ids, and references without a response."""
+    if isinstance(data, list):
+        found = {name for row in data if isinstance(row, dict) for name in row}
+    else:
+        found = set(data.column_names)
+    for ours, others in _SYNONYMS.items():
+        theirs = next((name for name in others if name in found), None)
+        if theirs is None or ours in columns or ours in found:
+            continue
+        if ours == "references" and not _holds_lists(data, theirs):
+            continue
+        columns[ours] = theirs
+        logger.info("column %r is read as %r", theirs, ours)
+    response, references = columns.get("response", "response"), columns.get("references", "references")
+    if response not in found and "response" not in columns and references in found:
+        logger.info("there is no column 'response': it is the most frequent of each row's %r", references)
+        if isinstance(data, list):
+            data = [
+                {**row, "response": _majority(row.get(references))} if isinstance(row, dict) else row for row in data
+            ]
+        else:
+            data = data.add_column("response", [_majority(texts) for texts in data[references]])
+    return _with_text_ids(data, {columns.get("id", "id"), columns.get("group", "group")}), columns
+
+
+def _holds_lists(data: Rows, name: str) -> bool:
+    if isinstance(data, list):
+        first = next((row[name] for row in data if isinstance(row, dict) and row.get(name) is not None), None)
+        return isinstance(first, list)
+    feature = data.features[name]
+    return isinstance(feature, list) or hasattr(feature, "feature")
+
+
+def _majority(texts: Any) -> str | None:
+    """Most frequent text, the earliest of equals; None (refused later, with the row's number) where there is none."""
+    texts = [text for text in texts if isinstance(text, str)] if isinstance(texts, list) else []
+    return Counter(texts).most_common(1)[0][0] if texts else None
+
+
+def _with_text_ids(data: Rows, names: set[str]) -> Rows:
+    """Whole numbers of the columns `names` as text: they lose nothing by it."""
+    if isinstance(data, list):
+        return [
+            row | {name: str(row[name]) for name in names if type(row.get(name)) is int}
+            if isinstance(row, dict)
+            else row
+            for row in data
+        ]
+    import datasets
+
+    for name in names & set(data.column_names):
+        feature = data.features[name]
+        if isinstance(feature, datasets.Value) and "int" in feature.dtype:
+            data = data.cast_column(name, datasets.Value("string"))
+    return data

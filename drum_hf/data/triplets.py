@@ -1,0 +1,376 @@
+"""`TripletTable`: a checked table of (image, prompt, response) demonstrations, and the guard against leaks.
+
+Everything travels by id. Every row is checked once, when the table is made; afterwards only texts and hashes are
+held in memory, and an image is decoded when its row is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import DuplicateIdError, ImageError, LeakError, MissingIdError
+from ..types import Demonstration, Query, content_key
+from ._columns import no_rows, open_columns
+from ._images import MAX_PIXELS, ImageCache, decode
+from ._rows import Record, check_rows, refuse_duplicate_ids, shorten
+from ._storage import altered, read_table, table_file, write_table
+
+if TYPE_CHECKING:
+    import datasets
+    from PIL.Image import Image
+
+__all__ = ["MAX_PIXELS", "TripletTable", "check_leaks"]
+
+logger = logging.getLogger(__name__)
+
+
+class TripletTable:
+    """Demonstrations by id: (image, prompt, response), optionally references, group and label.
+
+    Made by [`from_dataset`][drum_hf.data.TripletTable.from_dataset], [`load`][drum_hf.data.TripletTable.load] or
+    [`load_table`][drum_hf.data.load_table]; every one of them checks what it reads. A table never changes: `select`,
+    `without` and `concat` give new ones, without reading the images again. Pictures are handed out from a cache: copy
+    one before drawing on it.
+
+    Attributes:
+        skipped: (row number, reason) of each row that `on_bad_rows="skip"` left out.
+        max_pixels: larger images are refused, not decoded.
+
+    Example:
+        >>> from PIL import Image
+        >>> rows = [
+        ...     {"id": "bus", "image": Image.new("RGB", (8, 8), "red"), "prompt": "Colour?", "response": "red"},
+        ...     {"id": "sky", "image": Image.new("RGB", (8, 8), "blue"), "prompt": "Colour?", "response": "blue"},
+        ... ]
+        >>> table = TripletTable.from_dataset(rows)
+        >>> table
+        TripletTable(2 rows, 2 images, 0 labels)
+        >>> table["sky"].response
+        'blue'
+        >>> table.without(["bus"]).ids
+        ['sky']
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        images: datasets.Dataset,
+        *,
+        max_pixels: int = MAX_PIXELS,
+        cache_images: int = 256,
+        skipped: Sequence[tuple[int, str]] = (),
+    ) -> None:
+        # Takes rows that were checked already: users come in through the class methods.
+        if not records:
+            raise no_rows(f": all {len(skipped)} rows were left out, first for: {skipped[0][1]}" if skipped else "")
+        self.max_pixels = max_pixels
+        self.skipped = list(skipped)
+        self._records = list(records)
+        self._images = images
+        self._cache = ImageCache(cache_images)
+        self._rows = {record.id: row for row, record in enumerate(self._records)}
+
+    @classmethod
+    def from_dataset(
+        cls,
+        data: datasets.Dataset | Sequence[Mapping[str, Any]] | TripletTable,
+        *,
+        on_bad_rows: Literal["raise", "skip"] = "raise",
+        columns: Mapping[str, str] | None = None,
+        image_root: str | os.PathLike[str] | None = None,
+        max_pixels: int = MAX_PIXELS,
+        cache_images: int = 256,
+    ) -> TripletTable:
+        """Check every row once, hash its content, and keep what the table needs.
+
+        Columns: `prompt` (text, may be ""), `response` (text, not empty); optional `id` (text, unique; the first 16
+        hex digits of the row's content hash where the column is absent), `image` (a row without one needs a prompt),
+        `references` (list of texts), `group` and `label` (text; "" counts as none). Other columns are left behind. A
+        `ClassLabel` column counts as its class names.
+
+        Args:
+            data: a Dataset; or a list of dicts whose images are PIL images, paths, encoded bytes or
+                `{"bytes": …, "path": …}`; or a TripletTable, which comes back as it is.
+            on_bad_rows: "raise" at the first row that can't be used, or "skip" such rows, counted in `skipped`, with
+                one warning in the log.
+            columns: our column name -> the name in `data`, where they differ.
+            image_root: image paths are relative to this folder and may not leave it. None: relative to the working
+                folder, and free.
+            max_pixels: refuse larger images before they are decoded.
+            cache_images: keep up to so many decoded images in memory (and no more than 384 MB of them).
+
+        Raises:
+            ColumnError: a column is missing or holds another type.
+            RowError, ImageError: a row, or its image, can't be used.
+            DuplicateIdError: two rows share an id; without ids, two rows have the same content.
+            EmptySupportError: no row, or none that can be used.
+        """
+        if isinstance(data, TripletTable):
+            return data
+        if on_bad_rows not in ("raise", "skip"):
+            raise ValueError(f"expected on_bad_rows 'raise' or 'skip', came {on_bad_rows!r}")
+        records, images, skipped = check_rows(
+            *open_columns(data, columns or {}), skip=on_bad_rows == "skip", root=image_root, max_pixels=max_pixels
+        )
+        if skipped:
+            message = "%d of %d rows can't be used and were left out; the first is row %d: %s"
+            logger.warning(message, len(skipped), len(skipped) + len(records), *skipped[0])
+        return cls(records, images, max_pixels=max_pixels, cache_images=cache_images, skipped=skipped)
+
+    # Reading
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._rows
+
+    def __iter__(self) -> Iterator[Demonstration]:
+        return (self._demonstration(row) for row in range(len(self)))
+
+    def __getitem__(self, id: str) -> Demonstration:
+        return self._demonstration(self.row(id))
+
+    def __repr__(self) -> str:
+        images = len({record.image_key for record in self._records} - {""})
+        return f"TripletTable({len(self)} rows, {images} images, {len(self.label_set)} labels)"
+
+    def row(self, id: str) -> int:
+        """Position of an id, counted from 0.
+
+        Raises:
+            MissingIdError: the id is not in the table.
+        """
+        try:
+            return self._rows[id]
+        except (KeyError, TypeError):
+            hint = "" if isinstance(id, str) else f" (ids are text, this is {type(id).__name__})"
+            raise MissingIdError(
+                f"no row has {id!r} in column 'id'{hint}; the table holds {len(self)} ids, such as {self.ids[0]!r}"
+            ) from None
+
+    def demonstrations(self, ids: Iterable[str]) -> list[Demonstration]:
+        """Rows of several ids, in the order given."""
+        return [self[id] for id in ids]
+
+    def query(self, id: str, *, draft: str | None = None) -> Query:
+        """A row as a query: image and prompt, with the id and group that keep it from demonstrating itself."""
+        row = self.row(id)
+        record = self._records[row]
+        return Query(self._image(row), record.prompt, draft, record.id, record.group, key=record.query_key)
+
+    @functools.cached_property
+    def ids(self) -> list[str]:
+        """Ids in row order. Like every list below it is shared: copy it before changing it."""
+        return [record.id for record in self._records]
+
+    @functools.cached_property
+    def prompts(self) -> list[str]:
+        """Prompts in row order; "" where there is none."""
+        return [record.prompt for record in self._records]
+
+    @functools.cached_property
+    def responses(self) -> list[str]:
+        """Gold responses in row order."""
+        return [record.response for record in self._records]
+
+    @functools.cached_property
+    def references(self) -> list[tuple[str, ...]]:
+        """Every gold answer of each row; () where the table names none."""
+        return [record.references for record in self._records]
+
+    @functools.cached_property
+    def groups(self) -> list[str | None]:
+        """Group of each row: rows of one group may not demonstrate one another."""
+        return [record.group for record in self._records]
+
+    @functools.cached_property
+    def labels(self) -> list[str | None]:
+        """Class name of each row."""
+        return [record.label for record in self._records]
+
+    @functools.cached_property
+    def keys(self) -> list[str]:
+        """Hash of each row's image, prompt and response; 32 hex digits."""
+        return [record.key for record in self._records]
+
+    @functools.cached_property
+    def query_keys(self) -> list[str]:
+        """Hash of each row's image and prompt; 32 hex digits."""
+        return [record.query_key for record in self._records]
+
+    @functools.cached_property
+    def image_keys(self) -> list[str]:
+        """Hash of each row's pixels; 32 hex digits, "" where there is no image."""
+        return [record.image_key for record in self._records]
+
+    @functools.cached_property
+    def label_set(self) -> tuple[str, ...]:
+        """Distinct labels, in the order they first appear; () in a table without labels."""
+        return tuple(dict.fromkeys(label for label in self.labels if label is not None))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of ids, content and groups in row order; 32 hex digits."""
+        return content_key(*(part for record in self._records for part in (record.id, record.key, record.group or "")))
+
+    # New tables from this one
+
+    def select(self, ids: Iterable[str]) -> TripletTable:
+        """The rows of `ids`, in the order given.
+
+        Raises:
+            MissingIdError: an id is not in the table.
+            DuplicateIdError: an id was given twice.
+            EmptySupportError: no id was given.
+        """
+        ids = list(ids)
+        refuse_duplicate_ids(ids)
+        return self._take([self.row(id) for id in ids])
+
+    def without(self, ids: Iterable[str]) -> TripletTable:
+        """Every row but those of `ids`, in the same order.
+
+        Raises:
+            MissingIdError: an id is not in the table.
+            EmptySupportError: no row is left.
+        """
+        dropped = {self.row(id) for id in ids}
+        return self._take([row for row in range(len(self)) if row not in dropped])
+
+    def concat(self, other: TripletTable) -> TripletTable:
+        """This table's rows, then the other's.
+
+        Raises:
+            DuplicateIdError: the tables share an id.
+        """
+        import datasets
+
+        shared = [id for id in other.ids if id in self]
+        if shared:
+            raise DuplicateIdError(
+                f"the two tables share {len(shared)} ids: {shorten([repr(id) for id in shared])}; "
+                "drop them from one table with .without(ids), or give its rows other ids"
+            )
+        return TripletTable(
+            self._records + other._records,
+            datasets.concatenate_datasets([self._images, other._images]),
+            max_pixels=max(self.max_pixels, other.max_pixels),
+            cache_images=self._cache.limit,
+        )
+
+    # Files
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one parquet file that holds everything, images included, and opens anywhere (the Hub's viewer too).
+
+        Images keep the bytes of the file they came from; those that came as PIL images are PNG.
+
+        Args:
+            path: a name ending in .parquet, or a folder, in which the file is called triplets.parquet.
+
+        Returns:
+            The file written; it replaces an older one only when complete.
+
+        Raises:
+            ImageError: an image file that the table refers to has gone since it was checked.
+        """
+        file = table_file(path)
+        write_table(file, self._records, self._images, fingerprint=self.fingerprint)
+        return file
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS, cache_images: int = 256
+    ) -> TripletTable:
+        """Read what `save` wrote: same ids, same hashes, pixel-equal images, held in memory as encoded bytes.
+
+        Texts are compared with the hashes saved beside them; images are checked when they are decoded.
+
+        Args:
+            path: the file, or the folder it was saved in.
+            max_pixels, cache_images: as in `from_dataset`.
+
+        Raises:
+            SavedFileError: the file is missing, truncated, altered, or of another format version.
+        """
+        file = table_file(path)
+        records, images, fingerprint = read_table(file)
+        table = cls(records, images, max_pixels=max_pixels, cache_images=cache_images)
+        if fingerprint != table.fingerprint:
+            raise altered(file, "found rows or groups added, removed or moved since")
+        return table
+
+    # Inside
+
+    def _take(self, rows: list[int]) -> TripletTable:
+        return TripletTable(
+            [self._records[row] for row in rows],
+            self._images.select(rows),
+            max_pixels=self.max_pixels,
+            cache_images=self._cache.limit,
+        )
+
+    def _demonstration(self, row: int) -> Demonstration:
+        id, prompt, response, references, group, label, key, *_ = self._records[row]
+        return Demonstration(id, self._image(row), prompt, response, references, group, label, key=key)
+
+    def _image(self, row: int) -> Image | None:
+        record = self._records[row]
+        if not record.image_key:
+            return None
+        image = self._cache.get(record.image_key)
+        if image is None:
+            try:
+                image = decode(self._images[row]["image"], max_pixels=self.max_pixels)
+            except ImageError as error:
+                raise ImageError(f"id {record.id!r}, {error}; it was readable when the table was made") from error
+            self._cache.put(record.image_key, image)
+        return image
+
+
+def check_leaks(
+    support: TripletTable, queries: TripletTable, *, on_leak: Literal["raise", "warn", "ignore"] = "raise"
+) -> list[tuple[str, str]]:
+    """Find queries that a support set gives away: same id, same image or, where there is no image, same prompt.
+
+    Args:
+        support: the rows that may be shown.
+        queries: the rows that will be asked.
+        on_leak: "raise" an error, "warn" in the log, or "ignore" and only return.
+
+    Returns:
+        (query id, support id) pairs, in the order of `queries`, then of `support`.
+
+    Raises:
+        LeakError: there is a pair, and `on_leak` is "raise".
+    """
+    if on_leak not in ("raise", "warn", "ignore"):
+        raise ValueError(f"expected on_leak 'raise', 'warn' or 'ignore', came {on_leak!r}")
+    rows_of: defaultdict[str, list[int]] = defaultdict(list)
+    for row, record in enumerate(support._records):
+        rows_of[record.image_key or record.query_key].append(row)
+    pairs = []
+    for record in queries._records:
+        rows = rows_of.get(record.image_key or record.query_key, [])
+        if record.id in support:
+            rows = sorted({*rows, support.row(record.id)})
+        pairs += [(record.id, support.ids[row]) for row in rows]
+    if pairs and on_leak != "ignore":
+        query_id, support_id = pairs[0]
+        what = "id" if query_id == support_id else "content"
+        message = (
+            f"{len({query for query, _ in pairs})} of {len(queries)} queries share an id or an image with the support "
+            f"set ({len(pairs)} pairs; query {query_id!r} has the {what} of support row {support_id!r}): scores would "
+            "be too good to be true. Drop the pairs' support ids with support.without(ids), or pass on_leak='warn'"
+        )
+        if on_leak == "raise":
+            raise LeakError(message)
+        logger.warning(message)
+    return pairs
