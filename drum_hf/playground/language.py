@@ -71,7 +71,7 @@ def vocabulary() -> tuple[str, ...]:
     """Whole words that both playground tokenizers know, sorted; anything else is spelt letter by letter."""
     texts = [w for ws in QUESTIONS.values() for w in ws] + list(CLASSIFY_PROMPTS) + list(CAPTION_PROMPTS)
     texts += [v for vs in ATTRIBUTES.values() for v in vs] + list(ATTRIBUTES) + list(DIGITS) + ["digit"]
-    texts += list(FRAMES) + ["in a frame of the and or not yes no with on at handwritten picture answer question"]
+    texts += [*FRAMES, "in a frame of the and or not yes no with on at handwritten picture answer question"]
     words = set(private_words()) | set(string.punctuation)
     for text in texts:
         for mark in string.punctuation:

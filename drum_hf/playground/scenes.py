@@ -20,7 +20,7 @@ __all__ = ["ATTRIBUTES", "DIGITS", "FRAMES", "SIZE", "digit_images", "render_dig
 SIZE = 96
 _SUPERSAMPLING = 2
 
-#: What can be asked of a scene: attribute -> its values. No two attributes share a value, so a value names its attribute.
+#: What can be asked of a scene: attribute -> its values. No two attributes share a value.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": ("circle", "square", "triangle", "cross", "ring", "star"),
     "colour": ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "white"),
@@ -122,11 +122,13 @@ def _draw_frame(draw: ImageDraw.ImageDraw, frame: str, side: int, rng: np.random
     colour, dashed = FRAMES[frame]
     colour = _jitter(colour, rng, 6.0)
     width = round(_FRAME_WIDTH * side)
-    for i in range(4):
-        draw.rectangle(
-            [(0, 0, side, width), (0, side - width, side, side), (0, 0, width, side), (side - width, 0, side, side)][i],
-            fill=colour,
-        )
+    for box in (
+        (0, 0, side, width),
+        (0, side - width, side, side),
+        (0, 0, width, side),
+        (side - width, 0, side, side),
+    ):
+        draw.rectangle(box, fill=colour)
     if dashed:
         gap = side / 6
         for i in range(3):
@@ -166,10 +168,10 @@ def render_scene(values: Mapping[str, str], frame: str, rng: np.random.Generator
     colour = _jitter(_COLOURS[values["colour"]], rng)
     _draw_shape(draw, values["shape"], centre, radius, colour, under, rng.uniform(-0.2, 0.2))
     _draw_frame(draw, frame, side, rng)
-    dot, top = 0.034 * side, 0.125 * side
+    dot, top = 0.05 * side, 0.14 * side
     count = ATTRIBUTES["count"].index(values["count"]) + 1
     for i in range(count):
-        cx = (0.5 + (i - (count - 1) / 2) * 0.15 + rng.uniform(-0.01, 0.01)) * side
+        cx = (0.5 + (i - (count - 1) / 2) * 0.19 + rng.uniform(-0.01, 0.01)) * side
         draw.ellipse((cx - dot, top - dot, cx + dot, top + dot), fill=(12, 12, 12), outline=(245, 245, 245), width=2)
     return _finish(canvas, rng)
 
