@@ -247,9 +247,9 @@ def _top1_of_list(prediction: str, references: Sequence[str], **options: bool) -
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("vqa_accuracy", functools.partial(_each, vqa_accuracy), "VQA accuracy (%)", min_references=2),
-        Metric("exact_match", functools.partial(_each, exact_match), "exact match (%)"),
-        Metric("top1", functools.partial(_each, _top1_of_list), "top-1 accuracy (%)", max_references=1),
+        Metric("vqa_accuracy", functools.partial(_each, vqa_accuracy), "VQA accuracy", min_references=2),
+        Metric("exact_match", functools.partial(_each, exact_match), "exact match"),
+        Metric("top1", functools.partial(_each, _top1_of_list), "top-1 accuracy", max_references=1),
         Metric("cider_d", cider_d, "CIDEr-D (×100)"),
     )
 }

@@ -107,12 +107,20 @@ def build_lvlm(seed: int):
 
 @dataclasses.dataclass
 class Turn:
-    """One exchange: token ids of the prompt, the picture's row in the pool, the answer's ids, and where loss falls."""
+    """One exchange.
+
+    Attributes:
+        prompt, answer: token ids.
+        picture: row of the pool.
+        loss: for each token of the answer, whether the context (or the picture) determines it.
+        contradicted: another site has shown another word for the same value.
+    """
 
     prompt: list[int]
     picture: int
     answer: list[int]
     loss: list[bool]
+    contradicted: bool = False
 
 
 class ConversationMaker:
@@ -168,19 +176,23 @@ class ConversationMaker:
         return made
 
     def private(self, turns: int, rng: np.random.Generator, names: tuple[str, ...]) -> list[Turn]:
-        """Answers "value word"; a cell (site, attribute, value) comes back often enough for its word to be learned."""
+        """Answers "value word"; a cell (site, attribute, value) comes back often enough for its word to be learned.
+
+        In half of the conversations sites contradict one another, as retrieved demonstrations do: a value comes back
+        under another site's word, and only the frame tells which word is meant.
+        """
         frames = [str(f) for f in rng.choice(self.frames, size=rng.integers(1, 5), replace=False)]
         fresh = iter(rng.permutation(self.words))
         word: dict[tuple[str, str], int] = {}
-        told: set[tuple[str, str]] = set()
+        told: dict[str, set[str]] = defaultdict(set)
         cells: list[tuple[str, str, str]] = []
         focus = names if rng.random() < 0.5 else (str(rng.choice(names)),)
-        again = rng.uniform(0.3, 0.9)
+        again, contrary = rng.uniform(0.3, 0.9), 0.15 if rng.random() < 0.5 else 0.5
         made = []
         for _ in range(turns):
             if cells and rng.random() < again:
                 name, value, frame = cells[rng.integers(len(cells))]
-                if rng.random() < 0.15:
+                if rng.random() < contrary:
                     frame = str(rng.choice(frames))
             else:
                 name = str(rng.choice(focus))
@@ -190,8 +202,10 @@ class ConversationMaker:
                 word[frame, value] = int(next(fresh))
             answer = [self.value_id[value], word[frame, value]]
             row = self._picture(name, value, frame, rng)
-            made.append(Turn(self._prompt(name, rng), row, answer, [True, (frame, value) in told]))
-            told.add((frame, value))
+            made.append(
+                Turn(self._prompt(name, rng), row, answer, [True, frame in told[value]], told[value] - {frame} != set())
+            )
+            told[value].add(frame)
         return made
 
     def captions(self, turns: int, rng: np.random.Generator) -> list[Turn]:
@@ -241,11 +255,15 @@ class ConversationMaker:
         return self.captions(turns, rng)
 
     def batch(self, conversations: list[list[Turn]]) -> dict[str, torch.Tensor]:
-        """Token ids (B, L), loss targets (B, L; -100 where none), picture rows (P,) in reading order."""
-        sequences, targets, pictures = [], [], []
+        """Token ids (B, L), loss targets (B, L; -100 where none), picture rows (P,) in reading order.
+
+        `contradicted` (B, L) marks the targets that another site's word contradicts.
+        """
+        sequences, targets, pictures, marks = [], [], [], []
         for turns in conversations:
             ids: list[int] = []
             goal: list[int] = []
+            mark: list[bool] = []
             for turn in turns:
                 head = [self.user, *turn.prompt, *self.slot, self.end, self.assistant]
                 ids += [*head, *turn.answer, self.end]
@@ -253,16 +271,25 @@ class ConversationMaker:
                 goal += [-100] * len(head)
                 goal += [a if keep else -100 for a, keep in zip(turn.answer, turn.loss, strict=True)]
                 goal += [self.end if closes else -100]
+                mark += [False] * (len(head) + len(turn.answer) - 1) + [turn.contradicted, False]
                 pictures.append(turn.picture)
             sequences.append(ids)
             targets.append(goal)
+            marks.append(mark)
         longest = max(map(len, sequences))
         shape = (len(sequences), longest)
         input_ids, labels = torch.full(shape, self.pad), torch.full(shape, -100)
-        for i, (ids, goal) in enumerate(zip(sequences, targets, strict=True)):
+        contradicted = torch.zeros(shape, dtype=torch.bool)
+        for i, (ids, goal, mark) in enumerate(zip(sequences, targets, marks, strict=True)):
             input_ids[i, : len(ids)] = torch.tensor(ids)
             labels[i, : len(ids)] = torch.tensor(goal)
-        return {"input_ids": input_ids, "labels": labels, "pictures": torch.tensor(pictures)}
+            contradicted[i, : len(ids)] = torch.tensor(mark)
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "pictures": torch.tensor(pictures),
+            "contradicted": contradicted,
+        }
 
 
 def _decoder_loss(model, embeds: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -373,11 +400,13 @@ def train_dialogue(
         embeds = embeds.masked_scatter(slots, seen)
         loss, right = _decoder_loss(model, embeds, data["labels"])
         goal = data["labels"][:, 1:]
+        contradicted = data["contradicted"][:, 1:][goal != -100]
         goal = goal[goal != -100]
         bound, ended = words[goal], goal == maker.end
         figures = {"loss": loss.item()}
-        if bound.any():
-            figures["bound"] = right[bound].float().mean().item()
+        for kind, where in (("bound", bound & ~contradicted), ("contradicted", bound & contradicted)):
+            if where.any():
+                figures[kind] = right[where].float().mean().item()
         seen_words = ~bound & ~ended
         if seen_words.any():
             figures["seen"] = right[seen_words].float().mean().item()

@@ -1,0 +1,181 @@
+"""Every way to choose demonstrations behind one interface, so that a table compares nothing but the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from .._compat import require
+from ..data import TripletTable
+from ..types import Query
+
+if TYPE_CHECKING:
+    from ..lvlm.feedback import Feedback
+    from ..retriever import DemoRetriever
+
+__all__ = [
+    "BM25",
+    "Fixed",
+    "Random",
+    "Retrieved",
+    "SameAnswerOracle",
+    "ScoreOracle",
+    "Strategy",
+    "ZeroShot",
+]
+
+
+class Strategy(Protocol):
+    """Chooses demonstrations for queries.
+
+    Attributes:
+        name: as tables and the command line know it.
+    """
+
+    name: str
+
+    def select(self, queries: Sequence[Query], k: int) -> list[list[str]]:
+        """At most `k` ids for each query, most useful first; never the query itself nor its group."""
+        ...
+
+
+def _eligible(support: TripletTable, query: Query) -> list[str]:
+    """Ids that may demonstrate `query`, in row order."""
+    return [
+        i
+        for i, group in zip(support.ids, support.groups, strict=True)
+        if i != query.id and (group is None or group != query.group)
+    ]
+
+
+class ZeroShot:
+    """No demonstration."""
+
+    name = "zero-shot"
+
+    def select(self, queries: Sequence[Query], k: int) -> list[list[str]]:
+        return [[] for _ in queries]
+
+
+class Random:
+    """RS: demonstrations drawn at random for each query."""
+
+    name = "random"
+
+    def __init__(self, support: TripletTable, seed: int = 0) -> None:
+        self.support, self.seed = support, seed
+
+    def select(self, queries: Sequence[Query], k: int) -> list[list[str]]:
+        rng = np.random.default_rng([self.seed, 1])
+        chosen = []
+        for query in queries:
+            eligible = _eligible(self.support, query)
+            # a permutation's first k: the four-shot draw begins with the one-shot draw
+            chosen.append([eligible[i] for i in rng.permutation(len(eligible))[:k]])
+        return chosen
+
+
+class Fixed:
+    """The same demonstrations, drawn once, for every query."""
+
+    name = "fixed"
+
+    def __init__(self, support: TripletTable, seed: int = 0) -> None:
+        self.support = support
+        self.order = np.random.default_rng([seed, 2]).permutation(len(support))
+
+    def select(self, queries: Sequence[Query], k: int) -> list[list[str]]:
+        ids = [self.support.ids[i] for i in self.order]
+        return [
+            [i for i in ids if i in eligible][:k] for eligible in (set(_eligible(self.support, q)) for q in queries)
+        ]
+
+
+class Retrieved:
+    """What a `DemoRetriever` finds: SI, ST, SIT, SIT + draft, and everything that was trained."""
+
+    def __init__(self, name: str, retriever: DemoRetriever) -> None:
+        self.name, self.retriever = name, retriever
+
+    def select(self, queries: Sequence[Query], k: int) -> list[list[str]]:
+        return self.retriever.retrieve_ids(queries, min(k, len(self.retriever)))[0]
+
+
+class BM25:
+    """Okapi BM25 over texts: a query's prompt and draft against a demonstration's prompt and response.
+
+    Needs the extra `bm25`.
+    """
+
+    name = "bm25"
+
+    def __init__(self, support: TripletTable) -> None:
+        self.support = support
+        self.bm25s = require("bm25s", "the BM25 strategy")
+        texts = [f"{p} {r}" for p, r in zip(support.prompts, support.responses, strict=True)]
+        self.index = self.bm25s.BM25()
+        self.index.index(self._tokens(texts), show_progress=False)
+
+    def _tokens(self, texts: list[str]) -> Any:
+        return self.bm25s.tokenize(texts, stopwords=None, token_pattern=r"(?u)\b\w+\b", show_progress=False, return_ids=False)
+
+    def select(self, queries: Sequence[Query], k: int) -> list[list[str]]:
+        texts = [f"{q.prompt} {q.draft or ''}" for q in queries]
+        chosen = []
+        for query, tokens in zip(queries, self._tokens(texts), strict=True):
+            scores = self.index.get_scores(tokens) if tokens else np.zeros(len(self.support))
+            eligible = set(_eligible(self.support, query))
+            ranked = (self.support.ids[i] for i in np.argsort(-scores, kind="stable"))
+            chosen.append([i for i in ranked if i in eligible][:k])
+        return chosen
+
+
+class SameAnswerOracle:
+    """Demonstrations whose response is the gold response; fewer than k where the support set has fewer.
+
+    It looks at the answer: the ceiling, not a method.
+    """
+
+    name = "oracle"
+
+    def __init__(self, support: TripletTable, queries: TripletTable, seed: int = 0) -> None:
+        self.support, self.queries, self.seed = support, queries, seed
+        self.by_response: dict[str, list[str]] = {}
+        for i, response in zip(support.ids, support.responses, strict=True):
+            self.by_response.setdefault(response, []).append(i)
+
+    def select(self, queries: Sequence[Query], k: int) -> list[list[str]]:
+        rng = np.random.default_rng([self.seed, 3])
+        chosen = []
+        for query in queries:
+            gold = self.queries.responses[self.queries.row(query.id or "")]
+            eligible = set(_eligible(self.support, query))
+            same = [i for i in self.by_response.get(gold, ()) if i in eligible]
+            chosen.append([same[i] for i in rng.permutation(len(same))[:k]])
+        return chosen
+
+
+class ScoreOracle:
+    """The LVLM's own top-k: every demonstration scored one-shot on the gold response.
+
+    It looks at the answer, and costs queries x support set LVLM calls.
+    """
+
+    name = "oracle"
+
+    def __init__(self, feedback: Feedback) -> None:
+        self.feedback = feedback
+        self._ranked: dict[str, list[str]] = {}
+
+    def select(self, queries: Sequence[Query], k: int) -> list[list[str]]:
+        support = self.feedback.support
+        new = [q for q in queries if q.id not in self._ranked]
+        eligible = [_eligible(support, q) for q in new]
+        pairs = [(q.id or "", (d,)) for q, ids in zip(new, eligible, strict=True) for d in ids]
+        scores = iter(self.feedback.score(pairs))
+        for query, ids in zip(new, eligible, strict=True):
+            values = np.array([next(scores) for _ in ids])
+            self._ranked[query.id or ""] = [ids[i] for i in np.argsort(-values, kind="stable")]
+        return [self._ranked[q.id or ""][:k] for q in queries]

@@ -1,0 +1,450 @@
+"""The main job: do demonstrations chosen with an LVLM's feedback beat those chosen by similarity, on this data?
+
+Baselines, DRUM and EPR are given the same encoder to start from, the same mining rounds, the same number of scored
+pairs and the same training settings; only the loss (and EPR's way of drawing its lists) differs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .data import TripletTable
+from .evaluation.evaluator import ICLEvaluator, StrategyResult
+from .evaluation.report import write_report
+from .evaluation.statistics import paired_bootstrap
+from .evaluation.strategies import (
+    BM25,
+    Fixed,
+    Random,
+    Retrieved,
+    SameAnswerOracle,
+    ScoreOracle,
+    Strategy,
+    ZeroShot,
+)
+from .lvlm.cached import CachedLVLM
+from .lvlm.feedback import Feedback
+from .lvlm.store import ScoreStore
+from .retriever import DemoRetriever
+from .training.mining import CandidateTable, mine_candidates
+from .training.trainer import DrumTrainer, DrumTrainingArguments
+from .types import LVLM
+
+__all__ = ["METHODS", "ScorePlan", "Settings", "evaluate_strategies", "plan_scores", "run_experiment", "split_table"]
+
+logger = logging.getLogger(__name__)
+
+#: Trained strategies and what sets each apart from the others.
+METHODS: dict[str, dict[str, Any]] = {
+    "drum": {"objective": "listwise", "weighting": "utility"},
+    "drum-rank": {"objective": "listwise", "weighting": "rank"},
+    "epr": {"objective": "contrastive"},
+}
+
+METRICS = {"vqa": "exact_match", "classification": "top1", "captioning": "cider_d"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all strategies of one comparison share.
+
+    Attributes:
+        shots: the number of demonstrations that the headline is about.
+        by_shots: further numbers of demonstrations to evaluate at.
+        rounds, candidates, epochs: mining rounds, pairs that a query buys in each, epochs in each.
+        learning_rate, batch_size, list_size: of training; the same for every method.
+        random_seeds: how many seeds the random and fixed strategies are averaged over.
+        oracle: "answer" (rows with the gold answer) or "score" (the LVLM's own exhaustive ranking).
+        lora: train adapters rather than all weights.
+        seed: of training and sampling.
+    """
+
+    shots: int = 4
+    by_shots: tuple[int, ...] = (1, 2, 4, 8)
+    rounds: int = 3
+    candidates: int = 10
+    epochs: int = 4
+    learning_rate: float = 3e-4
+    batch_size: int = 64
+    list_size: int = 8
+    random_seeds: int = 3
+    oracle: str = "answer"
+    lora: bool = False
+    seed: int = 0
+    max_new_tokens: int = 16
+
+
+def split_table(table: TripletTable, *, queries: float = 0.2, seed: int = 0) -> tuple[TripletTable, TripletTable]:
+    """Split a table into support set and queries, whole groups and equal pictures kept on one side.
+
+    Args:
+        queries: share of rows to be asked.
+    """
+    rng = np.random.default_rng(seed)
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            name = parent[name]
+        return name
+
+    for row_id, group, picture, asked_of in zip(
+        table.ids, table.groups, table.image_keys, table.query_keys, strict=True
+    ):
+        # without a picture, the same prompt is what gives a query away
+        parent[root(f"row {row_id}")] = root(f"content {picture or asked_of}")
+        if group is not None:
+            parent[root(f"row {row_id}")] = root(f"group {group}")
+    blocks: dict[str, list[str]] = {}
+    for row_id in table.ids:
+        blocks.setdefault(root(f"row {row_id}"), []).append(row_id)
+    names = list(blocks)
+    wanted, asked = max(1, round(len(table) * queries)), set()
+    for i in rng.permutation(len(names)):
+        if len(asked) >= wanted:
+            break
+        if len(asked) + len(blocks[names[i]]) < len(table):
+            asked.update(blocks[names[i]])
+    return table.without(sorted(asked)), table.select([i for i in table.ids if i in asked])
+
+
+def _row(result: StrategyResult) -> dict[str, Any]:
+    return result.to_dict()
+
+
+@dataclasses.dataclass
+class _Run:
+    """One comparison under way."""
+
+    evaluator: ICLEvaluator
+    settings: Settings
+    rows: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    results: dict[tuple[str, int], StrategyResult] = dataclasses.field(default_factory=dict)
+
+    def evaluate(self, strategy: Strategy | Sequence[Strategy], shots: Sequence[int]) -> None:
+        for count in shots:
+            result = self.evaluator.evaluate(strategy, count)
+            self.results[result.strategy, count] = result
+            row = self.rows.setdefault(result.strategy, {"by_shots": {}})
+            row["by_shots"][str(count)] = _row(result)
+            if count == self.settings.shots:
+                row.update(_row(result))
+        logger.info("%s: %.3f at %d shots", result.strategy, self.rows[result.strategy]["metric"], self.settings.shots)
+
+
+def run_experiment(
+    support: TripletTable,
+    queries: TripletTable,
+    *,
+    lvlm: LVLM,
+    encoder: str,
+    task: str,
+    out_dir: str | Path,
+    settings: Settings | None = None,
+    metric: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Evaluate every strategy, train DRUM and EPR, write report, plots and JSON, and save the trained retriever.
+
+    Args:
+        support, queries: where demonstrations come from, and what is asked.
+        lvlm: answers, drafts and gives feedback.
+        encoder: directory or Hub id of a CLIP or SigLIP.
+        task: "vqa", "classification" or "captioning"; picks the metric unless `metric` names one.
+        out_dir: gets `report.html`, plots, `results.json`, `retriever/` and the score store. Run again on the same
+            folder, and nothing that was scored or generated is paid for twice.
+        facts: more entries for the results (the world's seed, the command).
+
+    Returns:
+        The results, JSON-ready.
+    """
+    settings = settings or Settings()
+    began = time.perf_counter()
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    store = ScoreStore(out / "scores.sqlite")
+    cached = CachedLVLM(lvlm, store)
+    choices = support.label_set if task == "classification" else ()
+    asked = Feedback(cached, support, queries, choices=choices, max_new_tokens=settings.max_new_tokens)
+    drafts = dict(zip(queries.ids, asked.drafts(queries.ids), strict=True))
+    evaluator = ICLEvaluator(
+        cached,
+        support,
+        queries,
+        metric=metric or METRICS[task],
+        drafts=drafts,
+        max_new_tokens=settings.max_new_tokens,
+    )
+    run = _Run(evaluator, settings)
+    every = sorted({settings.shots, *settings.by_shots})
+    seeds = range(settings.random_seeds)
+    run.evaluate(ZeroShot(), [settings.shots])
+    run.rows["zero-shot"]["by_shots"] = {}
+    run.evaluate([Random(support, s) for s in seeds], every)
+    run.evaluate([Fixed(support, s) for s in seeds], every)
+    untrained: dict[str, DemoRetriever] = {}
+    for name in ("si", "st", "sit", "sit+draft"):
+        untrained[name] = DemoRetriever.from_encoder(encoder, support=support, strategy=name)
+        run.evaluate(Retrieved(name, untrained[name]), every)
+    run.evaluate(BM25(support), every)
+    oracle = SameAnswerOracle(support, queries) if settings.oracle == "answer" else ScoreOracle(asked)
+    run.evaluate(oracle, every)
+
+    start = run.results["sit+draft", settings.shots]
+    curves: dict[str, list[tuple[int, StrategyResult]]] = {}
+    trained: dict[str, DemoRetriever] = {}
+    for name, difference in METHODS.items():
+        curve = curves[name] = [(0, start)]
+        retriever = DemoRetriever.from_encoder(encoder, support=support, strategy="sit+draft", lora=settings.lora)
+
+        def after_round(trainer: DrumTrainer, _: int, name: str = name, curve: list = curve) -> None:
+            result = evaluator.evaluate(Retrieved(name, trainer.retriever), settings.shots)
+            curve.append((len(trainer.table), result))
+            logger.info("%s after %d scored pairs: %.3f", name, *(curve[-1][0], result.mean))
+
+        trainer = DrumTrainer(
+            retriever,
+            lvlm=cached,
+            args=training_arguments(out / "training" / name, settings, store.path, **difference),
+            choices=choices,
+            on_round_end=after_round,
+        )
+        trainer.train()
+        trained[name] = retriever
+        run.evaluate(Retrieved(name, retriever), every)
+        run.rows[name]["by_pairs"] = [[pairs, result.mean] for pairs, result in curve]
+        run.rows[name]["by_round"] = [result.mean for _, result in curve[1:]]
+
+    paired: dict[str, Any] = {}
+    for other in ("sit+draft", "epr", "drum-rank"):
+        difference = paired_bootstrap(
+            run.results["drum", settings.shots].values, run.results[other, settings.shots].values
+        )
+        paired[f"drum - {other}"] = dataclasses.asdict(difference)
+    by_pairs = [
+        [pairs, dataclasses.asdict(paired_bootstrap(ours.values, theirs.values))]
+        for (pairs, ours), (_, theirs) in zip(curves["drum"][1:], curves["epr"][1:], strict=True)
+    ]
+    results: dict[str, Any] = {
+        "task": task,
+        "shots": settings.shots,
+        "metric_name": evaluator.metric.label,
+        "seconds": round(time.perf_counter() - began, 1),
+        "scored_pairs": max(len_ for len_, _ in curves["drum"]),
+        "strategies": run.rows,
+        "paired": paired,
+        "paired_by_pairs": {"drum - epr": by_pairs},
+        "settings": dataclasses.asdict(settings) | {"by_shots": every},
+        **(facts or {}),
+    }
+    trained["drum"].save_pretrained(out / "retriever")
+    examples = make_examples(run, asked, {"SIT + draft": untrained["sit+draft"], "DRUM": trained["drum"]}, drafts)
+    write_report(results, examples, out)
+    return results
+
+
+def training_arguments(folder: Path, settings: Settings, store: Any, **different: Any) -> DrumTrainingArguments:
+    """The same arguments for every method but for `different`."""
+    return DrumTrainingArguments(
+        output_dir=str(folder),
+        rounds=settings.rounds,
+        epochs_per_round=settings.epochs,
+        candidates_per_round=settings.candidates,
+        list_size=settings.list_size,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        warmup_steps=0.1,
+        seed=settings.seed,
+        score_store=str(store),
+        save_strategy="no",
+        logging_steps=10,
+        report_to=[],
+        **different,
+    )
+
+
+def make_examples(
+    run: _Run, asked: Feedback, retrievers: Mapping[str, DemoRetriever], drafts: Mapping[str, str], count: int = 12
+) -> list[dict[str, Any]]:
+    """For a dozen queries, what similarity chose beside what DRUM chose: drawn evenly over who was right."""
+    shots, queries = run.settings.shots, run.evaluator.queries
+    names = {"SIT + draft": "sit+draft", "DRUM": "drum"}
+    results = {title: run.results[name, shots] for title, name in names.items()}
+    best = {title: result.values >= max(result.values.max(), 1e-9) - 1e-9 for title, result in results.items()}
+    kinds: dict[tuple[bool, ...], list[int]] = {}
+    for row in range(len(queries)):
+        kinds.setdefault(tuple(bool(best[t][row]) for t in names), []).append(row)
+    rows: list[int] = []
+    while len(rows) < min(count, len(queries)):
+        for kind in sorted(kinds):
+            if kinds[kind] and len(rows) < count:
+                rows.append(kinds[kind].pop(0))
+    ids = [queries.ids[r] for r in rows]
+    bare = dict(zip(ids, asked.zero_shot(ids), strict=True))
+    examples = []
+    for row, query_id in zip(rows, ids, strict=True):
+        gold = queries[query_id]
+        columns = {}
+        for title, retriever in retrievers.items():
+            result = results[title]
+            query = queries.query(query_id, draft=drafts[query_id])
+            found = retriever(query, k=min(shots, len(retriever)))
+            utilities = asked.score([(query_id, (d.id,)) for d in found.demonstrations]) - bare[query_id]
+            columns[title] = {
+                "demonstrations": [
+                    {
+                        "image": d.image,
+                        "prompt": d.prompt,
+                        "response": d.response,
+                        "score": float(score),
+                        "utility": float(utility),
+                        "note": None,
+                    }
+                    for d, score, utility in zip(found.demonstrations, found.scores, utilities, strict=True)
+                ],
+                "answer": result.answers[row],
+                "correct": bool(best[title][row]),
+            }
+        shown = {"image": gold.image, "prompt": gold.prompt, "gold": gold.response, "draft": drafts[query_id]}
+        examples.append({"query": shown, "columns": columns})
+    return examples
+
+
+def evaluate_strategies(
+    support: TripletTable,
+    queries: TripletTable,
+    *,
+    names: Sequence[str],
+    shots: Sequence[int],
+    lvlm: LVLM,
+    encoder: str,
+    task: str,
+    retriever: DemoRetriever | None = None,
+    metric: str | None = None,
+    store: Path | None = None,
+    random_seeds: int = 3,
+    max_new_tokens: int = 16,
+) -> dict[str, Any]:
+    """Evaluate strategies by name; "drum" is the `retriever` that is given. Results as `run_experiment` has them.
+
+    Raises:
+        ValueError: an unknown name, or "drum" without a retriever.
+    """
+    known = ("zero-shot", "random", "fixed", "si", "st", "sit", "sit+draft", "bm25", "drum", "oracle")
+    for name in names:
+        if name not in known or (name == "drum" and retriever is None):
+            hint = (
+                "needs a trained retriever: pass --retriever" if name == "drum" else f"is none of {', '.join(known)}"
+            )
+            raise ValueError(f"strategy {name!r} {hint}")
+    began = time.perf_counter()
+    cached = CachedLVLM(lvlm, ScoreStore(store or ":memory:"))
+    asked = Feedback(cached, support, queries, max_new_tokens=max_new_tokens)
+    drafts: dict[str, str] = {}
+    if {"sit+draft", "drum", "bm25"} & set(names):
+        drafts = dict(zip(queries.ids, asked.drafts(queries.ids), strict=True))
+    evaluator = ICLEvaluator(
+        cached, support, queries, metric=metric or METRICS[task], drafts=drafts, max_new_tokens=max_new_tokens
+    )
+    run = _Run(evaluator, Settings(shots=max(shots)))
+    for name in names:
+        strategy: Strategy | list[Strategy]
+        if name == "zero-shot":
+            strategy = ZeroShot()
+        elif name == "random":
+            strategy = [Random(support, s) for s in range(random_seeds)]
+        elif name == "fixed":
+            strategy = [Fixed(support, s) for s in range(random_seeds)]
+        elif name == "bm25":
+            strategy = BM25(support)
+        elif name == "oracle":
+            strategy = ScoreOracle(asked) if task == "captioning" else SameAnswerOracle(support, queries)
+        elif name == "drum":
+            strategy = Retrieved(name, retriever)  # type: ignore[arg-type]  # refused above
+        else:
+            strategy = Retrieved(name, DemoRetriever.from_encoder(encoder, support=support, strategy=name))
+        run.evaluate(strategy, sorted(shots))
+    return {
+        "task": task,
+        "shots": max(shots),
+        "metric_name": evaluator.metric.label,
+        "seconds": round(time.perf_counter() - began, 1),
+        "strategies": run.rows,
+    }
+
+
+@dataclasses.dataclass
+class ScorePlan:
+    """Pairs to score, and what they will cost.
+
+    Attributes:
+        pairs: (query id, (demonstration id,)) each.
+        new, known: distinct pairs that the LVLM must score, and those already paid for.
+        tokens: prompt tokens of the new pairs, estimated from a sample.
+        images: pictures that the new pairs show.
+        seconds: expected time, from a calibration on a few of the new pairs, which are then paid for.
+    """
+
+    feedback: Feedback
+    pairs: list[tuple[str, tuple[str, ...]]]
+    new: int
+    known: int
+    tokens: int
+    images: int
+    seconds: float
+
+    def describe(self) -> str:
+        """One line for a terminal."""
+        hours, rest = divmod(round(self.seconds), 3600)
+        return (
+            f"{self.new} new pairs, {self.known} already in the store; about {self.tokens:,} prompt tokens and "
+            f"{self.images:,} images, {hours} h {rest // 60} min {rest % 60} s on this machine"
+        )
+
+    def run(self) -> np.ndarray:
+        """Score them; every finished batch is kept."""
+        return self.feedback.score(self.pairs)
+
+
+def plan_scores(
+    retriever: DemoRetriever,
+    lvlm: LVLM,
+    *,
+    queries: TripletTable | None,
+    store: ScoreStore,
+    candidates: int,
+    choices: Sequence[str] = (),
+    seed: int = 0,
+    calibrate: int = 32,
+) -> ScorePlan:
+    """Propose `candidates` demonstrations for every query, as a first mining round would, and price them."""
+    asked = retriever.support if queries is None else queries
+    feedback = Feedback(lvlm, retriever.support, asked, store=store, choices=choices)
+    drafts = dict(zip(asked.ids, feedback.drafts(asked.ids), strict=True)) if retriever.uses_drafts else {}
+    mined = mine_candidates(
+        retriever,
+        CandidateTable(asked.ids),
+        lambda query_id: asked.query(query_id, draft=drafts.get(query_id)),
+        count=candidates,
+        random_share=DrumTrainingArguments.random_share,
+        rng=np.random.default_rng([seed, 77, 0]),
+    )
+    pairs = [(query_id, (candidate,)) for query_id, found in mined.items() for candidate, _ in found]
+    new, known = feedback.plan(pairs)
+    sample = [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))[:calibrate]]
+    began = time.perf_counter()
+    fresh, _ = feedback.plan(sample)
+    feedback.score(sample, progress=False)
+    each = (time.perf_counter() - began) / max(1, fresh)
+    requests = [feedback.request(*pair) for pair in sample]
+    count = getattr(lvlm, "count_tokens", None)
+    tokens = float(np.mean(count(requests))) if count is not None else 0.0
+    images = float(np.mean([sum(d.image is not None for d in (*r.demonstrations, r.query)) for r in requests]))
+    return ScorePlan(feedback, pairs, new, known, round(tokens * new), round(images * new), each * (new - fresh))

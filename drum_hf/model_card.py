@@ -1,0 +1,217 @@
+"""The card of a saved retriever: plain data in, the text of its README.md out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["render_card"]
+
+_PIPELINE_TAGS = {
+    "icl-vqa": "visual-question-answering",
+    "icl-image-classification": "image-classification",
+    "icl-image-captioning": "image-to-text",
+}
+_USES = {
+    "icl-vqa": 'image="bus.jpg", question="What colour is the bus?"',
+    "icl-image-classification": '"bus.jpg"',
+    "icl-image-captioning": '"bus.jpg"',
+}
+_CITATIONS = """```bibtex
+@article{drum2024,
+  title   = {DRUM: Learning Demonstration Retriever for Large MUlti-modal Models},
+  journal = {arXiv preprint arXiv:2412.07619},
+  year    = {2024}
+}
+@article{icltuning2024,
+  title   = {Towards Multimodal In-Context Learning for Vision \\& Language Models},
+  journal = {arXiv preprint arXiv:2403.12736},
+  year    = {2024}
+}
+```"""
+
+
+def render_card(data: Mapping[str, Any]) -> str:
+    """The text of README.md: YAML front matter, then what the retriever is, how to use it and where it came from.
+
+    Every entry may be missing; what is missing is not mentioned.
+
+    Args:
+        data: plain values:
+            `repo_id` (where it will be found); `base_model`, `base_revision` (the encoder's, on the Hub);
+            `strategy`, `weights` (part -> share), `adapter` (bool), `dimension`, `index` (kind);
+            `support` (`rows`, `included`); `teacher` (`name`, `revision`, `fingerprint`, `task`);
+            `training` (name -> value, such as rounds and scored pairs); `datasets` (Hub ids); `license`; `language`;
+            `metrics` (names); `results`: rows as dicts with the same keys, texts first and numbers after;
+            `model_index`: evaluations, each with `dataset`, `metric`, `value`; `limits` (texts); `version` of drum-hf.
+
+    Example:
+        >>> card = render_card({"repo_id": "me/drum-okvqa", "base_model": "openai/clip-vit-base-patch32"})
+        >>> print(card[: card.index("tags")])
+        ---
+        library_name: drum-hf
+        pipeline_tag: feature-extraction
+        base_model: openai/clip-vit-base-patch32
+        <BLANKLINE>
+    """
+    sections = [
+        _front_matter(data),
+        f"# {_title(data)}",
+        _what(data),
+        _usage(data),
+        _teacher(data),
+        _training(data),
+        _results(data),
+        _limits(data),
+        f"## Citation\n\n{_CITATIONS}",
+    ]
+    version = f" {data['version']}" if data.get("version") else ""
+    return "\n\n".join(section for section in sections if section) + f"\n\nSaved by drum-hf{version}.\n"
+
+
+def _front_matter(data: Mapping[str, Any]) -> str:
+    import yaml
+
+    teacher = data.get("teacher") or {}
+    meta: dict[str, Any] = {
+        "library_name": "drum-hf",
+        "pipeline_tag": _PIPELINE_TAGS.get(teacher.get("task") or "", "feature-extraction"),
+    }
+    meta |= {key: data[key] for key in ("base_model", "license", "language") if data.get(key)}
+    if data.get("adapter") and data.get("base_model"):
+        meta["base_model_relation"] = "adapter"
+    meta["tags"] = ["drum-hf", "in-context-learning", "demonstration-retrieval", "vision-language"]
+    meta |= {key: list(data[key]) for key in ("datasets", "metrics") if data.get(key)}
+    if data.get("model_index"):
+        task = {"type": meta["pipeline_tag"]}
+        meta["model-index"] = [
+            {
+                "name": _title(data),
+                "results": [
+                    {
+                        "task": task,
+                        "dataset": {"name": str(entry["dataset"]), "type": str(entry["dataset"])},
+                        "metrics": [{"type": str(entry["metric"]), "value": float(entry["value"])}],
+                    }
+                    for entry in data["model_index"]
+                ],
+            }
+        ]
+    return f"---\n{yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)}---"
+
+
+def _title(data: Mapping[str, Any]) -> str:
+    return _text(str(data.get("repo_id") or "A demonstration retriever").rpartition("/")[2])
+
+
+def _what(data: Mapping[str, Any]) -> str:
+    lines = [
+        "A retriever of in-context demonstrations for large vision-language models, trained with the model's own "
+        "feedback where a teacher is named below. Given an image and a prompt, it finds the (image, prompt, response) "
+        "demonstrations that help the model most.",
+        "",
+    ]
+    if data.get("base_model"):
+        commit = f" at `{data['base_revision']}`" if data.get("base_revision") else ""
+        kind = "a LoRA adapter on " if data.get("adapter") else ""
+        lines.append(f"- **Encoder**: {kind}{_linked(data['base_model'])}{commit}")
+    if data.get("strategy"):
+        shares = ", ".join(f"{part} {share:.3f}" for part, share in (data.get("weights") or {}).items() if share)
+        lines.append(f"- **Compares**: {_text(data['strategy'])}" + (f" (weights: {shares})" if shares else ""))
+    if data.get("dimension"):
+        index = f", {_text(data['index'])} index" if data.get("index") else ""
+        lines.append(f"- **Vectors**: {data['dimension']} dimensions{index}")
+    support = data.get("support") or {}
+    if support.get("rows"):
+        where = "in this repository" if support.get("included", True) else "not in this repository: pass `support=`"
+        lines.append(f"- **Support set**: {support['rows']:,} demonstrations, {where}")
+    return "\n".join(lines).rstrip()
+
+
+def _usage(data: Mapping[str, Any]) -> str:
+    name = data.get("repo_id") or "path/to/this/folder"
+    teacher = data.get("teacher") or {}
+    support = data.get("support") or {}
+    missing = "" if support.get("included", True) else ', support="your_table.parquet"'
+    code = [
+        "from drum_hf import DemoRetriever",
+        "from PIL import Image",
+        "",
+        f'retriever = DemoRetriever.from_pretrained("{name}"{missing})',
+        'found = retriever({"image": Image.open("bus.jpg"), "prompt": "What colour is the bus?"}, k=4)',
+        "[(d.prompt, d.response) for d in found.demonstrations]",
+    ]
+    task = teacher.get("task")
+    if task in _USES:
+        code += [
+            "",
+            "import drum_hf",
+            "",
+            f'ask = drum_hf.pipeline("{task}", retriever=retriever, num_shots=4)',
+            f"ask({_USES[task]})",
+        ]
+    return "## How to use\n\n```bash\npip install drum-hf\n```\n\n```python\n" + "\n".join(code) + "\n```"
+
+
+def _teacher(data: Mapping[str, Any]) -> str:
+    teacher = data.get("teacher")
+    if not teacher:
+        return "## Teacher\n\nNone: the encoder has not been trained with a model's feedback."
+    lines = ["## Teacher", "", "The model whose log-likelihoods of the gold responses trained the encoder.", ""]
+    if teacher.get("name"):
+        lines.append(f"- **Model**: {_linked(teacher['name'])}")
+    for key in ("revision", "fingerprint", "task"):
+        if teacher.get(key):
+            lines.append(f"- **{key.capitalize()}**: `{_text(teacher[key])}`")
+    return "\n".join(lines)
+
+
+def _training(data: Mapping[str, Any]) -> str:
+    training = data.get("training")
+    if not training:
+        return ""
+    lines = [f"- **{_text(str(name).replace('_', ' '))}**: {_cell(value)}" for name, value in training.items()]
+    return "## Training\n\n" + "\n".join(lines)
+
+
+def _results(data: Mapping[str, Any]) -> str:
+    rows: Sequence[Mapping[str, Any]] = data.get("results") or ()
+    if not rows:
+        return ""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    numeric = [all(isinstance(row.get(key), int | float | None) for row in rows) for key in columns]
+    table = ["| " + " | ".join(_text(key) for key in columns) + " |"]
+    table.append("|" + "|".join("---:" if right else "---" for right in numeric) + "|")
+    table += ["| " + " | ".join(_cell(row.get(key)) for key in columns) + " |" for row in rows]
+    return "## Results\n\n" + "\n".join(table)
+
+
+def _limits(data: Mapping[str, Any]) -> str:
+    limits = [
+        "What helps one model may not help another: results hold for the teacher, the tasks and the support set "
+        "named here.",
+        "Demonstrations are shown as they stand in the support set, mistakes and biases included.",
+        *(data.get("limits") or ()),
+    ]
+    return "## Limits\n\n" + "\n".join(f"- {_text(limit)}" for limit in limits)
+
+
+def _linked(name: str) -> str:
+    text = _text(name)
+    return f"[{text}](https://huggingface.co/{name})" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) else text
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return _text(value)
+
+
+def _text(value: Any) -> str:
+    """One line that no table or list can be broken with."""
+    return " ".join(str(value).replace("|", "\\|").split())

@@ -1,0 +1,607 @@
+"""In-context learning as transformers pipelines: `icl-vqa`, `icl-image-classification`, `icl-image-captioning`.
+
+Each retrieves demonstrations for its inputs, shows them to the LVLM before the question, and answers in the shape that
+the transformers pipeline of its kind does. Importing this module registers the three tasks with transformers.
+
+```python
+vqa = transformers.pipeline("icl-vqa", model="HuggingFaceTB/SmolVLM-256M-Instruct", retriever="me/drum-okvqa")
+vqa(image="bus.jpg", question="What colour is the bus?")  # [{"answer": …, "demonstrations": […]}]
+```
+"""
+
+# Hooks of Pipeline are declared wider than any pipeline's, as transformers' own subclasses narrow them too:
+# mypy: disable-error-code="assignment,override"
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import GeneratorType, SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import AutoModelForImageTextToText
+from transformers.image_utils import load_image
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.base import Pipeline
+
+from .errors import ImageError, RowError
+from .lvlm.local import TransformersLVLM, _load_processor
+from .types import Demonstration, ICLRequest, Query
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .retriever import DemoRetriever
+
+__all__ = [
+    "DEFAULT_LVLM",
+    "ICLImageCaptioningPipeline",
+    "ICLImageClassificationPipeline",
+    "ICLPipeline",
+    "ICLVQAPipeline",
+    "pipeline",
+]
+
+logger = logging.getLogger(__name__)
+
+#: The LVLM where neither the user nor the retriever names one, at a pinned commit. Our choice: the smallest on the Hub
+#: that is tuned to follow instructions and takes several images.
+DEFAULT_LVLM = ("HuggingFaceTB/SmolVLM-256M-Instruct", "7e3e67edbbed1bf9888184d9df282b700a323964")
+
+Order = Literal["best_last", "best_first"]
+
+
+class ICLPipeline(Pipeline):
+    """What the in-context learning pipelines share: inputs, draft, retrieval, and the conversation shown to the LVLM.
+
+    Args:
+        model: an image-text-to-text model.
+        processor: its processor; loaded from where the model came from if left out.
+        retriever: a `DemoRetriever`, its directory or Hub id; None answers zero-shot, without demonstrations.
+        lvlm: a `TransformersLVLM` around `model`, whose settings (system turn, image position, batch limits) are kept;
+            made from model and processor if left out.
+        local_files_only: load a retriever that is named from files that are here already.
+        num_shots: demonstrations a query; 0 for none. 4 unless told.
+        order: whether the most useful demonstration stands last, nearest the query ("best_last", UDR's order and the
+            default), or first ("best_first").
+        draft: whether the LVLM first answers without demonstrations and the retriever reads that answer with the query
+            (DRUM's draft response). "auto", the default: if the retriever gives responses any weight. An input that
+            brings its own `draft` needs no such pass.
+        max_new_tokens: the longest answer, and the longest draft. 32 unless told (64 for captions).
+        prompt: what is asked where an input asks nothing. Default: the support set's most common prompt.
+        timeout: seconds to wait for an image from the web.
+        return_demonstrations: whether `demonstrations` stand in the results.
+        kwargs: `task`, `device`, `batch_size`, `num_workers`, … as in every transformers pipeline.
+
+    Every argument from `num_shots` to `return_demonstrations` may also be given to a call, for that call.
+
+    Answers are greedy. Errors: those of the retriever (such as `TooFewDemonstrationsError`) and of
+    `TransformersLVLM` (such as `ContextOverflowError`), and
+        RowError: an input can't be used.
+        ImageError: its image can't be read.
+    """
+
+    # Tried, and loaded by us where that fails: some processors want torchvision for videos that are never shown.
+    _load_processor = None
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+    # False keeps `max_new_tokens` and `top_k` arguments of ours, and refuses sampling ones instead of ignoring them:
+    # TransformersLVLM.generate is greedy.
+    _pipeline_calls_generate = False
+
+    #: What is asked where neither the input nor the support set says so (our choice).
+    fallback_prompt = ""
+    #: Longest answer, in tokens (our choice).
+    default_max_new_tokens = 32
+    #: Whether results hold their demonstrations.
+    default_return_demonstrations = True
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any = None,
+        *,
+        retriever: DemoRetriever | str | os.PathLike[str] | None = None,
+        lvlm: TransformersLVLM | None = None,
+        local_files_only: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.retriever = _load_retriever(retriever, local_files_only=local_files_only)
+        if isinstance(model, _UnnamedLVLM):
+            model, processor = model.load(self.retriever, kwargs.get("dtype"), local_files_only)
+        if lvlm is not None and kwargs.get("device") is None and not hasattr(model, "hf_device_map"):
+            kwargs["device"] = model.device  # where the user put it, not the first accelerator
+        if processor is None:
+            processor = _processor_of(model, local_files_only)
+        super().__init__(model=model, processor=processor, **kwargs)
+        self.lvlm = lvlm or TransformersLVLM(self.model, processor, batch_size=self._batch_size or 16)
+        self._common_prompt: tuple[Any, str] | None = None
+        teacher = _teacher_of(self.retriever)
+        if teacher is not None and teacher[0] != self.lvlm.name:
+            logger.info("the retriever learned from %s; %s answers", teacher[0], self.lvlm.name)
+
+    # ---- what a user calls ----
+
+    def __call__(self, image: Any = None, prompt: Any = None, **kwargs: Any) -> Any:
+        """Answer one input or many.
+
+        Args:
+            image: a picture (PIL image, path, address or base64 text); or an input: a dict with `image`, `prompt` (or
+                `question`) and, where wanted, `draft`, `id` and `group`, or a `Query`; or several of either: a list, a
+                generator, a `datasets.Dataset`, a `TripletTable`. The row and the group that an input names are never
+                among its demonstrations.
+            prompt: what is asked of every input that asks nothing itself; or a list, one for each image.
+            kwargs: arguments of the pipeline for this call, and `batch_size`, `num_workers`.
+
+        Returns:
+            For one input its result, a list of dicts; for a list a list of results; for a generator, a data set or a
+            table an iterator over results, made as they are asked for.
+        """
+        if isinstance(prompt, (list, tuple)):
+            image = _pairs(image, prompt)
+        elif prompt is not None:
+            kwargs["prompt"] = prompt
+            image = {"image": None} if image is None else image
+        elif image is None:
+            raise ValueError(f"expected an image, a dict or several of them for {self.task}, came nothing")
+        inputs = _as_inputs(image)
+        if isinstance(inputs, list) and not inputs:
+            return []
+        return super().__call__(inputs, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save the LVLM and its processor, and the retriever in the folder `retriever`.
+
+        All of it loads again with `pipeline(task, model=save_directory, retriever=f"{save_directory}/retriever")`.
+
+        Args:
+            save_directory: created if it is missing.
+            kwargs: for the model's and the processor's `save_pretrained`.
+        """
+        # Not the base class's way, which leaves the processor out and would write our source beside the weights.
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.lvlm.processor.save_pretrained(save_directory, **kwargs)
+        if self.retriever is not None:
+            self.retriever.save_pretrained(os.path.join(save_directory, "retriever"))
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Push the LVLM and its processor; the retriever has a `push_to_hub` of its own, for a repository of its own.
+
+        Args:
+            repo_id: such as "me/my-lvlm".
+            kwargs: for the model's and the processor's `push_to_hub`.
+
+        Returns:
+            Address of the last commit.
+        """
+        model: Any = self.model  # transformers wraps the method in a way that types lose `self`
+        model.push_to_hub(repo_id, **kwargs)
+        return self.lvlm.processor.push_to_hub(repo_id, **kwargs)
+
+    # ---- what Pipeline asks for ----
+
+    def _sanitize_parameters(
+        self,
+        num_shots: int | None = None,
+        order: Order | None = None,
+        draft: bool | Literal["auto"] | None = None,
+        max_new_tokens: int | None = None,
+        prompt: str | None = None,
+        timeout: float | None = None,
+        return_demonstrations: bool | None = None,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        if num_shots is not None and (isinstance(num_shots, bool) or not isinstance(num_shots, int) or num_shots < 0):
+            raise ValueError(f"expected num_shots to be 0 or more, came {num_shots!r}")
+        if num_shots and self.retriever is None:
+            raise ValueError(
+                f"num_shots={num_shots} demonstrations were asked for, but there is nothing to retrieve them from; "
+                "pass retriever= a DemoRetriever, its directory or Hub id, or leave num_shots out for zero-shot"
+            )
+        if order not in (None, "best_last", "best_first"):
+            raise ValueError(f'expected order "best_last" or "best_first", came {order!r}')
+        if draft not in (None, "auto", True, False):
+            raise ValueError(f'expected draft "auto", True or False, came {draft!r}')
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise ValueError(f"expected max_new_tokens of at least 1, came {max_new_tokens}")
+        if prompt is not None and not isinstance(prompt, str):
+            raise TypeError(f"expected a prompt as text, came {type(prompt).__name__}")
+        forward = {"num_shots": num_shots, "order": order, "draft": draft, "max_new_tokens": max_new_tokens}
+        return (
+            _given({"prompt": prompt, "timeout": timeout}),
+            _given(forward),
+            _given({"return_demonstrations": return_demonstrations}),
+        )
+
+    def preprocess(self, input_: Any, prompt: str | None = None, timeout: float | None = None) -> dict[str, Any]:
+        if isinstance(input_, Query):
+            return {"query": input_}
+        if isinstance(input_, Demonstration):
+            return {"query": Query(input_.image, input_.prompt, None, input_.id, input_.group)}
+        row = input_ if isinstance(input_, Mapping) else {"image": input_}
+        if "image" not in row and "question" not in row and "prompt" not in row:
+            raise RowError(f"expected an input with 'image' and 'prompt' (or 'question'), came the keys {list(row)}")
+        asked = next((row[key] for key in ("question", "prompt") if row.get(key) is not None), prompt)
+        asked = self._default_prompt() if asked is None else asked
+        draft = row.get("draft")
+        for name, text in (("prompt", asked), ("draft", draft)):
+            if text is not None and not isinstance(text, str):
+                raise RowError(f"{_named(row)}: expected {name!r} as text, came {type(text).__name__}")
+        image = row.get("image")
+        if image is not None:
+            image = _read_image(image, _named(row), timeout)
+        elif not asked:
+            raise RowError(f"{_named(row)}: expected an image or a prompt, both are empty")
+        id, group = (None if row.get(key) is None else str(row[key]) for key in ("id", "group"))
+        return {"query": Query(image, asked, draft, id, group)}
+
+    def _forward(self, input_tensors: dict[str, Any], **parameters: Any) -> Any:
+        # A single query comes by itself, a batch as a list; results leave in the same shape.
+        queries = input_tensors["query"]
+        single = isinstance(queries, Query)
+        results = self._run([queries] if single else queries, **parameters)
+        return {name: values[0] for name, values in results.items()} if single else results
+
+    def postprocess(
+        self, model_outputs: Any, return_demonstrations: bool | None = None, **task_parameters: Any
+    ) -> list[dict[str, Any]]:
+        results = self._results(model_outputs["answer"], **task_parameters)
+        if self.default_return_demonstrations if return_demonstrations is None else return_demonstrations:
+            for result in results:
+                result["demonstrations"] = model_outputs["demonstrations"]
+        return results
+
+    @abstractmethod
+    def _results(self, answer: Any) -> list[dict[str, Any]]:
+        """One answer in the task's shape."""
+
+    # ---- the work ----
+
+    def _run(
+        self,
+        queries: list[Query],
+        *,
+        num_shots: int = 4,
+        order: Order = "best_last",
+        draft: bool | Literal["auto"] = "auto",
+        max_new_tokens: int | None = None,
+        **task_parameters: Any,
+    ) -> dict[str, list[Any]]:
+        max_new_tokens = max_new_tokens or self.default_max_new_tokens
+        answer = self._answerer(max_new_tokens=max_new_tokens, **task_parameters)
+        shots: list[tuple[Demonstration, ...]] = [()] * len(queries)
+        shown: list[list[dict[str, Any]]] = [[] for _ in queries]
+        if self.retriever is not None and num_shots:
+            asked = self._with_drafts(queries, draft, max_new_tokens)
+            step = -1 if order == "best_last" else 1
+            for i, found in enumerate(self.retriever(asked, k=num_shots)):
+                shots[i] = found.demonstrations[::step]
+                shown[i] = found.to_dict()["demonstrations"][::step]
+        requests = [ICLRequest(query, seen) for query, seen in zip(queries, shots, strict=True)]
+        return {"answer": answer(requests), "demonstrations": shown}
+
+    def _answerer(self, *, max_new_tokens: int) -> Callable[[list[ICLRequest]], list[Any]]:
+        """How requests are answered; whatever is wrong with its parameters raises before any work is done."""
+        return lambda requests: self.lvlm.generate(requests, max_new_tokens=max_new_tokens)
+
+    def _with_drafts(self, queries: list[Query], draft: bool | Literal["auto"], max_new_tokens: int) -> list[Query]:
+        """The queries as the retriever gets them: each with its own draft, with the LVLM's, or with an empty one."""
+        bare = [i for i, query in enumerate(queries) if query.draft is None]
+        texts = [""] * len(bare)  # not None: a retriever with an LVLM of its own would ask that
+        if bare and (getattr(self.retriever, "uses_drafts", False) if draft == "auto" else draft):
+            texts = self.lvlm.generate([ICLRequest(queries[i]) for i in bare], max_new_tokens=max_new_tokens)
+        asked = list(queries)
+        for i, text in zip(bare, texts, strict=True):
+            asked[i] = dataclasses.replace(queries[i], draft=text)
+        return asked
+
+    def _default_prompt(self) -> str:
+        if self.retriever is None:
+            return self.fallback_prompt
+        support = self.retriever.support
+        if self._common_prompt is None or self._common_prompt[0] is not support:
+            self._common_prompt = (support, Counter(support.prompts).most_common(1)[0][0])
+        return self._common_prompt[1]
+
+
+class ICLVQAPipeline(ICLPipeline):
+    """Visual question answering from demonstrations: task `icl-vqa`. Arguments are those of `ICLPipeline`.
+
+    Every input needs a question: `vqa(image=…, question=…)`, or dicts with `image` and `question` (or `prompt`). The
+    result is `[{"answer": str, "demonstrations": [{"id", "prompt", "response", "score"}, …]}]`, demonstrations in the
+    order shown to the LVLM.
+    """
+
+    def __call__(self, image: Any = None, question: Any = None, **kwargs: Any) -> Any:
+        """Answer one question or many; `question` is what `ICLPipeline` calls the prompt."""
+        return super().__call__(image, kwargs.pop("prompt", None) if question is None else question, **kwargs)
+
+    def _default_prompt(self) -> str:
+        raise RowError(
+            "expected a question for every image, came none; pass question=, or dicts with 'image' and 'question'"
+        )
+
+    def _results(self, answer: str) -> list[dict[str, Any]]:
+        return [{"answer": answer}]
+
+
+class ICLImageCaptioningPipeline(ICLPipeline):
+    """Captions from demonstrations: task `icl-image-captioning`. Arguments are those of `ICLPipeline`.
+
+    The result is `[{"generated_text": str, "demonstrations": [{"id", "prompt", "response", "score"}, …]}]`,
+    demonstrations in the order shown to the LVLM.
+    """
+
+    fallback_prompt = "Describe the image in one sentence."
+    default_max_new_tokens = 64
+
+    def _results(self, answer: str) -> list[dict[str, Any]]:
+        return [{"generated_text": answer}]
+
+
+class ICLImageClassificationPipeline(ICLPipeline):
+    """Classification from demonstrations: task `icl-image-classification`.
+
+    The LVLM scores every candidate label as its answer, and the scores of all labels sum to 1. The result is
+    `[{"label": str, "score": float}, …]`, best first; with `return_demonstrations=True` each also holds the
+    `demonstrations` of its image.
+
+    Args:
+        candidate_labels: the classes. Default: the labels of the support set.
+        top_k: labels in the result; 5 unless told, as in `image-classification`.
+        kwargs: see `ICLPipeline`. `max_new_tokens` limits the draft only.
+    """
+
+    fallback_prompt = "What does the image show?"
+    default_return_demonstrations = False
+
+    def _sanitize_parameters(
+        self, candidate_labels: Sequence[str] | None = None, top_k: int | None = None, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        if candidate_labels is not None:
+            forward["candidate_labels"] = _checked_labels(candidate_labels)
+        if top_k is not None:
+            if top_k < 1:
+                raise ValueError(f"expected top_k of at least 1, came {top_k}")
+            postprocess["top_k"] = top_k
+        return preprocess, forward, postprocess
+
+    def _answerer(
+        self, *, max_new_tokens: int, candidate_labels: tuple[str, ...] = ()
+    ) -> Callable[[list[ICLRequest]], list[Any]]:
+        labels = candidate_labels or (self.retriever.support.label_set if self.retriever is not None else ())
+        if not labels:
+            source = "there is no retriever" if self.retriever is None else "the support set has no labels"
+            raise ValueError(
+                f"expected candidate_labels=, since {source} to take them from; pass the list of classes, or a "
+                "retriever whose support set has a column 'label'"
+            )
+
+        def answer(requests: list[ICLRequest]) -> list[Any]:
+            asked = (ICLRequest(r.query, r.demonstrations, choices=labels) for r in requests)
+            return [dict(zip(labels, self.lvlm.label_scores(r).tolist(), strict=True)) for r in asked]
+
+        return answer
+
+    def _results(self, answer: dict[str, float], top_k: int = 5) -> list[dict[str, Any]]:
+        best = sorted(answer.items(), key=lambda item: item[1], reverse=True)[:top_k]
+        return [{"label": label, "score": math.exp(score)} for label, score in best]
+
+
+_TASKS: dict[str, type[ICLPipeline]] = {
+    "icl-vqa": ICLVQAPipeline,
+    "icl-image-classification": ICLImageClassificationPipeline,
+    "icl-image-captioning": ICLImageCaptioningPipeline,
+}
+
+
+def pipeline(
+    task: str,
+    model: Any = None,
+    *,
+    retriever: DemoRetriever | str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """`transformers.pipeline` for the tasks of in-context learning, with the retriever's own LVLM as the default.
+
+    Args:
+        task: `icl-vqa`, `icl-image-classification` or `icl-image-captioning`.
+        model: an image-text-to-text model: Hub id, directory, loaded model or `TransformersLVLM`. Default: the LVLM
+            that the retriever learned from, at the revision it recorded.
+        retriever: a `DemoRetriever`, its directory or Hub id; None answers zero-shot, without demonstrations.
+        revision: of the model.
+        token, local_files_only: for both, where they are named.
+        kwargs: see `ICLPipeline` and `transformers.pipeline`.
+
+    Returns:
+        The task's `ICLPipeline`.
+
+    Raises:
+        ValueError: the task is not one of the three; there is neither a model nor a retriever that names one; or an
+            argument is out of range.
+        OSError: there is no such model or retriever.
+    """
+    import transformers
+
+    build: Any = transformers.pipeline  # typed for its own tasks alone
+    if task not in _TASKS:
+        raise ValueError(f"expected one of the tasks {', '.join(_TASKS)}, came {task!r}; use transformers.pipeline")
+    loaded = _load_retriever(retriever, token=token, local_files_only=local_files_only)
+    if local_files_only:
+        kwargs["local_files_only"] = True
+    if isinstance(model, TransformersLVLM):
+        kwargs |= {"lvlm": model, "processor": model.processor}
+        model = model.model
+    if model is not None:
+        return build(task, model=model, revision=revision, token=token, retriever=loaded, **kwargs)
+    teacher = _teacher_of(loaded)
+    if teacher is None:
+        found = "no retriever" if loaded is None else "a retriever that records no teacher"
+        raise ValueError(
+            f"expected model=, or a retriever that names the LVLM it learned from, came {found}; pass "
+            f"model= with a directory or Hub id, such as {DEFAULT_LVLM[0]!r}"
+        )
+    name, recorded = teacher
+    try:
+        return build(task, model=name, revision=revision or recorded, token=token, retriever=loaded, **kwargs)
+    except OSError as error:
+        raise _no_teacher(name, error) from error
+
+
+class _UnnamedLVLM(os.PathLike):
+    """Stands in where `transformers.pipeline` is given no model, until the pipeline, which has the retriever, knows.
+
+    transformers finds default models by task alone. With a name it would download the default before our class is
+    called; this it hands through as it does a loaded model.
+    """
+
+    config = SimpleNamespace(_commit_hash=None)  # transformers 5.0 reads it of any model
+
+    def __fspath__(self) -> str:
+        return os.curdir  # transformers 5.2x looks up on the Hub what is not a path that exists
+
+    def __str__(self) -> str:
+        return f"the LVLM that the retriever learned from ({DEFAULT_LVLM[0]} without one)"
+
+    def load(self, retriever: DemoRetriever | None, dtype: Any, local_files_only: bool) -> tuple[Any, Any]:
+        """Model and processor, on the CPU: the pipeline moves them."""
+        teacher = _teacher_of(retriever)
+        name, revision = teacher or DEFAULT_LVLM
+        try:
+            lvlm = TransformersLVLM.from_pretrained(
+                name, revision=revision, dtype=dtype or "auto", device="cpu", local_files_only=local_files_only
+            )
+        except OSError as error:
+            if teacher is None:
+                raise
+            raise _no_teacher(name, error) from error
+        logger.info("no model was named: %s answers", lvlm.name)
+        return lvlm.model, lvlm.processor
+
+
+def _teacher_of(retriever: DemoRetriever | None) -> tuple[str, str | None] | None:
+    """Name and revision of the LVLM that a retriever learned from, if it records one."""
+    teacher = (retriever.teacher if retriever is not None else None) or {}
+    return (teacher["name"], teacher.get("revision")) if teacher.get("name") else None
+
+
+def _no_teacher(name: str, error: OSError) -> OSError:
+    return OSError(
+        f"expected to load {name!r}, the LVLM that the retriever learned from, but it isn't there ({error}); pass "
+        "model= with the directory or Hub id of the LVLM that is to answer"
+    )
+
+
+def _load_retriever(retriever: Any, **hub: Any) -> DemoRetriever | None:
+    if isinstance(retriever, (str, os.PathLike)):
+        from .retriever import DemoRetriever
+
+        return DemoRetriever.from_pretrained(os.fspath(retriever), **hub)
+    if retriever is not None and not callable(retriever):
+        raise TypeError(
+            f"expected retriever= to be a DemoRetriever, its directory or Hub id, came {type(retriever).__name__}; "
+            "DemoRetriever.from_encoder makes one from a table"
+        )
+    return retriever
+
+
+def _processor_of(model: Any, local_files_only: bool) -> Any:
+    name, commit = getattr(model, "name_or_path", ""), getattr(model.config, "_commit_hash", None)
+    if not name:
+        raise ValueError(
+            f"expected processor= beside a {type(model).__name__} that doesn't say where it was loaded from"
+        )
+    hub: dict[str, Any] = {"local_files_only": local_files_only} | ({"revision": commit} if commit else {})
+    return _load_processor(name, model.config, **hub)
+
+
+def _given(parameters: dict[str, Any]) -> dict[str, Any]:
+    # Pipeline lays a call's parameters over those of its construction: what is not given must not be there.
+    return {name: value for name, value in parameters.items() if value is not None}
+
+
+def _checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(labels, str) or not labels or not all(isinstance(label, str) and label.strip() for label in labels):
+        raise ValueError(f"expected candidate_labels as a list of one text or more, came {labels!r}")
+    stripped = tuple(label.strip() for label in labels)
+    twice = [label for label, count in Counter(stripped).items() if count > 1]
+    if twice:
+        raise ValueError(f"expected distinct candidate_labels, came {twice[0]!r} more than once")
+    return stripped
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    return "input" if row.get("id") is None else f"input with id {row['id']!r}"
+
+
+def _read_image(image: Any, where: str, timeout: float | None) -> Image:
+    source = os.fspath(image) if isinstance(image, os.PathLike) else image
+    try:
+        return load_image(source, timeout=timeout)
+    # Decoders and the network raise nearly anything, and transformers repeats a whole base64 text in its message.
+    except Exception as error:
+        came = f"{source[:80]!r}" if isinstance(source, str) else type(source).__name__
+        raise ImageError(
+            f"{where}: expected an image as a PIL image, a path, an address or base64 text, came {came}, which can't "
+            f"be read ({type(error).__name__})"
+        ) from error
+
+
+def _pairs(image: Any, prompts: Sequence[Any]) -> list[dict[str, Any]]:
+    """An input for each prompt, on its own image or on the one image of all."""
+    images = image if isinstance(image, (list, tuple)) else [image] * len(prompts)
+    if len(images) != len(prompts):
+        raise ValueError(f"expected a prompt for each image, came {len(images)} images and {len(prompts)} prompts")
+    return [{"image": im, "prompt": prompt} for im, prompt in zip(images, prompts, strict=True)]
+
+
+class _Rows(torch.utils.data.Dataset):
+    """A `datasets.Dataset` as what Pipeline takes for one."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index]
+
+
+def _as_inputs(inputs: Any) -> Any:
+    """Inputs as Pipeline knows them: one, a list, a torch Dataset, or a generator."""
+    import datasets
+
+    if isinstance(inputs, (list, GeneratorType, torch.utils.data.Dataset, str, os.PathLike, Mapping)):
+        return inputs
+    if isinstance(inputs, tuple):
+        return list(inputs)
+    if isinstance(inputs, datasets.Dataset):
+        return _Rows(inputs)
+    return (item for item in inputs) if isinstance(inputs, Iterable) else inputs
+
+
+def _register() -> None:
+    for task, pipeline_class in _TASKS.items():
+        if PIPELINE_REGISTRY.supported_tasks.get(task, {}).get("impl") is not pipeline_class:
+            PIPELINE_REGISTRY.register_pipeline(
+                task,
+                pipeline_class=pipeline_class,
+                pt_model=AutoModelForImageTextToText,
+                default={"model": (_UnnamedLVLM(), None)},
+                type="multimodal",
+            )
+
+
+_register()

@@ -1,0 +1,918 @@
+"""`DemoRetriever`: encoder, index and support set, called like a pipeline; loaded, saved and pushed like a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from .data import TripletTable, load_table
+from .errors import ColumnError, DimensionMismatchError, ImageError, RowError, SavedFileError
+from .index import DemoIndex
+from .model_card import render_card
+from .types import LVLM, Demonstration, ICLRequest, Query, Retrieval
+
+if TYPE_CHECKING:
+    import datasets
+    from peft import LoraConfig
+    from sentence_transformers import SentenceTransformer
+
+    from .encoder import JointEncoder
+
+__all__ = ["STRATEGIES", "DemoRetriever"]
+
+logger = logging.getLogger(__name__)
+
+#: What is compared, by the names that the literature gives it -> weights of image, prompt and response: similar image,
+#: similar text (the prompt), both, and both with the LVLM's draft against the demonstrations' responses.
+STRATEGIES: dict[str, tuple[float, float, float]] = {
+    "si": (1.0, 0.0, 0.0),
+    "st": (0.0, 1.0, 0.0),
+    "sit": (1.0, 1.0, 0.0),
+    "sit+draft": (1.0, 1.0, 1.0),
+}
+
+_FORMAT_VERSION = 1
+_CONFIG, _CARD, _SUPPORT, _ENCODER, _INDEX = "drum_config.json", "README.md", "support.parquet", "encoder", "index"
+_QUERY_KEYS = frozenset({"image", "prompt", "question", "draft", "id", "group"})
+#: Columns of a table that a query has no use for: gold answers are never looked at.
+_LEFT_ASIDE = frozenset({"response", "references", "label"})
+
+Queries = Iterable["Query | Demonstration | Mapping[str, Any]"]
+
+
+class DemoRetriever:
+    """Finds the demonstrations of a support set that an LVLM needs in its context for a query.
+
+    Queries are embedded as (image, prompt, draft), demonstrations as (image, prompt, response); the nearest by dot
+    product come first. A query never gets its own row, nor one of its group. The support set is embedded when it is
+    first needed. Retrieval may run in several threads at once.
+
+    Args:
+        encoder: a `SentenceTransformer` made by [`build_encoder`][drum_hf.encoder.build_encoder].
+        support: the demonstrations.
+        index_kind: "flat" (exact) or "hnsw".
+        index_options: further arguments of [`DemoIndex`][drum_hf.index.DemoIndex].
+        draft_lvlm: writes a draft (zero-shot) for queries that come without one, where the strategy uses drafts.
+        teacher: `name`, `revision`, `fingerprint` and `task` of the LVLM whose feedback trained the encoder.
+        base_model, base_revision: what the encoder was made from; taken from the encoder where left out.
+        top_k: how many demonstrations a call returns unless told (4 is our choice).
+        batch_size: items embedded at once.
+
+    Attributes:
+        teacher: as above, or None; may be set.
+        draft_lvlm: as above, or None; may be set.
+        card_data: further entries of the model card, such as `training` and `results`: see
+            [`render_card`][drum_hf.model_card.render_card]. JSON-ready; saved with the retriever.
+
+    Raises:
+        ValueError: an encoder that was not made by `build_encoder`.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from drum_hf.playground.pretraining import build_clip
+        >>> folder = tempfile.mkdtemp()
+        >>> for part in build_clip(seed=0):
+        ...     _ = part.save_pretrained(folder)
+        >>> rows = [
+        ...     {"id": c, "image": Image.new("RGB", (32, 32), c), "prompt": "what colour", "response": c}
+        ...     for c in ("red", "green", "blue")
+        ... ]
+        >>> retriever = DemoRetriever.from_encoder(folder, support=rows, strategy="sit")
+        >>> retriever({"image": Image.new("RGB", (32, 32), "red"), "prompt": "what colour"}, k=1).ids
+        ['red']
+        >>> sorted(retriever({"image": rows[0]["image"], "prompt": "what colour", "id": "red"}, k=2).ids)
+        ['blue', 'green']
+    """
+
+    def __init__(
+        self,
+        encoder: SentenceTransformer,
+        support: TripletTable,
+        *,
+        index_kind: str = "flat",
+        index_options: Mapping[str, Any] | None = None,
+        draft_lvlm: LVLM | None = None,
+        teacher: Mapping[str, Any] | None = None,
+        base_model: str | None = None,
+        base_revision: str | None = None,
+        top_k: int = 4,
+        batch_size: int = 64,
+    ) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        from .encoder import JointEncoder
+
+        modules = list(encoder) if isinstance(encoder, SentenceTransformer) else []
+        if len(modules) != 1 or not isinstance(modules[0], JointEncoder):
+            came = f" of {', '.join(type(module).__name__ for module in modules)}" if modules else ""
+            raise ValueError(
+                f"expected a SentenceTransformer whose one module is a JointEncoder, came a {type(encoder).__name__}"
+                f"{came}; make it with drum_hf.encoder.build_encoder, or give DemoRetriever.from_encoder a checkpoint"
+            )
+        self._encoder = encoder
+        self._support = _table(support)
+        self.index_kind, self.index_options = index_kind, dict(index_options or {})
+        DemoIndex(1, kind=index_kind, **self.index_options)  # type: ignore[arg-type]  # refused now, not after encoding
+        self.draft_lvlm = draft_lvlm
+        self.teacher: dict[str, Any] | None = dict(teacher) if teacher else None
+        self.base_model = base_model or self._module.base_model
+        self.base_revision = base_revision or self._module.base_revision
+        self.top_k, self.batch_size = top_k, batch_size
+        self.card_data: dict[str, Any] = {}
+        self._index: DemoIndex | None = None  # None: to be built when next needed
+        # Tokenizers keep the padding of a call as state: one thread encodes at a time.
+        self._lock = threading.RLock()
+
+    @classmethod
+    def from_encoder(
+        cls,
+        name_or_path: str | os.PathLike[str] | SentenceTransformer,
+        support: TripletTable | datasets.Dataset | Sequence[Mapping[str, Any]] | str | os.PathLike[str],
+        *,
+        strategy: str | None = None,
+        weights: Sequence[float] | Mapping[str, float] | None = None,
+        learn_weights: bool | None = None,
+        lora: bool | LoraConfig = False,
+        index_kind: str = "flat",
+        index_options: Mapping[str, Any] | None = None,
+        draft_lvlm: LVLM | None = None,
+        teacher: Mapping[str, Any] | None = None,
+        top_k: int = 4,
+        batch_size: int = 64,
+        device: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+    ) -> DemoRetriever:
+        """A retriever that has not been trained, over a CLIP or SigLIP checkpoint.
+
+        Args:
+            name_or_path: on the Hub, or a folder; or an encoder made by `build_encoder`, kept as it is but for the
+                weights.
+            support: a table, a Dataset, a list of dicts, or a path for [`load_table`][drum_hf.data.load_table].
+            strategy: "si", "st", "sit" or "sit+draft": see `STRATEGIES`. None: "sit+draft", or what the encoder has.
+            weights: of image, prompt and response, instead of a strategy.
+            learn_weights, lora, device: as in `build_encoder`.
+            index_kind, index_options, draft_lvlm, teacher, top_k, batch_size: as in the class.
+            revision, token, cache_dir, local_files_only, trust_remote_code: as everywhere in transformers.
+
+        Raises:
+            ValueError: an unknown strategy or model family, or weights that can't be used.
+            ColumnError, RowError, ImageError, DuplicateIdError, EmptySupportError: the support set can't be used.
+        """
+        from .encoder import build_encoder
+
+        table = _table(support)
+        if strategy is not None:
+            if strategy not in STRATEGIES or weights is not None:
+                came = f"{strategy!r} and weights" if weights is not None else f"{strategy!r}"
+                raise ValueError(f"expected one of the strategies {', '.join(STRATEGIES)}, or weights, came {came}")
+            weights = STRATEGIES[strategy]
+        if isinstance(name_or_path, (str, os.PathLike)):
+            encoder = build_encoder(
+                name_or_path,
+                weights=weights,
+                learn_weights=learn_weights,
+                lora=lora,
+                device=device,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                trust_remote_code=trust_remote_code,
+            )
+        else:
+            encoder = name_or_path
+            if lora:
+                raise ValueError("lora= is for an encoder that is loaded here: pass it to build_encoder instead")
+        retriever = cls(
+            encoder,
+            table,
+            index_kind=index_kind,
+            index_options=index_options,
+            draft_lvlm=draft_lvlm,
+            teacher=teacher,
+            top_k=top_k,
+            batch_size=batch_size,
+        )
+        if encoder is name_or_path:
+            if weights is not None:
+                retriever._module.weights = weights  # type: ignore[assignment]
+            if learn_weights is not None:
+                retriever._module.learn_weights = learn_weights
+        return retriever
+
+    # What it holds
+
+    @property
+    def encoder(self) -> SentenceTransformer:
+        """The encoder; call `mark_stale` after training it."""
+        return self._encoder
+
+    @property
+    def _module(self) -> JointEncoder:
+        return self._encoder[0]  # type: ignore[return-value]
+
+    @property
+    def support(self) -> TripletTable:
+        """The demonstrations."""
+        return self._support
+
+    @property
+    def index(self) -> DemoIndex:
+        """The support set's vectors; embeds them first if that is due."""
+        with self._lock:
+            if self._index is None:
+                self.refresh()
+            assert self._index is not None
+            return self._index
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of image, prompt and response; they sum to 1. Set them on `encoder[0]`, then call `mark_stale`."""
+        return self._module.weights
+
+    @property
+    def strategy(self) -> str:
+        """The name in `STRATEGIES` of the parts that are compared; their names joined by "+" where there is none."""
+        used = {part for part, weight in self.weights.items() if weight}
+        for name, weights in STRATEGIES.items():
+            if used == {part for part, weight in zip(self.weights, weights, strict=True) if weight}:
+                return name
+        return "+".join(part for part in self.weights if part in used)
+
+    @property
+    def uses_drafts(self) -> bool:
+        """Whether responses are compared, so that a query is better with a draft."""
+        return self.weights["response"] > 0
+
+    def __len__(self) -> int:
+        return len(self._support)
+
+    def __repr__(self) -> str:
+        teacher = f", teacher={self.teacher.get('name')!r}" if self.teacher else ""
+        return (
+            f"DemoRetriever({self.base_model!r}, strategy={self.strategy!r}, {len(self)} demonstrations, "
+            f"index={self.index_kind!r}{teacher})"
+        )
+
+    # Retrieving
+
+    @overload
+    def __call__(
+        self, queries: Query | Demonstration | Mapping[str, Any], k: int | None = ..., *, exclude_self: bool = ...
+    ) -> Retrieval: ...
+
+    @overload
+    def __call__(
+        self,
+        queries: list[Any] | tuple[Any, ...],
+        k: int | None = ...,
+        *,
+        exclude_self: bool = ...,
+    ) -> list[Retrieval]: ...
+
+    @overload
+    def __call__(
+        self, queries: Queries | datasets.Dataset, k: int | None = ..., *, exclude_self: bool = ...
+    ) -> Iterator[Retrieval]: ...
+
+    def __call__(
+        self, queries: Any, k: int | None = None, *, exclude_self: bool = True
+    ) -> Retrieval | list[Retrieval] | Iterator[Retrieval]:
+        """The k demonstrations that each query needs most, most useful first.
+
+        A query is a `Query`, or a dict with `image` (PIL image, path or URL) and `prompt` (or `question`), and where
+        they are known `draft`, `id` and `group`. A row of the support set can be given as it is: its response is not
+        looked at.
+
+        Args:
+            queries: one query; a list of them; or a generator, a TripletTable or a `datasets.Dataset`, which are read
+                a batch at a time while the results are drawn.
+            k: how many; None: `top_k`. A query gets fewer where its exclusions leave fewer.
+            exclude_self: leave out the query's own id and group.
+
+        Returns:
+            A Retrieval; a list of them; or a generator of them.
+
+        Raises:
+            ColumnError, RowError, ImageError: a query can't be used.
+            ValueError: k is below 1.
+            TooFewDemonstrationsError: k is more than the support set holds.
+        """
+        k = self.top_k if k is None else k
+        if isinstance(queries, (Query, Demonstration, Mapping)):
+            return self._retrieve([queries], k, exclude_self)[0]
+        if isinstance(queries, (list, tuple)):
+            return self._retrieve(queries, k, exclude_self) if queries else []
+        if isinstance(queries, (str, bytes)) or not isinstance(queries, Iterable):
+            raise ColumnError(
+                f"expected a query (a dict with 'image' and 'prompt', or a Query), or several, came "
+                f"{type(queries).__name__}"
+            )
+        return self._retrieve_lazily(queries, k, exclude_self)
+
+    def _retrieve(self, queries: Queries, k: int, exclude_self: bool) -> list[Retrieval]:
+        made = [_query(query) for query in queries]
+        with self._lock:  # index and support of one moment
+            ids, scores = self.retrieve_ids(made, k, exclude_self=exclude_self)
+            support = self._support
+        return [
+            Retrieval(query.id, tuple(support.demonstrations(found)), tuple(map(float, values)))
+            for query, found, values in zip(made, ids, scores, strict=True)
+        ]
+
+    def _retrieve_lazily(self, queries: Queries, k: int, exclude_self: bool) -> Iterator[Retrieval]:
+        for chunk in _chunks(queries, self.batch_size):
+            yield from self._retrieve(chunk, k, exclude_self)
+
+    def retrieve_ids(
+        self, queries: Queries, k: int | None = None, *, exclude_self: bool = True
+    ) -> tuple[list[list[str]], list[np.ndarray]]:
+        """As a call, but ids and scores alone: no image of a demonstration is read.
+
+        Args:
+            queries: any iterable, read once, a few batches at a time.
+            k, exclude_self: as in a call.
+
+        Returns:
+            For each query its demonstrations' ids, most useful first, and a float32 array of their scores in [-1, 1].
+        """
+        ids: list[str | None] = []
+        groups: list[str | None] = []
+
+        def note(query: Query) -> None:
+            ids.append(query.id if exclude_self else None)
+            groups.append(query.group if exclude_self else None)
+
+        with self._lock:
+            vectors = self._encode_queries(queries, note)
+            if not len(vectors):
+                return [], []
+            k = self.top_k if k is None else k
+            return self.index.search(vectors, k, exclude_ids=ids, exclude_groups=groups)
+
+    def encode_queries(self, queries: Queries) -> np.ndarray:
+        """Embed queries: float32 of shape (number of queries, dimension), rows of unit length."""
+        return self._encode_queries(queries, lambda query: None)
+
+    def encode_support(self, ids: Iterable[str] | None = None) -> np.ndarray:
+        """Embed demonstrations with the encoder as it is now: float32 of shape (number of ids, dimension).
+
+        Args:
+            ids: of the support set; None: all of them, in order.
+
+        Raises:
+            MissingIdError: an id is not in the support set.
+            NonFiniteEmbeddingError: the encoder gave NaN or infinity.
+        """
+        return self._encode_demonstrations(self._support, self._support.ids if ids is None else list(ids))
+
+    def _encode_queries(self, queries: Queries, note: Callable[[Query], None]) -> np.ndarray:
+        used = self._used()
+
+        def items(rows: Queries) -> Iterator[dict[str, Any]]:
+            for position, query in enumerate(self._drafted(map(_query, rows))):
+                note(query)
+                yield _item(query.image, query.prompt, query.draft, used, _name(query.id, position))
+
+        return self._encode(_Sized(queries, items) if hasattr(queries, "__len__") else items(queries))
+
+    def _encode_demonstrations(self, table: TripletTable, ids: list[str]) -> np.ndarray:
+        used = self._used()
+
+        def items(rows: list[str]) -> Iterator[dict[str, Any]]:
+            for id in rows:
+                row = table[id]
+                yield _item(row.image, row.prompt, row.response, used, f"demonstration {id!r}")
+
+        return self._encode(_Sized(ids, items))
+
+    def _encode(self, items: Iterable[dict[str, Any]]) -> np.ndarray:
+        from .encoder import encode_items
+
+        with self._lock:
+            return encode_items(self._encoder, items, batch_size=self.batch_size)
+
+    def _used(self) -> tuple[str, ...]:
+        return tuple(part for part, weight in self.weights.items() if weight)
+
+    def _drafted(self, queries: Iterable[Query]) -> Iterator[Query]:
+        if self.draft_lvlm is None or not self.uses_drafts:
+            yield from queries
+            return
+        for chunk in _chunks(queries, self.batch_size):
+            bare = [position for position, query in enumerate(chunk) if query.draft is None]
+            drafts = self.draft_lvlm.generate([ICLRequest(chunk[position]) for position in bare]) if bare else []
+            for position, draft in zip(bare, drafts, strict=True):
+                chunk[position] = dataclasses.replace(chunk[position], draft=draft)
+            yield from chunk
+
+    def query_features(self, queries: Queries) -> dict[str, Any]:
+        """What the encoder's `forward` takes for queries; see `JointEncoder.preprocess`. For training."""
+        used = self._used()
+        made = enumerate(map(_query, queries))
+        return self._encoder.preprocess([_item(q.image, q.prompt, q.draft, used, _name(q.id, i)) for i, q in made])
+
+    def demonstration_features(self, ids: Iterable[str]) -> dict[str, Any]:
+        """What the encoder's `forward` takes for demonstrations. For training.
+
+        Raises:
+            MissingIdError: an id is not in the support set.
+        """
+        used = self._used()
+        rows = self._support.demonstrations(ids)
+        return self._encoder.preprocess(
+            [_item(d.image, d.prompt, d.response, used, f"demonstration {d.id!r}") for d in rows]
+        )
+
+    # Changing it
+
+    def record_training(self, *, teacher: Mapping[str, Any] | None, training: Mapping[str, Any]) -> None:
+        """Note whose feedback trained the encoder, and how, for the saved files and the model card.
+
+        Args:
+            teacher: as in the class.
+            training: JSON-ready name -> value, such as rounds and scored pairs.
+        """
+        self.teacher = dict(teacher) if teacher else None
+        self.card_data = {**self.card_data, "training": dict(training)}
+
+    def mark_stale(self) -> None:
+        """The encoder has changed: embed the support set anew when it is next needed."""
+        with self._lock:
+            self._index = None
+
+    def refresh(self) -> DemoRetriever:
+        """Embed the support set with the encoder as it is now, and build the index. Returns itself."""
+        with self._lock:
+            index = DemoIndex(
+                self._encoder.get_embedding_dimension() or 0,
+                kind=self.index_kind,  # type: ignore[arg-type]
+                **self.index_options,
+            )
+            index.add(self._support.ids, self.encode_support(), self._support.groups)
+            self._index = index
+        return self
+
+    def add(self, rows: TripletTable | datasets.Dataset | Sequence[Mapping[str, Any]]) -> None:
+        """Add demonstrations; all of them, or none where one is refused.
+
+        Raises:
+            DuplicateIdError: an id is in the support set already.
+            ColumnError, RowError, ImageError: a row can't be used.
+        """
+        table = _table(rows)
+        with self._lock:
+            support = self._support.concat(table)
+            if self._index is not None:
+                self._index.add(table.ids, self._encode_demonstrations(table, table.ids), table.groups)
+            self._support = support
+
+    def remove(self, ids: Iterable[str]) -> None:
+        """Remove demonstrations; all of them, or none where one is refused.
+
+        Raises:
+            MissingIdError: an id is not in the support set.
+            EmptySupportError: none would be left.
+        """
+        ids = list(ids)
+        with self._lock:
+            support = self._support.without(ids)
+            if self._index is not None:
+                self._index.remove(ids)
+            self._support = support
+
+    # Files
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        include_support: bool = True,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **hub: Any,
+    ) -> None:
+        """Write a folder from which `from_pretrained` makes the same retriever: safetensors, JSON and parquet.
+
+        `drum_config.json` lists every other file with its SHA-256, but for the card, which may be edited. With LoRA,
+        `encoder/` holds the adapter alone. Files are written aside and moved into place one by one; those of an
+        earlier save that are no longer needed are removed.
+
+        Args:
+            directory: made where it is missing.
+            include_support: False leaves the rows out: `from_pretrained` then needs `support=`. Their ids and vectors
+                are written all the same.
+            push_to_hub: upload as well, to `repo_id` (by default the directory's name).
+            **hub: as in the method `push_to_hub`.
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Beside its destination: a move within one file system is atomic.
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as made, self._lock:
+            partial = Path(made)
+            self._write(partial, include_support=include_support, repo_id=repo_id)
+            _move_into_place(partial, folder)
+        if push_to_hub:
+            self.push_to_hub(repo_id or folder.resolve().name, include_support=include_support, **hub)
+        elif hub:
+            raise ValueError(f"{', '.join(hub)} only count with push_to_hub=True")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        include_support: bool = True,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload to the Hub, in one commit that replaces an earlier retriever there.
+
+        The support set is uploaded with it: mind its licence, or pass `include_support=False`.
+
+        Args:
+            repo_id: "name" or "owner/name"; made where it is missing.
+            include_support: as in `save_pretrained`.
+            private: for a new repository; None: as the owner's settings have it.
+            token: None: that of `hf auth login`.
+            commit_message: a default where left out.
+            revision: branch to commit to; made where it is missing.
+            create_pr: open a pull request instead of committing.
+
+        Returns:
+            The address of the commit or pull request.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as made, self._lock:
+            self._write(Path(made), include_support=include_support, repo_id=repo_id)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=made,
+                commit_message=commit_message or "Upload a drum-hf retriever",
+                revision=revision,
+                create_pr=create_pr,
+                delete_patterns=[f"{_ENCODER}/*", f"{_INDEX}/*", _SUPPORT],
+            )
+        return commit.pr_url or commit.commit_url
+
+    def _write(self, folder: Path, *, include_support: bool, repo_id: str | None) -> None:
+        self._encoder.save(os.fspath(folder / _ENCODER), create_model_card=False)
+        self.index.save(folder / _INDEX)
+        if include_support:
+            self._support.save(folder / _SUPPORT)
+        config = {
+            "format_version": _FORMAT_VERSION,
+            "drum_hf_version": _version(),
+            "strategy": self.strategy,
+            "weights": self.weights,
+            "base_model": self.base_model,
+            "base_revision": self.base_revision,
+            "adapter": self._module.has_adapter,
+            "index": {"kind": self.index_kind, "options": self.index_options},
+            "support": {
+                "rows": len(self),
+                "fingerprint": self._support.fingerprint,
+                "included": include_support,
+            },
+            "teacher": self.teacher,
+            "top_k": self.top_k,
+            "card": self.card_data,
+            "files": {
+                path.relative_to(folder).as_posix(): _sha256(path)
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
+            },
+        }
+        (folder / _CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        (folder / _CARD).write_text(self._card(config, repo_id), encoding="utf-8")
+
+    def _card(self, config: Mapping[str, Any], repo_id: str | None) -> str:
+        teacher = dict(self.teacher or {})
+        if teacher.get("name") and os.path.isdir(teacher["name"]):
+            teacher["name"] = f"a local model ({Path(teacher['name']).name})"  # folders are nobody else's business
+        data = {
+            "repo_id": repo_id,
+            "base_model": None if os.path.isdir(self.base_model) else self.base_model,
+            "base_revision": self.base_revision,
+            "strategy": config["strategy"],
+            "weights": config["weights"],
+            "adapter": config["adapter"],
+            "dimension": self._encoder.get_embedding_dimension(),
+            "index": self.index_kind,
+            "support": config["support"],
+            "teacher": teacher,
+            "version": config["drum_hf_version"],
+        }
+        return render_card(data | self.card_data)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        support: TripletTable | datasets.Dataset | Sequence[Mapping[str, Any]] | str | os.PathLike[str] | None = None,
+        draft_lvlm: LVLM | None = None,
+        batch_size: int = 64,
+        device: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        trust_remote_code: bool = False,
+    ) -> DemoRetriever:
+        """Load a retriever from a folder or the Hub: results are as before it was saved.
+
+        Args:
+            name_or_path: a folder, or a repository on the Hub.
+            support: another support set; it is embedded anew, unless it is the very one that was saved. Needed where
+                the retriever was saved without one.
+            draft_lvlm, batch_size, device: as in the class.
+            revision: branch, tag or commit on the Hub.
+            token, cache_dir, local_files_only, force_download: as everywhere on the Hub.
+            trust_remote_code: run code from the base model's repository. Nothing needs it.
+
+        Raises:
+            SavedFileError: there is no such folder or repository; a file is missing, altered, or of another format
+                version; or the files don't fit one another.
+            DimensionMismatchError: the index holds vectors of another width than the encoder's.
+        """
+        from .encoder import load_encoder
+
+        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = _locate(name_or_path, revision=revision, force_download=force_download, **hub)
+        config = _read_config(folder)
+        included = config["support"]["included"]
+        if support is None and not included:
+            raise SavedFileError(
+                f"{folder}: the retriever was saved without its {config['support']['rows']} demonstrations; "
+                "pass them with support="
+            )
+        table = TripletTable.load(folder / _SUPPORT) if support is None else _table(support)
+        index = DemoIndex.load(folder / _INDEX)
+        try:
+            encoder = load_encoder(folder / _ENCODER, device=device, trust_remote_code=trust_remote_code, **hub)
+        except (OSError, ValueError, KeyError) as error:
+            base = f", which needs its base model {config['base_model']!r}" if config["adapter"] else ""
+            raise SavedFileError(
+                f"{folder / _ENCODER}: the encoder can't be loaded{base} ({error}); make the base model reachable, or "
+                "save the retriever again"
+            ) from error
+        retriever = cls(
+            encoder,
+            table,
+            index_kind=config["index"]["kind"],
+            index_options=config["index"]["options"],
+            draft_lvlm=draft_lvlm,
+            teacher=config["teacher"],
+            base_model=config["base_model"],
+            base_revision=config["base_revision"],
+            top_k=config["top_k"],
+            batch_size=batch_size,
+        )
+        retriever.card_data = config["card"]
+        width = encoder.get_embedding_dimension()
+        if index.dimension != width:
+            raise DimensionMismatchError(
+                f"{folder}: the index holds vectors of {index.dimension} dimensions, the encoder gives {width}: they "
+                "are not of one retriever; save it again"
+            )
+        if table.fingerprint == config["support"]["fingerprint"]:
+            if index.ids != table.ids:
+                raise SavedFileError(
+                    f"{folder / _INDEX}: its {len(index)} ids are not those of the {len(table)} demonstrations; "
+                    "save the retriever again"
+                )
+            retriever._index = index
+        elif support is None:
+            raise SavedFileError(f"{folder / _SUPPORT}: it is not the table that {_CONFIG} names; save it again")
+        else:
+            logger.info("the support set given is not the one saved: it is embedded when first needed")
+        return retriever
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
+
+
+class _Sized:
+    """Items made while they are read, whose number is known, for a progress bar."""
+
+    def __init__(self, rows: Any, items: Callable[[Any], Iterator[dict[str, Any]]]) -> None:
+        self._rows, self._items = rows, items
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self._items(self._rows)
+
+
+def _table(support: Any) -> TripletTable:
+    if isinstance(support, (str, os.PathLike)):
+        return load_table(support)
+    return TripletTable.from_dataset(support)
+
+
+def _query(row: Query | Demonstration | Mapping[str, Any]) -> Query:
+    if isinstance(row, Query):
+        return row
+    if isinstance(row, Demonstration):
+        return Query(row.image, row.prompt, None, row.id, row.group)
+    if not isinstance(row, Mapping):
+        raise ColumnError(f"expected a query: a Query, or a dict with 'image' and 'prompt', came {type(row).__name__}")
+    unknown = row.keys() - _QUERY_KEYS - _LEFT_ASIDE
+    if unknown or not row.keys() & {"image", "prompt", "question"} or {"prompt", "question"} <= row.keys():
+        raise ColumnError(
+            "expected a query with 'image' and 'prompt' (or 'question'), optionally 'draft', 'id' and 'group', came "
+            f"{', '.join(map(repr, row)) or 'an empty dict'}; rename the columns"
+        )
+    texts = {key: row.get(key) for key in ("prompt", "question", "draft", "id", "group")}
+    for key, value in texts.items():
+        if value is not None and not isinstance(value, str):
+            raise RowError(f"column {key!r}: expected a text, came {type(value).__name__}; convert it with str()")
+    prompt = texts["prompt"] or texts["question"] or ""
+    return Query(_image(row.get("image")), prompt, texts["draft"], texts["id"], texts["group"])
+
+
+def _image(source: Any) -> Any:
+    from PIL.Image import Image
+
+    if source is None or isinstance(source, Image):
+        return source
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    if not isinstance(source, str):
+        raise ImageError(
+            f"column 'image': expected a PIL image, a path or a URL, came {type(source).__name__}; "
+            "decode it first, as with PIL.Image.open"
+        )
+    from transformers.image_utils import load_image
+
+    try:
+        return load_image(source)
+    except (OSError, ValueError) as error:
+        raise ImageError(f"column 'image': {source!r:.200} can't be read ({error}); give an image file") from error
+
+
+def _item(image: Any, prompt: str, response: str | None, used: tuple[str, ...], name: str) -> dict[str, Any]:
+    there = {"image": image is not None, "prompt": bool(prompt.strip()), "response": bool((response or "").strip())}
+    if not any(there[part] for part in used):
+        has = ", ".join(part for part in there if there[part]) or "nothing"
+        raise RowError(
+            f"{name}: expected at least one of {', '.join(used)}, which the strategy compares, came {has}; "
+            "leave it out, or choose another strategy"
+        )
+    return {"image": image, "text": [prompt, response]}
+
+
+def _name(id: str | None, position: int) -> str:
+    return f"query {position}" if id is None else f"query {id!r}"
+
+
+def _chunks(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(rows)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("drum-hf")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+# Saved files
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _move_into_place(partial: Path, folder: Path) -> None:
+    """Replace an earlier save, file by file; the list of files goes last, so that a mixture does not load."""
+    try:
+        earlier = set(_read_json(folder / _CONFIG)["files"])
+    except (SavedFileError, KeyError, TypeError):
+        earlier = set()
+    made = sorted(path.relative_to(partial) for path in partial.rglob("*") if path.is_file())
+    for name in sorted(made, key=lambda name: name.name == _CONFIG):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial / name, folder / name)
+    for gone in earlier - {name.as_posix() for name in made}:
+        if _is_inside(gone):
+            (folder / gone).unlink(missing_ok=True)
+
+
+def _is_inside(name: Any) -> bool:
+    path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath("/")
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in str(path)
+
+
+def _locate(name_or_path: str | os.PathLike[str], **hub: Any) -> Path:
+    """The folder, or a snapshot of the repository."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = [_CONFIG, _CARD, _SUPPORT, f"{_ENCODER}/*", f"{_INDEX}/*"]
+    try:
+        return Path(snapshot_download(os.fspath(name_or_path), allow_patterns=patterns, **hub))
+    except (OSError, HFValidationError) as error:
+        raise SavedFileError(
+            f"expected a folder written by DemoRetriever.save_pretrained, or a repository on the Hub, but "
+            f"{os.fspath(name_or_path)!r} is no folder and can't be fetched ({error}); check the name, the "
+            "connection, and for a private repository the token"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SavedFileError(f"{path}: the file is missing: not a folder that save_pretrained wrote") from error
+    except (OSError, ValueError) as error:
+        raise SavedFileError(f"{path}: the file can't be read as JSON ({error}); save the retriever again") from error
+    if not isinstance(content, dict):
+        raise SavedFileError(
+            f"{path}: expected a JSON object, came {type(content).__name__}; save the retriever again"
+        )
+    return content
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The configuration, once every file has been found to be what was saved."""
+    path = folder / _CONFIG
+    config = _read_json(path)
+    if config.get("format_version") != _FORMAT_VERSION:
+        raise SavedFileError(
+            f"{path}: expected format version {_FORMAT_VERSION}, came {config.get('format_version')!r}; update "
+            "drum-hf, or save the retriever again"
+        )
+    shape: dict[str, Any] = {
+        "files": dict,
+        "support": dict,
+        "index": dict,
+        "card": dict,
+        "teacher": (dict, type(None)),
+        "base_model": str,
+        "base_revision": (str, type(None)),
+        "adapter": bool,
+        "top_k": int,
+    }
+    nested: dict[str, dict[str, type]] = {
+        "support": {"rows": int, "fingerprint": str, "included": bool},
+        "index": {"kind": str, "options": dict},
+    }
+    wrong = [key for key, kind in shape.items() if key not in config or not isinstance(config[key], kind)]
+    for key, entries in nested.items():
+        wrong += [
+            f"{key}.{e}"
+            for e, kind in entries.items()
+            if key not in wrong and not isinstance(config[key].get(e), kind)
+        ]
+    if wrong:
+        raise SavedFileError(f"{path}: the entry {wrong[0]!r} is missing or of another type; save the retriever again")
+    needed = {f"{_INDEX}/vectors.safetensors", f"{_INDEX}/index.json", f"{_ENCODER}/sentence_bert_config.json"}
+    needed |= {_SUPPORT} if config["support"]["included"] else set()
+    for name in sorted(needed | config["files"].keys()):
+        if not _is_inside(name):
+            raise SavedFileError(f"{path}: it lists {name!r}, which is not inside the folder; do not use this folder")
+        file = folder / name
+        remedy = "download or copy the folder again, or save the retriever again"
+        if not file.is_file():
+            raise SavedFileError(f"{file}: the file is missing; {remedy}")
+        if config["files"].get(name) != _sha256(file):
+            raise SavedFileError(f"{file}: the file was altered since it was saved (its SHA-256 differs); {remedy}")
+    return config

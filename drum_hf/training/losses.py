@@ -1,0 +1,328 @@
+"""List-wise ranking losses from an LVLM's feedback: pure tensor maths first, then the two modules that train.
+
+All of it works on one similarity matrix between B queries and the U *different* demonstrations of a batch. A query's
+own list is an index into those columns, so a demonstration that stands in several lists is encoded, and counted, once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+__all__ = [
+    "ContrastiveLVLMLoss",
+    "ListBatch",
+    "ListwiseLVLMLoss",
+    "Weighting",
+    "competition_ranks",
+    "in_batch_loss",
+    "list_distribution_loss",
+    "pair_weights",
+    "pairwise_list_loss",
+]
+
+Weighting = Literal["utility", "rank", "position"]
+
+
+def competition_ranks(scores: Tensor, mask: Tensor) -> Tensor:
+    """Ranks by descending score, 1 the best; equal scores share the better rank.
+
+    Args:
+        scores: (B, K) float, higher is better.
+        mask: (B, K) bool, False where the list is padded.
+
+    Returns:
+        (B, K) float, at least 1. Padded places get a rank too; mask them out.
+    """
+    better = (scores[:, None, :] > scores[:, :, None]) & mask[:, None, :]
+    return better.sum(-1).to(scores.dtype) + 1.0
+
+
+def pair_weights(scores: Tensor, similarities: Tensor, mask: Tensor, weighting: Weighting) -> Tensor:
+    """Weight of "i should stand above j", (B, K, K), at least 0 and 0 wherever the LVLM does not prefer i.
+
+    - ``"utility"``: max(0, p_i - p_j) / l with p = exp(score), the response's probability a token, and l the list's
+      length (our choice: near-ties, which are most of a list after the first round, hardly count);
+    - ``"rank"``: max(0, 1/r_i - 1/r_j), r the LVLM's rank (UDR's paper, section 3.2);
+    - ``"position"``: |1/q_i - 1/q_j| wherever the LVLM prefers i, q the places by current similarity, divided by the
+      number of such pairs (after UDR's released code; a list of ties gives 0 rather than its NaN).
+
+    Args:
+        scores: (B, K) LVLM scores (mean log-probability a token).
+        similarities: (B, K) current similarities; only `position` reads them.
+        mask: (B, K) bool.
+        weighting: which of the three.
+    """
+    both = mask[:, :, None] & mask[:, None, :]
+    if weighting == "utility":
+        value = scores.exp()
+        weights = (value[:, :, None] - value[:, None, :]).clamp_min(0.0)
+        return weights * both / mask.sum(-1).clamp_min(1)[:, None, None]
+    inverse = 1.0 / competition_ranks(scores, mask)
+    if weighting == "rank":
+        return (inverse[:, :, None] - inverse[:, None, :]).clamp_min(0.0) * both
+    if weighting == "position":
+        preferred = (inverse[:, :, None] > inverse[:, None, :]) & both
+        place = 1.0 / competition_ranks(similarities.detach(), mask)
+        weights = (place[:, :, None] - place[:, None, :]).abs() * preferred
+        return weights / preferred.sum((1, 2)).clamp_min(1)[:, None, None]
+    raise ValueError(f"expected a weighting of {', '.join(get_args(Weighting))}; got {weighting!r}")
+
+
+def pairwise_list_loss(
+    similarities: Tensor, scores: Tensor, mask: Tensor, *, weighting: Weighting, temperature: Tensor | float
+) -> Tensor:
+    """L_rank, (B,): sum over i, j of w_ij * log(1 + exp((s_j - s_i) / temperature)).
+
+    A list whose scores are all equal contributes exactly 0, and so does its gradient.
+
+    Source: UDR, section 3.2, from which DRUM's "unified list-wise ranking loss" descends; the temperature is our
+    choice, since cosines need one.
+    """
+    weights = pair_weights(scores, similarities, mask, weighting)
+    margin = (similarities[:, None, :] - similarities[:, :, None]) / temperature
+    return (weights * softplus(margin)).sum((1, 2))
+
+
+def list_distribution_loss(
+    similarities: Tensor, scores: Tensor, mask: Tensor, *, temperature: Tensor | float
+) -> Tensor:
+    """Cross-entropy between p / sum(p), p = exp(score), and the softmax of similarities over the list, (B,).
+
+    Its gradient is that of the KL divergence to the LVLM's score distribution (LLM-R, section 3.3).
+    """
+    target = scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0.0)  # an empty list is no NaN
+    logits = (similarities / temperature).masked_fill(~mask, -torch.inf).log_softmax(-1)
+    return -(target * logits.masked_fill(~mask, 0.0)).sum(-1)
+
+
+def in_batch_loss(
+    similarities: Tensor,
+    index: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    known: Tensor,
+    blocked: Tensor,
+    *,
+    temperature: Tensor | float,
+) -> Tensor:
+    """L_in-batch, (B,): -log softmax of the best candidate over all the batch's demonstrations.
+
+    Not a negative: the query's own row or group (`blocked`), and whatever the LVLM is known to like as much as the
+    best of the list (ties are positives of their own, averaged over).
+
+    Args:
+        similarities: (B, U) to every different demonstration of the batch.
+        index: (B, K) columns of each query's own list.
+        scores, mask: (B, K) of that list.
+        known: (B, U) LVLM score of that pair where it was ever paid for, NaN elsewhere.
+        blocked: (B, U) bool.
+
+    Source: UDR, section 3.2; the treatment of known scores and of ties is our choice.
+    """
+    best = scores.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
+    logits = similarities / temperature
+    negative = ~blocked & ~(known >= best)  # NaN compares False: an unknown pair is a negative
+    rest = logits.masked_fill(~negative, -torch.inf).logsumexp(-1, keepdim=True)
+    own = logits.gather(1, index)
+    positive = (scores >= best) & mask
+    loss = torch.logaddexp(own, rest.expand_as(own)) - own
+    return (loss * positive).sum(-1) / positive.sum(-1).clamp_min(1)
+
+
+@dataclasses.dataclass
+class ListBatch:
+    """What a batch knows of its lists.
+
+    Attributes:
+        index: (B, K) long, columns of the batch's demonstrations.
+        scores: (B, K) float, LVLM scores.
+        mask: (B, K) bool, False where a list is padded.
+        known: (B, U) float, LVLM scores known for any pair of the batch, NaN elsewhere.
+        blocked: (B, U) bool, the query's own row and group.
+    """
+
+    index: Tensor
+    scores: Tensor
+    mask: Tensor
+    known: Tensor
+    blocked: Tensor
+
+    @classmethod
+    def from_labels(cls, labels: Any, queries: int, demonstrations: int) -> ListBatch:
+        """From the trainer's dict of tensors, or from plain (B, K) scores with one column a demonstration."""
+        if isinstance(labels, dict):
+            return cls(**{field.name: labels[field.name] for field in dataclasses.fields(cls)})
+        if labels is None or labels.ndim != 2 or labels.shape[0] != queries:
+            came = "none" if labels is None else tuple(labels.shape)
+            raise ValueError(
+                f"expected labels of shape (batch={queries}, K): the LVLM's score of each demonstration column; "
+                f"got {came}. Give the data set columns query, demo_0 … demo_(K-1) and a list column 'label'"
+            )
+        size = labels.shape[1]
+        if demonstrations != queries * size:
+            raise ValueError(
+                f"expected {size} demonstration columns, one for each of a row's {size} labels; "
+                f"got {demonstrations / queries:g}"
+            )
+        # columns were stacked one after another: demonstration k of query b stands in row k * B + b
+        index = (
+            torch.arange(size, device=labels.device) * queries + torch.arange(queries, device=labels.device)[:, None]
+        )
+        known = labels.new_full((queries, demonstrations), math.nan, dtype=torch.float).scatter(
+            1, index, labels.float()
+        )
+        mask = torch.ones_like(index, dtype=torch.bool)
+        return cls(index, labels.float(), mask, known, torch.zeros_like(known, dtype=torch.bool))
+
+
+class _LVLMLoss(CachedLossMixin, nn.Module):
+    """Encoding, temperature and gradient caching that the losses here share."""
+
+    _temperature_slope: Tensor
+
+    def __init__(self, model: nn.Module, temperature: float, learn_temperature: bool, mini_batch_size: int | None):
+        super().__init__()
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"expected a positive temperature; got {temperature}")
+        self.model = model
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learn_temperature)
+        self.mini_batch_size = mini_batch_size or 0
+        self.uses_gradient_cache = mini_batch_size is not None
+
+    @property
+    def temperature(self) -> Tensor:
+        """Current temperature; kept above 0.01, as CLIP keeps its logit scale below 100."""
+        return self.log_temperature.exp().clamp_min(0.01)
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any) -> Tensor:
+        features = list(sentence_features)
+        if self.uses_gradient_cache:
+            loss = self.forward_cached(features, labels)
+            if loss.requires_grad and self.log_temperature.requires_grad:
+                # adds 0, and the temperature's gradient at backward time, scaled as every other one is
+                loss = loss + (self.log_temperature - self.log_temperature.detach()) * self._temperature_slope
+            return loss
+        return self.calculate_loss([[self.model(column)["sentence_embedding"]] for column in features], labels)
+
+    def calculate_loss(self, reps: Sequence[Sequence[Tensor]], labels: Any = None, *, with_backward: bool = False):
+        """Loss of embeddings that are already there: `reps[0]` the queries' chunks, the rest the demonstrations'."""
+        queries = torch.cat(list(reps[0]))
+        demonstrations = torch.cat([chunk for column in reps[1:] for chunk in column])
+        batch = ListBatch.from_labels(labels, len(queries), len(demonstrations))
+        loss = self.list_loss(queries @ demonstrations.T, batch).mean()
+        if with_backward:
+            if self.log_temperature.requires_grad:
+                (self._temperature_slope,) = torch.autograd.grad(loss, self.log_temperature, retain_graph=True)
+            loss.backward(inputs=[chunk for column in reps for chunk in column])
+            loss = loss.detach()
+        return loss
+
+    def list_loss(self, similarities: Tensor, batch: ListBatch) -> Tensor:
+        """Loss of each query, (B,), from similarities (B, U)."""
+        raise NotImplementedError(f"{type(self).__name__} must define list_loss")
+
+
+class ListwiseLVLMLoss(_LVLMLoss):
+    """DRUM's list-wise ranking loss: rank_weight * L_rank + (1 - rank_weight) * L_in-batch.
+
+    Args:
+        model: the SentenceTransformer that is trained; its embeddings are unit vectors.
+        weighting: how much a pair of a list counts, see `pair_weights`. "utility" (ours) needs the fewest LVLM calls
+            for the same retriever; "rank" and "position" are the ancestor's.
+        rank_weight: lambda, UDR's value 0.8.
+        temperature: divides similarities; our choice, 0.05 to start with.
+        learn_temperature: train it along (default).
+        mini_batch_size: if given, gradient caching (GradCache): memory of that many items, the loss of the whole
+            batch. A small pool of in-batch negatives costs quality, so cache rather than shrink the batch.
+
+    Inputs:
+        Either `DrumTrainer`'s batches, or a data set for the plain SentenceTransformerTrainer with the columns
+        query, demo_0 … demo_(K-1) and `label`, a list of K LVLM scores (mean log-probability a token).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        weighting: Weighting = "utility",
+        rank_weight: float = 0.8,
+        temperature: float = 0.05,
+        learn_temperature: bool = True,
+        mini_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(model, temperature, learn_temperature, mini_batch_size)
+        if weighting not in get_args(Weighting):
+            raise ValueError(f"expected a weighting of {', '.join(get_args(Weighting))}; got {weighting!r}")
+        if not 0.0 <= rank_weight <= 1.0:
+            raise ValueError(f"expected rank_weight between 0 and 1; got {rank_weight}")
+        self.weighting: Weighting = weighting
+        self.rank_weight = rank_weight
+
+    def list_loss(self, similarities: Tensor, batch: ListBatch) -> Tensor:
+        own = similarities.gather(1, batch.index)
+        ranked = pairwise_list_loss(
+            own, batch.scores, batch.mask, weighting=self.weighting, temperature=self.temperature
+        )
+        against_batch = in_batch_loss(
+            similarities,
+            batch.index,
+            batch.scores,
+            batch.mask,
+            batch.known,
+            batch.blocked,
+            temperature=self.temperature,
+        )
+        return self.rank_weight * ranked + (1.0 - self.rank_weight) * against_batch
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """For the model card."""
+        return {
+            "weighting": self.weighting,
+            "rank_weight": self.rank_weight,
+            "temperature": round(self.temperature.item(), 4),
+            "mini_batch_size": self.mini_batch_size or None,
+        }
+
+
+class ContrastiveLVLMLoss(_LVLMLoss):
+    """EPR's contrastive loss: -log softmax of one positive over all positives and hard negatives of the batch.
+
+    Made for lists of one demonstration sampled from a query's five best by the LVLM and others from its five worst
+    (`sampling="contrastive"` of the trainer). The list's best counts as the positive. Known scores and the query's own
+    group are left out of the negatives just as in `ListwiseLVLMLoss`, so that the two differ in the loss alone.
+
+    Source: EPR, section 3.2; temperature our choice, as in `ListwiseLVLMLoss`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        temperature: float = 0.05,
+        learn_temperature: bool = True,
+        mini_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(model, temperature, learn_temperature, mini_batch_size)
+
+    def list_loss(self, similarities: Tensor, batch: ListBatch) -> Tensor:
+        return in_batch_loss(
+            similarities,
+            batch.index,
+            batch.scores,
+            batch.mask,
+            batch.known,
+            batch.blocked,
+            temperature=self.temperature,
+        )
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """For the model card."""
+        return {"temperature": round(self.temperature.item(), 4), "mini_batch_size": self.mini_batch_size or None}

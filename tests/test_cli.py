@@ -1,0 +1,129 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from drum_hf.cli import main
+from drum_hf.playground import make_world
+from drum_hf.retriever import DemoRetriever
+
+FEW = ["--rounds", "1", "--candidates", "4", "--epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Forty rows of a world as a user has them: a CSV beside its pictures."""
+    import csv
+
+    here = tmp_path_factory.mktemp("data")
+    world = make_world(21, difficulty="easy")
+    with open(here / "table.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "image", "question", "answer", "group"])
+        for row in list(world.support)[:40]:
+            row.image.save(here / f"{row.id}.png")
+            writer.writerow([row.id, f"{row.id}.png", row.prompt, row.response, row.group])
+    return here
+
+
+def test_help_is_light_and_lists_the_verbs():
+    code = (
+        "import sys, drum_hf.cli as c\n"
+        "try: c.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'faiss', 'sentence_transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(verb in done.stdout for verb in ("demo", "train", "score", "eval", "index"))
+
+
+def test_train_resume_eval_and_index(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["-q", "train", "--data", str(folder), "--out", str(out), *FEW]) == 0
+    assert "160 scored pairs" in capsys.readouterr().out
+    retriever = DemoRetriever.from_pretrained(out / "retriever")
+    assert retriever.teacher is not None and retriever.teacher["fingerprint"]
+    assert main(["-q", "train", "--data", str(folder), "--out", str(out), *FEW, "--resume"]) == 0
+
+    queries, results = tmp_path / "queries", tmp_path / "r.json"
+    queries.mkdir()
+    rows = []
+    for row in list(make_world(21, difficulty="easy").queries)[:6]:
+        row.image.save(queries / f"{row.id}.png")
+        rows.append({"id": row.id, "image": f"{row.id}.png", "prompt": row.prompt, "response": row.response})
+    (queries / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["-q", "eval", "--retriever", str(out / "retriever"), "--queries", str(queries), "--shots", "1,2"]
+    command += ["--strategies", "zero-shot,sit,drum", "--json", str(results)]
+    assert main(command) == 0
+    assert "DRUM" in capsys.readouterr().out
+    assert set(json.loads(results.read_text())["strategies"]) == {"zero-shot", "sit", "drum"}
+
+    first = retriever.support.ids[0]
+    assert main(["-q", "index", str(out / "retriever"), "--remove", first]) == 0
+    assert "39 demonstrations" in capsys.readouterr().out
+    assert first not in DemoRetriever.from_pretrained(out / "retriever").support
+
+
+def test_score_prices_before_it_bills(folder, tmp_path, capsys):
+    store = tmp_path / "scores.sqlite"
+    command = ["-q", "score", "--data", str(folder), "--store", str(store), "--candidates", "3"]
+    assert main([*command, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "120 new pairs, 0 already in the store" in said and "prompt tokens" in said
+    assert main(command) == 0
+    assert "120 pairs scored; 120 scores" in capsys.readouterr().out
+    assert main([*command, "--dry-run"]) == 0
+    assert "0 new pairs, 120 already in the store" in capsys.readouterr().out
+
+
+def test_index_builds_hnsw(folder, tmp_path, capsys):
+    assert main(["-q", "index", str(tmp_path / "new"), "--data", str(folder), "--kind", "hnsw"]) == 0
+    assert "index='hnsw'" in capsys.readouterr().out
+    assert main(["-q", "index", str(tmp_path / "new"), "--data", str(folder)]) == 2
+    assert "--add" in capsys.readouterr().err
+
+
+def test_demo_writes_what_it_promises(tmp_path, capsys):
+    out, results = tmp_path / "demo", tmp_path / "demo.json"
+    small = ["--world", "easy", "--world-seed", "22", "--by-shots", "1", "--shots", "2", *FEW]
+    assert main(["-q", "demo", "--out", str(out), "--json", str(results), *small]) == 0
+    said = capsys.readouterr().out
+    assert "DRUM" in said and "report.html" in said
+    content = json.loads(results.read_text())
+    assert {"task", "world_seed", "shots", "seconds", "scored_pairs", "strategies"} <= set(content)
+    names = "zero-shot random fixed si st sit sit+draft bm25 epr drum drum-rank oracle".split()
+    assert set(content["strategies"]) == set(names)
+    for name, row in content["strategies"].items():
+        assert row["ci"][0] <= row["metric"] <= row["ci"][1]
+        if name != "zero-shot":
+            assert set(row["by_shots"]) == {"1", "2"}
+    assert [pairs for pairs, _ in content["strategies"]["drum"]["by_pairs"]] == [0, 960]
+    assert content["strategies"]["epr"]["by_pairs"][1][0] == 960
+    assert (out / "report.html").exists() and list(out.glob("*.png"))
+    assert len(DemoRetriever.from_pretrained(out / "retriever")) == 240
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["train", "--data", "nowhere.csv", "--out", "x"], "nowhere.csv"),
+        (["eval", "--shots", "1"], "--data"),
+        (["eval", "--data", "DATA", "--strategies", "psychic"], "psychic"),
+        (["eval", "--data", "DATA", "--strategies", "drum"], "--retriever"),
+        (["demo", "--data", "DATA", "--task", "all"], "--task"),
+        (["score", "--data", "DATA", "--store", "DATA"], ""),
+    ],
+)
+def test_faults_are_one_line_and_exit_2(command, words, folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["-q", *(str(folder) if part == "DATA" else part for part in command)]) == 2
+    said = capsys.readouterr().err
+    assert words in said and "Traceback" not in said

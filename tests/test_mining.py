@@ -1,0 +1,237 @@
+"""The candidate table: what it samples, what mining adds to it, and what survives a file."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_training import forbidden, worded_table
+
+from drum_hf.errors import MissingIdError, SavedFileError
+from drum_hf.training.mining import CandidateTable, mine_candidates
+
+
+def pool_of(scores, places):
+    table = CandidateTable(["q"])
+    table.extend({"q": [(f"c{i}", place) for i, place in enumerate(places)]}, scores)
+    return table
+
+
+#: A pool of candidates with distinct scores and places, so that "the five best" is no matter of ties.
+pools = st.integers(1, 24).flatmap(
+    lambda n: st.tuples(st.permutations([-0.1 * (i + 1) for i in range(n)]), st.permutations(range(n)))
+)
+
+
+def hard_ids(scores, places):
+    """In the best third of one ranking and the worst third of the other."""
+    size, third = len(scores), len(scores) // 3
+    liked = sorted(range(size), key=lambda i: -scores[i])
+    found = sorted(range(size), key=lambda i: places[i])
+    ends = [set(order[:third]) for order in (liked, found)] + [set(order[size - third :]) for order in (liked, found)]
+    return {f"c{i}" for i in (ends[0] & ends[3]) | (ends[1] & ends[2])}
+
+
+@settings(max_examples=100, deadline=None)
+@given(pool=pools, size=st.integers(1, 10), ends=st.integers(1, 7), seed=st.integers(0, 2**32 - 1))
+def test_lists_are_drawn_over_the_whole_range(pool, size, ends, seed):
+    scores, places = pool
+    table = pool_of(scores, places)
+    ids, drawn = table.sample("q", size, np.random.default_rng(seed), ends=ends)
+    assert len(ids) == min(size, len(scores))
+    assert len(set(ids)) == len(ids)
+    assert drawn == [table.candidates("q")[i] for i in ids]
+    assert table.sample("q", size, np.random.default_rng(seed), ends=ends) == (ids, drawn)
+    if len(ids) >= 2:
+        ranked = [f"c{i}" for i in np.argsort([-s for s in scores])]
+        count = max(1, min(ends, len(scores) // 2))
+        assert set(ids) & set(ranked[:count])
+        assert set(ids) & set(ranked[-count:])
+    hard = hard_ids(scores, places)
+    if hard and len(ids) >= 3:
+        assert set(ids) & hard
+
+
+@settings(max_examples=60, deadline=None)
+@given(pool=pools, size=st.integers(2, 10), ends=st.integers(1, 7), seed=st.integers(0, 2**32 - 1))
+def test_contrastive_lists_are_one_of_the_best_then_some_of_the_worst(pool, size, ends, seed):
+    scores, places = pool
+    table = pool_of(scores, places)
+    ids, drawn = table.sample("q", size, np.random.default_rng(seed), sampling="contrastive", ends=ends)
+    ranked = [f"c{i}" for i in np.argsort([-s for s in scores])]
+    count = max(1, min(ends, len(scores) // 2))
+    assert ids[0] in ranked[:count]
+    assert set(ids[1:]) <= set(ranked[-count:]) - {ids[0]}
+    assert len(set(ids)) == len(ids) == (1 if len(scores) == 1 else min(size, 1 + count))
+    assert drawn == [table.candidates("q")[i] for i in ids]
+    assert drawn[0] == max(drawn)
+
+
+def test_an_empty_pool_gives_an_empty_list_and_a_strange_query_an_error():
+    table = CandidateTable(["q"])
+    for sampling in ("listwise", "contrastive"):
+        assert table.sample("q", 8, np.random.default_rng(0), sampling=sampling) == ([], [])
+    with pytest.raises(MissingIdError, match="'other'"):
+        table.sample("other", 8, np.random.default_rng(0))
+
+
+def test_extend_appends_in_the_flat_order_of_the_scores():
+    table = CandidateTable(["a", "b"])
+    table.extend({"a": [("x", 0), ("y", 1)], "b": [("x", 4)]}, [-1.0, -2.0, -3.0])
+    table.extend({"a": [("z", 0)], "b": []}, [-4.0])
+    assert list(table.rows()) == [
+        ("a", "x", -1.0, 0, 0),
+        ("a", "y", -2.0, 1, 0),
+        ("a", "z", -4.0, 0, 1),
+        ("b", "x", -3.0, 4, 0),
+    ]
+    assert (len(table), table.rounds, table.query_ids) == (4, 2, ["a", "b"])
+
+
+# Mining
+
+
+class RankedRetriever:
+    """Ranks the support set at random for each query, leaving out what may not demonstrate it."""
+
+    def __init__(self, support, seed):
+        self.support, self.seed, self.rankings = support, seed, {}
+
+    def ranking(self, query_id):
+        if query_id not in self.rankings:
+            order = np.random.default_rng([self.seed, self.support.row(query_id)]).permutation(len(self.support))
+            banned = forbidden(self.support, query_id)
+            self.rankings[query_id] = [i for i in (self.support.ids[r] for r in order) if i not in banned]
+        return self.rankings[query_id]
+
+    def retrieve_ids(self, queries, k):
+        assert 1 <= k <= len(self.support)
+        return [self.ranking(q.id)[:k] for q in queries], [np.zeros(k)] * len(queries)
+
+
+SUPPORT = worded_table(18, groups=3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    count=st.integers(1, 20),
+    share=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+    seed=st.integers(0, 1000),
+    batch_size=st.sampled_from([4, 512]),
+)
+def test_rounds_propose_count_new_ones_and_never_the_same_pair_twice(count, share, seed, batch_size):
+    retriever, table = RankedRetriever(SUPPORT, seed), CandidateTable(SUPPORT.ids)
+    for round_ in range(3):
+        mined = mine_candidates(
+            retriever,
+            table,
+            SUPPORT.query,
+            count=count,
+            random_share=share if round_ == 0 else 0.0,
+            rng=np.random.default_rng(seed),
+            batch_size=batch_size,
+        )
+        assert list(mined) == SUPPORT.ids
+        for query_id, found in mined.items():
+            ids, known = [candidate for candidate, _ in found], table.candidates(query_id)
+            left = [i for i in retriever.ranking(query_id) if i not in known]
+            assert len(ids) == len(set(ids)) == min(count, len(left))
+            assert not set(ids) & (forbidden(SUPPORT, query_id) | set(known))
+            ranked = [(candidate, place) for candidate, place in found if place < len(SUPPORT)]
+            assert [c for c, _ in ranked] == left[: len(ranked)]
+            assert all(retriever.ranking(query_id)[place] == c for c, place in ranked)
+            drawn = round(count * share) if round_ == 0 else 0
+            assert len(ranked) == min(count - drawn, len(left))
+        table.extend(mined, np.zeros(sum(map(len, mined.values()))))
+    assert table.rounds == 3
+
+
+def test_queries_apart_from_the_support_set():
+    queries = worded_table(5, groups=2, prefix="u")  # groups named as the support set's
+    retriever = RankedRetriever(SUPPORT, 0)
+    retriever.ranking = lambda query_id: [
+        i
+        for i, g in zip(SUPPORT.ids, SUPPORT.groups, strict=True)
+        if g is None or g != queries.groups[queries.row(query_id)]
+    ]
+    mined = mine_candidates(
+        retriever,
+        CandidateTable(queries.ids),
+        queries.query,
+        count=18,
+        random_share=0.5,
+        rng=np.random.default_rng(0),
+    )
+    for query_id, found in mined.items():
+        assert sorted(c for c, _ in found) == sorted(retriever.ranking(query_id))
+
+
+# Files
+
+
+def grown():
+    table = CandidateTable(["a", "b", "ü"])
+    table.extend({"a": [("x", 0), ("y", 18)], "b": [("x", 4)]}, [-0.1, -1 / 3, -3.0])
+    table.extend({"a": [("z", 2)]}, [-4.5e-7])
+    return table
+
+
+@pytest.mark.parametrize("table", [grown(), CandidateTable(["a"]), CandidateTable([])], ids=["grown", "new", "empty"])
+def test_a_file_gives_back_the_same_table(tmp_path, table):
+    table.save(tmp_path / "candidates.parquet")
+    loaded = CandidateTable.load(tmp_path / "candidates.parquet")
+    assert list(loaded.rows()) == list(table.rows())
+    assert (loaded.query_ids, loaded.rounds) == (table.query_ids, table.rounds)
+    assert [p.name for p in tmp_path.iterdir()] == ["candidates.parquet"]  # nothing half-written is left
+    for query_id in table.query_ids:
+        drawn = [t.sample(query_id, 2, np.random.default_rng(3)) for t in (table, loaded)]
+        assert drawn[0] == drawn[1]
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def without_metadata(path):
+    pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
+
+
+def with_state(**changes):
+    def change(path):
+        table = pq.read_table(path)
+        state = json.loads(table.schema.metadata[b"drum_hf"]) | changes
+        pq.write_table(table.replace_schema_metadata({"drum_hf": json.dumps(state)}), path)
+
+    return change
+
+
+def other_columns(path):
+    metadata = pq.read_table(path).schema.metadata
+    pq.write_table(pa.table({"query_id": ["a"]}).replace_schema_metadata(metadata), path)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda path: path.unlink(),
+        truncated,
+        lambda path: path.write_text("not parquet"),
+        without_metadata,
+        with_state(format_version=2),
+        with_state(query_ids=["a"]),  # pairs of a query that is not listed
+        with_state(query_ids=None),
+        with_state(rounds="many"),
+        other_columns,
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, fault):
+    path = tmp_path / "candidates.parquet"
+    grown().save(path)
+    fault(path)
+    with pytest.raises(SavedFileError, match=r"candidates\.parquet"):
+        CandidateTable.load(path)
