@@ -1,16 +1,35 @@
-"""Optional and version-dependent imports, in one place."""
+"""Optional and version-dependent imports, and where the models that ship with the package lie, in one place."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.metadata
+import os
 from types import ModuleType
 
 from .errors import DependencyError
 
 #: Import name -> the extra of drum-hf that brings it.
 _EXTRAS = {"matplotlib": "plot", "bm25s": "bm25", "gradio": "app"}
+
+_MODELS = os.path.join(os.path.dirname(__file__), "playground", "models")
+#: Name of each model that ships with the package -> its folder.
+_SHIPPED = {f"playground/{model}": os.path.join(_MODELS, model) for model in ("clip", "lvlm")}
+
+
+def resolve_name(name: str | os.PathLike[str]) -> str:
+    """Folder of "playground/clip" or "playground/lvlm"; any other name or path is returned as it is.
+
+    A folder of one's own that is called so is reached by "./playground/clip".
+    """
+    return _SHIPPED.get(os.fspath(name), os.fspath(name))
+
+
+def local_name(path: str | os.PathLike[str]) -> str:
+    """The name by which `resolve_name` finds this folder on any machine; any other name or path as it is."""
+    given = os.path.realpath(path)
+    return next((name for name, folder in _SHIPPED.items() if os.path.realpath(folder) == given), os.fspath(path))
 
 
 def require(module: str, purpose: str) -> ModuleType:

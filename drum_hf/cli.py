@@ -156,10 +156,9 @@ def _tables(args: argparse.Namespace) -> tuple[TripletTable, TripletTable]:
 
 def _lvlm(args: argparse.Namespace) -> TransformersLVLM:
     from .lvlm.local import TransformersLVLM
-    from .playground import resolve
 
     return TransformersLVLM.from_pretrained(
-        resolve(args.lvlm),
+        args.lvlm,
         revision=args.lvlm_revision,
         dtype=args.dtype,
         device=args.device,
@@ -193,11 +192,11 @@ def _demo(args: argparse.Namespace) -> None:
     from ._compat import require
     from .evaluation.report import format_table
     from .experiment import run_experiment
-    from .playground import make_world, resolve
+    from .playground import make_world
 
     require("matplotlib", "the demo's plots")
     require("bm25s", "the demo's BM25 baseline")
-    lvlm, encoder = _lvlm(args), resolve(args.encoder)
+    lvlm, encoder = _lvlm(args), args.encoder
     tasks = TASKS if args.task == "all" else (args.task,)
     if args.data and len(tasks) > 1:
         raise ValueError("expected one --task with --data; 'all' is for the playground")
@@ -235,7 +234,6 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from .experiment import training_arguments
-    from .playground import resolve
     from .retriever import DemoRetriever
     from .training import DrumTrainer
 
@@ -243,10 +241,15 @@ def _train(args: argparse.Namespace) -> None:
     queries = _table(args.queries, args) if args.queries else None
     settings = _settings(args)
     retriever = DemoRetriever.from_encoder(
-        resolve(args.encoder), support=support, strategy="sit+draft", lora=args.lora, device=args.device
+        args.encoder, support=support, strategy="sit+draft", lora=args.lora, device=args.device
     )
     arguments = training_arguments(
-        args.out / "training", settings, args.out / "scores.sqlite", save_strategy="epoch", save_total_limit=2
+        args.out / "training",
+        settings,
+        args.out / "scores.sqlite",
+        save_strategy="epoch",
+        save_total_limit=2,
+        logging_strategy="epoch",
     )
     trainer = DrumTrainer(
         retriever,
@@ -265,16 +268,13 @@ def _train(args: argparse.Namespace) -> None:
 def _score(args: argparse.Namespace) -> None:
     from .experiment import plan_scores
     from .lvlm.store import ScoreStore
-    from .playground import resolve
     from .retriever import DemoRetriever
 
     support = _table(args.data, args)
     if args.retriever:
         retriever = DemoRetriever.from_pretrained(args.retriever, support=support, device=args.device)
     else:
-        retriever = DemoRetriever.from_encoder(
-            resolve(args.encoder), support=support, strategy="sit+draft", device=args.device
-        )
+        retriever = DemoRetriever.from_encoder(args.encoder, support=support, strategy="sit+draft", device=args.device)
     with ScoreStore(args.store) as store:
         plan = plan_scores(
             retriever,
@@ -294,7 +294,6 @@ def _score(args: argparse.Namespace) -> None:
 def _eval(args: argparse.Namespace) -> None:
     from .evaluation.report import format_table
     from .experiment import evaluate_strategies
-    from .playground import resolve
     from .retriever import DemoRetriever
 
     retriever = DemoRetriever.from_pretrained(args.retriever, device=args.device) if args.retriever else None
@@ -310,7 +309,7 @@ def _eval(args: argparse.Namespace) -> None:
         names=args.strategies.split(","),
         shots=args.shots,
         lvlm=_lvlm(args),
-        encoder=resolve(args.encoder),
+        encoder=args.encoder,
         retriever=retriever,
         task=args.task,
         metric=args.metric,
@@ -321,7 +320,6 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _index(args: argparse.Namespace) -> None:
-    from .playground import resolve
     from .retriever import DemoRetriever
 
     folder = Path(args.retriever)
@@ -331,7 +329,7 @@ def _index(args: argparse.Namespace) -> None:
                 f"expected a new or empty folder to build into; {folder} holds files. Use --add to extend it"
             )
         retriever = DemoRetriever.from_encoder(
-            resolve(args.encoder),
+            args.encoder,
             support=_table(args.data, args),
             strategy=args.strategy,
             index_kind=args.kind,

@@ -23,6 +23,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from torch import nn
 
+from ._compat import local_name, resolve_name
 from .errors import NonFiniteEmbeddingError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ _FAMILIES = ("clip", "siglip")
 _KEYS = frozenset({"image", "text"})
 # The towers' own attention only: the projection in SigLIP's pooling head is read as a bare weight, past any adapter.
 _LORA_TARGETS = r".*encoder\.layers\..*\.(q_proj|k_proj|v_proj|out_proj)"
+_ADAPTER = "adapter_config.json"
 _CHUNK = 16  # batches held as decoded images at once while a table is encoded
 _BAR_FROM = 8  # batches; fewer are over before a progress bar could be read
 
@@ -68,7 +70,8 @@ class JointEncoder(Transformer):
         **kwargs: as for `sentence_transformers.base.modules.Transformer`.
 
     Attributes:
-        base_model: what the weights of the towers were loaded from: the name or folder as it was given.
+        base_model: what the weights of the towers were loaded from: the name or folder as it was given; a name where
+            it is the folder of a model that ships with the package.
         base_revision: the commit of `base_model`, where it came from the Hub.
 
     Raises:
@@ -87,7 +90,7 @@ class JointEncoder(Transformer):
         **kwargs: Any,
     ) -> None:
         log_weights = _log_weights(weights)
-        super().__init__(model_name_or_path, **{"unpad_inputs": False} | kwargs)
+        super().__init__(resolve_name(model_name_or_path), **{"unpad_inputs": False} | kwargs)
         family = self.config.model_type
         if family not in _FAMILIES or not (
             hasattr(self.processor, "image_processor") and hasattr(self.processor, "tokenizer")
@@ -98,11 +101,11 @@ class JointEncoder(Transformer):
                 "'google/siglip-base-patch16-224'"
             )
         revision = (kwargs.get("model_kwargs") or {}).get("revision")
-        self.base_model, self.base_revision = str(model_name_or_path), revision
+        self.base_model, self.base_revision = local_name(model_name_or_path), revision
         if adapters := getattr(self.model, "peft_config", None):
             adapter = next(iter(adapters.values()))
             self.base_model, self.base_revision = str(adapter.base_model_name_or_path), adapter.revision
-        elif not os.path.isdir(model_name_or_path):
+        elif not os.path.isdir(resolve_name(model_name_or_path)):
             self.base_revision = getattr(self.config, "_commit_hash", None) or revision
         # SigLIP was trained on texts padded to full length, with the padding attended to and the last token read.
         self._whole_length = family == "siglip"
@@ -300,7 +303,7 @@ class JointEncoder(Transformer):
         An adapter's configuration names the base model as it was given to us, and its commit.
         """
         super().save(output_path, *args, safe_serialization=safe_serialization, **kwargs)
-        adapter = Path(output_path) / "adapter_config.json"
+        adapter = Path(output_path) / _ADAPTER
         if self.has_adapter and adapter.is_file():
             config = json.loads(adapter.read_text(encoding="utf-8"))
             config |= {"base_model_name_or_path": self.base_model, "revision": self.base_revision}
@@ -313,9 +316,26 @@ class JointEncoder(Transformer):
         *args: Any,
         weights: Sequence[float] | Mapping[str, float] | None = None,
         learn_weights: bool | None = None,
+        base_model: str | os.PathLike[str] | None = None,
+        base_revision: str | None = None,
         **kwargs: Any,
     ) -> JointEncoder:
         """Load what `save` wrote, or any CLIP or SigLIP checkpoint; see `from_pretrained`."""
+        model_name_or_path = resolve_name(model_name_or_path)
+        adapter_file = Path(model_name_or_path) / _ADAPTER
+        if adapter_file.is_file():  # not left to transformers, which knows no base model but the one noted
+            noted = json.loads(adapter_file.read_text(encoding="utf-8"))
+            if base_model in (None, noted["base_model_name_or_path"]):
+                base_model, base_revision = noted["base_model_name_or_path"], base_revision or noted.get("revision")
+            config = cls.load_config(model_name_or_path)
+            learn = config.get("learn_weights") if learn_weights is None else learn_weights
+            kwargs["revision"] = base_revision
+            module = cls.load(os.fspath(base_model), *args, weights=weights, learn_weights=learn, **kwargs)
+            module.model.load_adapter(model_name_or_path, is_trainable=True)
+            if weights is None and "log_weights" in config:
+                module._set_log_weights([-math.inf if value is None else value for value in config["log_weights"]])
+            module.eval()  # the adapter's layers are new
+            return module
         init_defaults = kwargs.pop("init_defaults", None) or {}
         init = init_defaults | cls._load_init_kwargs(model_name_or_path, *args, **kwargs)
         saved = init.pop("log_weights", None)
@@ -345,6 +365,8 @@ class JointEncoder(Transformer):
         *,
         weights: Sequence[float] | Mapping[str, float] | None = None,
         learn_weights: bool | None = None,
+        base_model: str | os.PathLike[str] | None = None,
+        base_revision: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -353,10 +375,14 @@ class JointEncoder(Transformer):
     ) -> JointEncoder:
         """Load a CLIP or SigLIP checkpoint, or what `save` wrote.
 
+        A saved adapter is put on the very commit of the base model that it was trained on, and can be trained further.
+
         Args:
-            name_or_path: on the Hub, or a folder.
+            name_or_path: on the Hub, or a folder; "playground/clip" is the one that ships with the package.
             weights: of image, prompt and response. None: those that were saved, else equal ones.
             learn_weights: train them. None: as saved, else not.
+            base_model, base_revision: where the base model of the adapter in the folder lies on this machine, or its
+                name and commit on the Hub. None: as noted beside the adapter.
             revision: branch, tag or commit on the Hub.
             token, cache_dir, local_files_only, trust_remote_code: as everywhere in transformers.
 
@@ -367,6 +393,8 @@ class JointEncoder(Transformer):
             os.fspath(name_or_path),
             weights=weights,
             learn_weights=learn_weights,
+            base_model=base_model,
+            base_revision=base_revision,
             revision=revision,
             token=token,
             cache_folder=None if cache_dir is None else os.fspath(cache_dir),
@@ -401,7 +429,8 @@ def build_encoder(
     """A `SentenceTransformer` whose one module is a `JointEncoder`.
 
     Args:
-        name_or_path: a CLIP or SigLIP checkpoint on the Hub, or a folder.
+        name_or_path: a CLIP or SigLIP checkpoint on the Hub, or a folder; "playground/clip" is the one that ships with
+            the package.
         weights, learn_weights: as in `JointEncoder.from_pretrained`.
         lora: train a LoRA adapter and leave the towers as they are. True: rank 16, alpha 32 on the query, key, value
             and output projections of both towers' attention (our choice); or a `peft.LoraConfig`.
@@ -430,7 +459,7 @@ def build_encoder(
 def load_encoder(
     directory: str | os.PathLike[str],
     *,
-    base_model: str | None = None,
+    base_model: str | os.PathLike[str] | None = None,
     base_revision: str | None = None,
     device: str | None = None,
     token: str | bool | None = None,
@@ -440,37 +469,22 @@ def load_encoder(
 ) -> SentenceTransformer:
     """Load a folder that an encoder of `build_encoder` was saved to; embeddings are as before.
 
-    An adapter is put on the very commit of the base model that it was trained on, and can be trained further.
-
     Args:
         directory: what `SentenceTransformer.save` wrote.
-        base_model, base_revision: where the adapter's base model is. None: as noted in the folder.
+        base_model, base_revision: as in `JointEncoder.from_pretrained`.
         device: "cuda", "cpu", … None: the fastest there is.
         token, cache_dir, local_files_only, trust_remote_code: for the base model, as everywhere in transformers.
     """
-    folder = Path(directory)
-    adapter_file = folder / "adapter_config.json"
-    hub = {
-        "token": token,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-        "trust_remote_code": trust_remote_code,
-    }
-    if not adapter_file.is_file():
-        return build_encoder(folder, device=device, **hub)  # type: ignore[arg-type]
-    adapter = json.loads(adapter_file.read_text(encoding="utf-8"))
-    config = JointEncoder.load_config(os.fspath(folder))
-    encoder = build_encoder(
-        base_model or adapter["base_model_name_or_path"],
-        learn_weights=config.get("learn_weights"),
-        revision=base_revision or adapter.get("revision"),
-        device=device,
-        **hub,  # type: ignore[arg-type]
+    module = JointEncoder.from_pretrained(
+        directory,
+        base_model=base_model,
+        base_revision=base_revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        trust_remote_code=trust_remote_code,
     )
-    encoder.load_adapter(os.fspath(folder), is_trainable=True)
-    module: JointEncoder = encoder[0]  # type: ignore[assignment]
-    if "log_weights" in config:
-        module._set_log_weights([-math.inf if value is None else value for value in config["log_weights"]])
+    encoder = SentenceTransformer(modules=[module], device=device, similarity_fn_name="dot")
     encoder.eval()
     return encoder
 

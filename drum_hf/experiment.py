@@ -7,6 +7,7 @@ pairs and the same training settings; only the loss (and EPR's way of drawing it
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .data import TripletTable
 from .evaluation.evaluator import ICLEvaluator, StrategyResult
@@ -70,7 +72,7 @@ class Settings:
     by_shots: tuple[int, ...] = (1, 2, 4, 8)
     rounds: int = 3
     candidates: int = 10
-    epochs: int = 4
+    epochs: int = 3
     learning_rate: float = 3e-4
     batch_size: int = 64
     list_size: int = 8
@@ -106,7 +108,8 @@ def split_table(table: TripletTable, *, queries: float = 0.2, seed: int = 0) -> 
     for row_id in table.ids:
         blocks.setdefault(root(f"row {row_id}"), []).append(row_id)
     names = list(blocks)
-    wanted, asked = max(1, round(len(table) * queries)), set()
+    wanted = max(1, round(len(table) * queries))
+    asked: set[str] = set()
     for i in rng.permutation(len(names)):
         if len(asked) >= wanted:
             break
@@ -158,8 +161,9 @@ def run_experiment(
         lvlm: answers, drafts and gives feedback.
         encoder: directory or Hub id of a CLIP or SigLIP.
         task: "vqa", "classification" or "captioning"; picks the metric unless `metric` names one.
-        out_dir: gets `report.html`, plots, `results.json`, `retriever/` and the score store. Run again on the same
-            folder, and nothing that was scored or generated is paid for twice.
+        out_dir: gets `report.html`, plots, `results.json`, `values.json` (the metric of every query at each budget of
+            scored pairs), `retriever/` and the score store. Run again on the same folder, and nothing that was scored
+            or generated is paid for twice.
         facts: more entries for the results (the world's seed, the command).
 
     Returns:
@@ -224,10 +228,8 @@ def run_experiment(
 
     paired: dict[str, Any] = {}
     for other in ("sit+draft", "epr", "drum-rank"):
-        difference = paired_bootstrap(
-            run.results["drum", settings.shots].values, run.results[other, settings.shots].values
-        )
-        paired[f"drum - {other}"] = dataclasses.asdict(difference)
+        ours, theirs = run.results["drum", settings.shots], run.results[other, settings.shots]
+        paired[f"drum - {other}"] = dataclasses.asdict(paired_bootstrap(ours.values, theirs.values))
     by_pairs = [
         [pairs, dataclasses.asdict(paired_bootstrap(ours.values, theirs.values))]
         for (pairs, ours), (_, theirs) in zip(curves["drum"][1:], curves["epr"][1:], strict=True)
@@ -244,6 +246,8 @@ def run_experiment(
         "settings": dataclasses.asdict(settings) | {"by_shots": every},
         **(facts or {}),
     }
+    values = {name: {str(pairs): r.values.round(6).tolist() for pairs, r in curve} for name, curve in curves.items()}
+    (out / "values.json").write_text(json.dumps(values), encoding="utf-8")
     trained["drum"].save_pretrained(out / "retriever")
     examples = make_examples(run, asked, {"SIT + draft": untrained["sit+draft"], "DRUM": trained["drum"]}, drafts)
     write_report(results, examples, out)
@@ -263,10 +267,9 @@ def training_arguments(folder: Path, settings: Settings, store: Any, **different
         warmup_steps=0.1,
         seed=settings.seed,
         score_store=str(store),
-        save_strategy="no",
-        logging_steps=10,
+        dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[],
-        **different,
+        **{"save_strategy": "no", "logging_strategy": "no"} | different,
     )
 
 
@@ -436,6 +439,7 @@ def plan_scores(
         random_share=DrumTrainingArguments.random_share,
         rng=np.random.default_rng([seed, 77, 0]),
     )
+    pairs: list[tuple[str, tuple[str, ...]]]
     pairs = [(query_id, (candidate,)) for query_id, found in mined.items() for candidate, _ in found]
     new, known = feedback.plan(pairs)
     sample = [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))[:calibrate]]
@@ -446,5 +450,6 @@ def plan_scores(
     requests = [feedback.request(*pair) for pair in sample]
     count = getattr(lvlm, "count_tokens", None)
     tokens = float(np.mean(count(requests))) if count is not None else 0.0
-    images = float(np.mean([sum(d.image is not None for d in (*r.demonstrations, r.query)) for r in requests]))
+    shown = [[r.query.image, *(d.image for d in r.demonstrations)] for r in requests]
+    images = float(np.mean([sum(image is not None for image in row) for row in shown]))
     return ScorePlan(feedback, pairs, new, known, round(tokens * new), round(images * new), each * (new - fresh))

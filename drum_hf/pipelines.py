@@ -9,9 +9,6 @@ vqa(image="bus.jpg", question="What colour is the bus?")  # [{"answer": …, "de
 ```
 """
 
-# Hooks of Pipeline are declared wider than any pipeline's, as transformers' own subclasses narrow them too:
-# mypy: disable-error-code="assignment,override"
-
 from __future__ import annotations
 
 import dataclasses
@@ -20,23 +17,21 @@ import math
 import os
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import GeneratorType, SimpleNamespace
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from transformers import AutoModelForImageTextToText
-from transformers.image_utils import load_image
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 
-from .errors import ImageError, RowError
-from .lvlm.local import TransformersLVLM, _load_processor
+from ._compat import resolve_name
+from ._pipeline_inputs import as_inputs, pairs, read_query
+from ._pipeline_models import DEFAULT_LVLM, UnnamedLVLM, find_processor, find_retriever, no_teacher, teacher_of
+from .errors import RowError
+from .lvlm.local import TransformersLVLM
 from .types import Demonstration, ICLRequest, Query
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from .retriever import DemoRetriever
 
 __all__ = [
@@ -50,13 +45,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-#: The LVLM where neither the user nor the retriever names one, at a pinned commit. Our choice: the smallest on the Hub
-#: that is tuned to follow instructions and takes several images.
-DEFAULT_LVLM = ("HuggingFaceTB/SmolVLM-256M-Instruct", "7e3e67edbbed1bf9888184d9df282b700a323964")
-
 Order = Literal["best_last", "best_first"]
 
 
+# Hooks of Pipeline are declared wider than any pipeline's; they are narrowed here as in transformers' own subclasses.
 class ICLPipeline(Pipeline):
     """What the in-context learning pipelines share: inputs, draft, retrieval, and the conversation shown to the LVLM.
 
@@ -89,10 +81,10 @@ class ICLPipeline(Pipeline):
 
     # Tried, and loaded by us where that fails: some processors want torchvision for videos that are never shown.
     _load_processor = None
-    _load_image_processor = False
-    _load_video_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    _load_image_processor: Any = False
+    _load_video_processor: Any = False
+    _load_feature_extractor: Any = False
+    _load_tokenizer: Any = False
     # False keeps `max_new_tokens` and `top_k` arguments of ours, and refuses sampling ones instead of ignoring them:
     # TransformersLVLM.generate is greedy.
     _pipeline_calls_generate = False
@@ -114,23 +106,23 @@ class ICLPipeline(Pipeline):
         local_files_only: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.retriever = _load_retriever(retriever, local_files_only=local_files_only)
-        if isinstance(model, _UnnamedLVLM):
+        self.retriever = find_retriever(retriever, local_files_only=local_files_only)
+        if isinstance(model, UnnamedLVLM):
             model, processor = model.load(self.retriever, kwargs.get("dtype"), local_files_only)
         if lvlm is not None and kwargs.get("device") is None and not hasattr(model, "hf_device_map"):
             kwargs["device"] = model.device  # where the user put it, not the first accelerator
         if processor is None:
-            processor = _processor_of(model, local_files_only)
+            processor = find_processor(model, local_files_only)
         super().__init__(model=model, processor=processor, **kwargs)
         self.lvlm = lvlm or TransformersLVLM(self.model, processor, batch_size=self._batch_size or 16)
         self._common_prompt: tuple[Any, str] | None = None
-        teacher = _teacher_of(self.retriever)
+        teacher = teacher_of(self.retriever)
         if teacher is not None and teacher[0] != self.lvlm.name:
             logger.info("the retriever learned from %s; %s answers", teacher[0], self.lvlm.name)
 
     # ---- what a user calls ----
 
-    def __call__(self, image: Any = None, prompt: Any = None, **kwargs: Any) -> Any:
+    def __call__(self, image: Any = None, prompt: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Answer one input or many.
 
         Args:
@@ -146,13 +138,13 @@ class ICLPipeline(Pipeline):
             table an iterator over results, made as they are asked for.
         """
         if isinstance(prompt, (list, tuple)):
-            image = _pairs(image, prompt)
+            image = pairs(image, prompt)
         elif prompt is not None:
             kwargs["prompt"] = prompt
             image = {"image": None} if image is None else image
         elif image is None:
             raise ValueError(f"expected an image, a dict or several of them for {self.task}, came nothing")
-        inputs = _as_inputs(image)
+        inputs = as_inputs(image)
         if isinstance(inputs, list) and not inputs:
             return []
         return super().__call__(inputs, **kwargs)
@@ -188,7 +180,7 @@ class ICLPipeline(Pipeline):
 
     # ---- what Pipeline asks for ----
 
-    def _sanitize_parameters(
+    def _sanitize_parameters(  # type: ignore[override]
         self,
         num_shots: int | None = None,
         order: Order | None = None,
@@ -220,27 +212,11 @@ class ICLPipeline(Pipeline):
             _given({"return_demonstrations": return_demonstrations}),
         )
 
-    def preprocess(self, input_: Any, prompt: str | None = None, timeout: float | None = None) -> dict[str, Any]:
-        if isinstance(input_, Query):
-            return {"query": input_}
-        if isinstance(input_, Demonstration):
-            return {"query": Query(input_.image, input_.prompt, None, input_.id, input_.group)}
-        row = input_ if isinstance(input_, Mapping) else {"image": input_}
-        if "image" not in row and "question" not in row and "prompt" not in row:
-            raise RowError(f"expected an input with 'image' and 'prompt' (or 'question'), came the keys {list(row)}")
-        asked = next((row[key] for key in ("question", "prompt") if row.get(key) is not None), prompt)
-        asked = self._default_prompt() if asked is None else asked
-        draft = row.get("draft")
-        for name, text in (("prompt", asked), ("draft", draft)):
-            if text is not None and not isinstance(text, str):
-                raise RowError(f"{_named(row)}: expected {name!r} as text, came {type(text).__name__}")
-        image = row.get("image")
-        if image is not None:
-            image = _read_image(image, _named(row), timeout)
-        elif not asked:
-            raise RowError(f"{_named(row)}: expected an image or a prompt, both are empty")
-        id, group = (None if row.get(key) is None else str(row[key]) for key in ("id", "group"))
-        return {"query": Query(image, asked, draft, id, group)}
+    def preprocess(self, input_: Any, prompt: str | None = None, timeout: float | None = None) -> dict[str, Any]:  # type: ignore[override]
+        def ask() -> str:
+            return self._default_prompt() if prompt is None else prompt
+
+        return {"query": read_query(input_, ask, timeout)}
 
     def _forward(self, input_tensors: dict[str, Any], **parameters: Any) -> Any:
         # A single query comes by itself, a batch as a list; results leave in the same shape.
@@ -249,7 +225,7 @@ class ICLPipeline(Pipeline):
         results = self._run([queries] if single else queries, **parameters)
         return {name: values[0] for name, values in results.items()} if single else results
 
-    def postprocess(
+    def postprocess(  # type: ignore[override]
         self, model_outputs: Any, return_demonstrations: bool | None = None, **task_parameters: Any
     ) -> list[dict[str, Any]]:
         results = self._results(model_outputs["answer"], **task_parameters)
@@ -319,7 +295,7 @@ class ICLVQAPipeline(ICLPipeline):
     order shown to the LVLM.
     """
 
-    def __call__(self, image: Any = None, question: Any = None, **kwargs: Any) -> Any:
+    def __call__(self, image: Any = None, question: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Answer one question or many; `question` is what `ICLPipeline` calls the prompt."""
         return super().__call__(image, kwargs.pop("prompt", None) if question is None else question, **kwargs)
 
@@ -362,7 +338,7 @@ class ICLImageClassificationPipeline(ICLPipeline):
     fallback_prompt = "What does the image show?"
     default_return_demonstrations = False
 
-    def _sanitize_parameters(
+    def _sanitize_parameters(  # type: ignore[override]
         self, candidate_labels: Sequence[str] | None = None, top_k: int | None = None, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
@@ -437,15 +413,17 @@ def pipeline(
     build: Any = transformers.pipeline  # typed for its own tasks alone
     if task not in _TASKS:
         raise ValueError(f"expected one of the tasks {', '.join(_TASKS)}, came {task!r}; use transformers.pipeline")
-    loaded = _load_retriever(retriever, token=token, local_files_only=local_files_only)
+    loaded = find_retriever(retriever, token=token, local_files_only=local_files_only)
     if local_files_only:
         kwargs["local_files_only"] = True
     if isinstance(model, TransformersLVLM):
         kwargs |= {"lvlm": model, "processor": model.processor}
         model = model.model
+    if isinstance(model, (str, os.PathLike)):
+        model = resolve_name(model)
     if model is not None:
         return build(task, model=model, revision=revision, token=token, retriever=loaded, **kwargs)
-    teacher = _teacher_of(loaded)
+    teacher = teacher_of(loaded)
     if teacher is None:
         found = "no retriever" if loaded is None else "a retriever that records no teacher"
         raise ValueError(
@@ -454,76 +432,11 @@ def pipeline(
         )
     name, recorded = teacher
     try:
-        return build(task, model=name, revision=revision or recorded, token=token, retriever=loaded, **kwargs)
+        return build(
+            task, model=resolve_name(name), revision=revision or recorded, token=token, retriever=loaded, **kwargs
+        )
     except OSError as error:
-        raise _no_teacher(name, error) from error
-
-
-class _UnnamedLVLM(os.PathLike):
-    """Stands in where `transformers.pipeline` is given no model, until the pipeline, which has the retriever, knows.
-
-    transformers finds default models by task alone. With a name it would download the default before our class is
-    called; this it hands through as it does a loaded model.
-    """
-
-    config = SimpleNamespace(_commit_hash=None)  # transformers 5.0 reads it of any model
-
-    def __fspath__(self) -> str:
-        return os.curdir  # transformers 5.2x looks up on the Hub what is not a path that exists
-
-    def __str__(self) -> str:
-        return f"the LVLM that the retriever learned from ({DEFAULT_LVLM[0]} without one)"
-
-    def load(self, retriever: DemoRetriever | None, dtype: Any, local_files_only: bool) -> tuple[Any, Any]:
-        """Model and processor, on the CPU: the pipeline moves them."""
-        teacher = _teacher_of(retriever)
-        name, revision = teacher or DEFAULT_LVLM
-        try:
-            lvlm = TransformersLVLM.from_pretrained(
-                name, revision=revision, dtype=dtype or "auto", device="cpu", local_files_only=local_files_only
-            )
-        except OSError as error:
-            if teacher is None:
-                raise
-            raise _no_teacher(name, error) from error
-        logger.info("no model was named: %s answers", lvlm.name)
-        return lvlm.model, lvlm.processor
-
-
-def _teacher_of(retriever: DemoRetriever | None) -> tuple[str, str | None] | None:
-    """Name and revision of the LVLM that a retriever learned from, if it records one."""
-    teacher = (retriever.teacher if retriever is not None else None) or {}
-    return (teacher["name"], teacher.get("revision")) if teacher.get("name") else None
-
-
-def _no_teacher(name: str, error: OSError) -> OSError:
-    return OSError(
-        f"expected to load {name!r}, the LVLM that the retriever learned from, but it isn't there ({error}); pass "
-        "model= with the directory or Hub id of the LVLM that is to answer"
-    )
-
-
-def _load_retriever(retriever: Any, **hub: Any) -> DemoRetriever | None:
-    if isinstance(retriever, (str, os.PathLike)):
-        from .retriever import DemoRetriever
-
-        return DemoRetriever.from_pretrained(os.fspath(retriever), **hub)
-    if retriever is not None and not callable(retriever):
-        raise TypeError(
-            f"expected retriever= to be a DemoRetriever, its directory or Hub id, came {type(retriever).__name__}; "
-            "DemoRetriever.from_encoder makes one from a table"
-        )
-    return retriever
-
-
-def _processor_of(model: Any, local_files_only: bool) -> Any:
-    name, commit = getattr(model, "name_or_path", ""), getattr(model.config, "_commit_hash", None)
-    if not name:
-        raise ValueError(
-            f"expected processor= beside a {type(model).__name__} that doesn't say where it was loaded from"
-        )
-    hub: dict[str, Any] = {"local_files_only": local_files_only} | ({"revision": commit} if commit else {})
-    return _load_processor(name, model.config, **hub)
+        raise no_teacher(name, error) from error
 
 
 def _given(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -541,57 +454,6 @@ def _checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
     return stripped
 
 
-def _named(row: Mapping[str, Any]) -> str:
-    return "input" if row.get("id") is None else f"input with id {row['id']!r}"
-
-
-def _read_image(image: Any, where: str, timeout: float | None) -> Image:
-    source = os.fspath(image) if isinstance(image, os.PathLike) else image
-    try:
-        return load_image(source, timeout=timeout)
-    # Decoders and the network raise nearly anything, and transformers repeats a whole base64 text in its message.
-    except Exception as error:
-        came = f"{source[:80]!r}" if isinstance(source, str) else type(source).__name__
-        raise ImageError(
-            f"{where}: expected an image as a PIL image, a path, an address or base64 text, came {came}, which can't "
-            f"be read ({type(error).__name__})"
-        ) from error
-
-
-def _pairs(image: Any, prompts: Sequence[Any]) -> list[dict[str, Any]]:
-    """An input for each prompt, on its own image or on the one image of all."""
-    images = image if isinstance(image, (list, tuple)) else [image] * len(prompts)
-    if len(images) != len(prompts):
-        raise ValueError(f"expected a prompt for each image, came {len(images)} images and {len(prompts)} prompts")
-    return [{"image": im, "prompt": prompt} for im, prompt in zip(images, prompts, strict=True)]
-
-
-class _Rows(torch.utils.data.Dataset):
-    """A `datasets.Dataset` as what Pipeline takes for one."""
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.rows[index]
-
-
-def _as_inputs(inputs: Any) -> Any:
-    """Inputs as Pipeline knows them: one, a list, a torch Dataset, or a generator."""
-    import datasets
-
-    if isinstance(inputs, (list, GeneratorType, torch.utils.data.Dataset, str, os.PathLike, Mapping)):
-        return inputs
-    if isinstance(inputs, tuple):
-        return list(inputs)
-    if isinstance(inputs, datasets.Dataset):
-        return _Rows(inputs)
-    return (item for item in inputs) if isinstance(inputs, Iterable) else inputs
-
-
 def _register() -> None:
     for task, pipeline_class in _TASKS.items():
         if PIPELINE_REGISTRY.supported_tasks.get(task, {}).get("impl") is not pipeline_class:
@@ -599,7 +461,7 @@ def _register() -> None:
                 task,
                 pipeline_class=pipeline_class,
                 pt_model=AutoModelForImageTextToText,
-                default={"model": (_UnnamedLVLM(), None)},
+                default={"model": (UnnamedLVLM(), None)},
                 type="multimodal",
             )
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import itertools
-import json
 import logging
 import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from . import _saved
+from ._queries import Queries, SizedItems, as_item, as_query, in_chunks, name_query
 from .data import TripletTable, load_table
-from .errors import ColumnError, DimensionMismatchError, ImageError, RowError, SavedFileError
+from .errors import ColumnError, DimensionMismatchError, SavedFileError
 from .index import DemoIndex
-from .model_card import render_card
 from .types import LVLM, Demonstration, ICLRequest, Query, Retrieval
 
 if TYPE_CHECKING:
@@ -41,14 +39,6 @@ STRATEGIES: dict[str, tuple[float, float, float]] = {
     "sit": (1.0, 1.0, 0.0),
     "sit+draft": (1.0, 1.0, 1.0),
 }
-
-_FORMAT_VERSION = 1
-_CONFIG, _CARD, _SUPPORT, _ENCODER, _INDEX = "drum_config.json", "README.md", "support.parquet", "encoder", "index"
-_QUERY_KEYS = frozenset({"image", "prompt", "question", "draft", "id", "group"})
-#: Columns of a table that a query has no use for: gold answers are never looked at.
-_LEFT_ASIDE = frozenset({"response", "references", "label"})
-
-Queries = Iterable["Query | Demonstration | Mapping[str, Any]"]
 
 
 class DemoRetriever:
@@ -161,8 +151,8 @@ class DemoRetriever:
         """A retriever that has not been trained, over a CLIP or SigLIP checkpoint.
 
         Args:
-            name_or_path: on the Hub, or a folder; or an encoder made by `build_encoder`, kept as it is but for the
-                weights.
+            name_or_path: on the Hub, a folder, or "playground/clip"; or an encoder made by `build_encoder`, kept as it
+                is but for the weights.
             support: a table, a Dataset, a list of dicts, or a path for [`load_table`][drum_hf.data.load_table].
             strategy: "si", "st", "sit" or "sit+draft": see `STRATEGIES`. None: "sit+draft", or what the encoder has.
             weights: of image, prompt and response, instead of a strategy.
@@ -327,7 +317,7 @@ class DemoRetriever:
         return self._retrieve_lazily(queries, k, exclude_self)
 
     def _retrieve(self, queries: Queries, k: int, exclude_self: bool) -> list[Retrieval]:
-        made = [_query(query) for query in queries]
+        made = [as_query(query) for query in queries]
         with self._lock:  # index and support of one moment
             ids, scores = self.retrieve_ids(made, k, exclude_self=exclude_self)
             support = self._support
@@ -337,7 +327,7 @@ class DemoRetriever:
         ]
 
     def _retrieve_lazily(self, queries: Queries, k: int, exclude_self: bool) -> Iterator[Retrieval]:
-        for chunk in _chunks(queries, self.batch_size):
+        for chunk in in_chunks(queries, self.batch_size):
             yield from self._retrieve(chunk, k, exclude_self)
 
     def retrieve_ids(
@@ -386,11 +376,11 @@ class DemoRetriever:
         used = self._used()
 
         def items(rows: Queries) -> Iterator[dict[str, Any]]:
-            for position, query in enumerate(self._drafted(map(_query, rows))):
+            for position, query in enumerate(self._drafted(map(as_query, rows))):
                 note(query)
-                yield _item(query.image, query.prompt, query.draft, used, _name(query.id, position))
+                yield as_item(query.image, query.prompt, query.draft, used, name_query(query.id, position))
 
-        return self._encode(_Sized(queries, items) if hasattr(queries, "__len__") else items(queries))
+        return self._encode(SizedItems(queries, items) if hasattr(queries, "__len__") else items(queries))
 
     def _encode_demonstrations(self, table: TripletTable, ids: list[str]) -> np.ndarray:
         used = self._used()
@@ -398,9 +388,9 @@ class DemoRetriever:
         def items(rows: list[str]) -> Iterator[dict[str, Any]]:
             for id in rows:
                 row = table[id]
-                yield _item(row.image, row.prompt, row.response, used, f"demonstration {id!r}")
+                yield as_item(row.image, row.prompt, row.response, used, f"demonstration {id!r}")
 
-        return self._encode(_Sized(ids, items))
+        return self._encode(SizedItems(ids, items))
 
     def _encode(self, items: Iterable[dict[str, Any]]) -> np.ndarray:
         from .encoder import encode_items
@@ -415,30 +405,12 @@ class DemoRetriever:
         if self.draft_lvlm is None or not self.uses_drafts:
             yield from queries
             return
-        for chunk in _chunks(queries, self.batch_size):
+        for chunk in in_chunks(queries, self.batch_size):
             bare = [position for position, query in enumerate(chunk) if query.draft is None]
             drafts = self.draft_lvlm.generate([ICLRequest(chunk[position]) for position in bare]) if bare else []
             for position, draft in zip(bare, drafts, strict=True):
                 chunk[position] = dataclasses.replace(chunk[position], draft=draft)
             yield from chunk
-
-    def query_features(self, queries: Queries) -> dict[str, Any]:
-        """What the encoder's `forward` takes for queries; see `JointEncoder.preprocess`. For training."""
-        used = self._used()
-        made = enumerate(map(_query, queries))
-        return self._encoder.preprocess([_item(q.image, q.prompt, q.draft, used, _name(q.id, i)) for i, q in made])
-
-    def demonstration_features(self, ids: Iterable[str]) -> dict[str, Any]:
-        """What the encoder's `forward` takes for demonstrations. For training.
-
-        Raises:
-            MissingIdError: an id is not in the support set.
-        """
-        used = self._used()
-        rows = self._support.demonstrations(ids)
-        return self._encoder.preprocess(
-            [_item(d.image, d.prompt, d.response, used, f"demonstration {d.id!r}") for d in rows]
-        )
 
     # Changing it
 
@@ -526,8 +498,8 @@ class DemoRetriever:
         # Beside its destination: a move within one file system is atomic.
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as made, self._lock:
             partial = Path(made)
-            self._write(partial, include_support=include_support, repo_id=repo_id)
-            _move_into_place(partial, folder)
+            _saved.write(self, partial, include_support=include_support, repo_id=repo_id)
+            _saved.move_into_place(partial, folder)
         if push_to_hub:
             self.push_to_hub(repo_id or folder.resolve().name, include_support=include_support, **hub)
         elif hub:
@@ -567,66 +539,16 @@ class DemoRetriever:
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as made, self._lock:
-            self._write(Path(made), include_support=include_support, repo_id=repo_id)
+            _saved.write(self, Path(made), include_support=include_support, repo_id=repo_id)
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=made,
                 commit_message=commit_message or "Upload a drum-hf retriever",
                 revision=revision,
                 create_pr=create_pr,
-                delete_patterns=[f"{_ENCODER}/*", f"{_INDEX}/*", _SUPPORT],
+                delete_patterns=[f"{_saved.ENCODER}/*", f"{_saved.INDEX}/*", _saved.SUPPORT],
             )
         return commit.pr_url or commit.commit_url
-
-    def _write(self, folder: Path, *, include_support: bool, repo_id: str | None) -> None:
-        self._encoder.save(os.fspath(folder / _ENCODER), create_model_card=False)
-        self.index.save(folder / _INDEX)
-        if include_support:
-            self._support.save(folder / _SUPPORT)
-        config = {
-            "format_version": _FORMAT_VERSION,
-            "drum_hf_version": _version(),
-            "strategy": self.strategy,
-            "weights": self.weights,
-            "base_model": self.base_model,
-            "base_revision": self.base_revision,
-            "adapter": self._module.has_adapter,
-            "index": {"kind": self.index_kind, "options": self.index_options},
-            "support": {
-                "rows": len(self),
-                "fingerprint": self._support.fingerprint,
-                "included": include_support,
-            },
-            "teacher": self.teacher,
-            "top_k": self.top_k,
-            "card": self.card_data,
-            "files": {
-                path.relative_to(folder).as_posix(): _sha256(path)
-                for path in sorted(folder.rglob("*"))
-                if path.is_file()
-            },
-        }
-        (folder / _CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-        (folder / _CARD).write_text(self._card(config, repo_id), encoding="utf-8")
-
-    def _card(self, config: Mapping[str, Any], repo_id: str | None) -> str:
-        teacher = dict(self.teacher or {})
-        if teacher.get("name") and os.path.isdir(teacher["name"]):
-            teacher["name"] = f"a local model ({Path(teacher['name']).name})"  # folders are nobody else's business
-        data = {
-            "repo_id": repo_id,
-            "base_model": None if os.path.isdir(self.base_model) else self.base_model,
-            "base_revision": self.base_revision,
-            "strategy": config["strategy"],
-            "weights": config["weights"],
-            "adapter": config["adapter"],
-            "dimension": self._encoder.get_embedding_dimension(),
-            "index": self.index_kind,
-            "support": config["support"],
-            "teacher": teacher,
-            "version": config["drum_hf_version"],
-        }
-        return render_card(data | self.card_data)
 
     @classmethod
     def from_pretrained(
@@ -634,6 +556,7 @@ class DemoRetriever:
         name_or_path: str | os.PathLike[str],
         *,
         support: TripletTable | datasets.Dataset | Sequence[Mapping[str, Any]] | str | os.PathLike[str] | None = None,
+        base_model: str | os.PathLike[str] | None = None,
         draft_lvlm: LVLM | None = None,
         batch_size: int = 64,
         device: str | None = None,
@@ -650,6 +573,8 @@ class DemoRetriever:
             name_or_path: a folder, or a repository on the Hub.
             support: another support set; it is embedded anew, unless it is the very one that was saved. Needed where
                 the retriever was saved without one.
+            base_model: where the base model of a LoRA encoder lies on this machine, or its name on the Hub, instead of
+                the one recorded; it is recorded from then on. Left aside where the encoder was saved whole.
             draft_lvlm, batch_size, device: as in the class.
             revision: branch, tag or commit on the Hub.
             token, cache_dir, local_files_only, force_download: as everywhere on the Hub.
@@ -663,24 +588,34 @@ class DemoRetriever:
         from .encoder import load_encoder
 
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = _locate(name_or_path, revision=revision, force_download=force_download, **hub)
-        config = _read_config(folder)
+        folder = _saved.locate(name_or_path, revision=revision, force_download=force_download, **hub)
+        config = _saved.read_config(folder)
         included = config["support"]["included"]
         if support is None and not included:
             raise SavedFileError(
                 f"{folder}: the retriever was saved without its {config['support']['rows']} demonstrations; "
                 "pass them with support="
             )
-        table = TripletTable.load(folder / _SUPPORT) if support is None else _table(support)
-        index = DemoIndex.load(folder / _INDEX)
+        table = TripletTable.load(folder / _saved.SUPPORT) if support is None else _table(support)
+        index = DemoIndex.load(folder / _saved.INDEX)
         try:
-            encoder = load_encoder(folder / _ENCODER, device=device, trust_remote_code=trust_remote_code, **hub)
+            encoder = load_encoder(
+                folder / _saved.ENCODER,
+                base_model=base_model,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                **hub,
+            )
         except (OSError, ValueError, KeyError) as error:
-            base = f", which needs its base model {config['base_model']!r}" if config["adapter"] else ""
+            needs, remedy = "", ""
+            if config["adapter"]:
+                needs = f", which needs its base model {os.fspath(base_model or config['base_model'])!r}"
+                remedy = "pass base_model= with where the base model lies on this machine, or "
             raise SavedFileError(
-                f"{folder / _ENCODER}: the encoder can't be loaded{base} ({error}); make the base model reachable, or "
-                "save the retriever again"
+                f"{folder / _saved.ENCODER}: the encoder can't be loaded{needs} ({error}); {remedy}save the retriever "
+                "again"
             ) from error
+        moved = bool(base_model and config["adapter"])  # the encoder then knows what it was loaded from
         retriever = cls(
             encoder,
             table,
@@ -688,8 +623,8 @@ class DemoRetriever:
             index_options=config["index"]["options"],
             draft_lvlm=draft_lvlm,
             teacher=config["teacher"],
-            base_model=config["base_model"],
-            base_revision=config["base_revision"],
+            base_model=None if moved else config["base_model"],
+            base_revision=None if moved else config["base_revision"],
             top_k=config["top_k"],
             batch_size=batch_size,
         )
@@ -703,12 +638,14 @@ class DemoRetriever:
         if table.fingerprint == config["support"]["fingerprint"]:
             if index.ids != table.ids:
                 raise SavedFileError(
-                    f"{folder / _INDEX}: its {len(index)} ids are not those of the {len(table)} demonstrations; "
+                    f"{folder / _saved.INDEX}: its {len(index)} ids are not those of the {len(table)} demonstrations; "
                     "save the retriever again"
                 )
             retriever._index = index
         elif support is None:
-            raise SavedFileError(f"{folder / _SUPPORT}: it is not the table that {_CONFIG} names; save it again")
+            raise SavedFileError(
+                f"{folder / _saved.SUPPORT}: it is not the table that {_saved.CONFIG} names; save it again"
+            )
         else:
             logger.info("the support set given is not the one saved: it is embedded when first needed")
         return retriever
@@ -720,199 +657,7 @@ class DemoRetriever:
         self.__dict__.update(state, _lock=threading.RLock())
 
 
-class _Sized:
-    """Items made while they are read, whose number is known, for a progress bar."""
-
-    def __init__(self, rows: Any, items: Callable[[Any], Iterator[dict[str, Any]]]) -> None:
-        self._rows, self._items = rows, items
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self._items(self._rows)
-
-
 def _table(support: Any) -> TripletTable:
     if isinstance(support, (str, os.PathLike)):
         return load_table(support)
     return TripletTable.from_dataset(support)
-
-
-def _query(row: Query | Demonstration | Mapping[str, Any]) -> Query:
-    if isinstance(row, Query):
-        return row
-    if isinstance(row, Demonstration):
-        return Query(row.image, row.prompt, None, row.id, row.group)
-    if not isinstance(row, Mapping):
-        raise ColumnError(f"expected a query: a Query, or a dict with 'image' and 'prompt', came {type(row).__name__}")
-    unknown = row.keys() - _QUERY_KEYS - _LEFT_ASIDE
-    if unknown or not row.keys() & {"image", "prompt", "question"} or {"prompt", "question"} <= row.keys():
-        raise ColumnError(
-            "expected a query with 'image' and 'prompt' (or 'question'), optionally 'draft', 'id' and 'group', came "
-            f"{', '.join(map(repr, row)) or 'an empty dict'}; rename the columns"
-        )
-    texts = {key: row.get(key) for key in ("prompt", "question", "draft", "id", "group")}
-    for key, value in texts.items():
-        if value is not None and not isinstance(value, str):
-            raise RowError(f"column {key!r}: expected a text, came {type(value).__name__}; convert it with str()")
-    prompt = texts["prompt"] or texts["question"] or ""
-    return Query(_image(row.get("image")), prompt, texts["draft"], texts["id"], texts["group"])
-
-
-def _image(source: Any) -> Any:
-    from PIL.Image import Image
-
-    if source is None or isinstance(source, Image):
-        return source
-    if isinstance(source, os.PathLike):
-        source = os.fspath(source)
-    if not isinstance(source, str):
-        raise ImageError(
-            f"column 'image': expected a PIL image, a path or a URL, came {type(source).__name__}; "
-            "decode it first, as with PIL.Image.open"
-        )
-    from transformers.image_utils import load_image
-
-    try:
-        return load_image(source)
-    except (OSError, ValueError) as error:
-        raise ImageError(f"column 'image': {source!r:.200} can't be read ({error}); give an image file") from error
-
-
-def _item(image: Any, prompt: str, response: str | None, used: tuple[str, ...], name: str) -> dict[str, Any]:
-    there = {"image": image is not None, "prompt": bool(prompt.strip()), "response": bool((response or "").strip())}
-    if not any(there[part] for part in used):
-        has = ", ".join(part for part in there if there[part]) or "nothing"
-        raise RowError(
-            f"{name}: expected at least one of {', '.join(used)}, which the strategy compares, came {has}; "
-            "leave it out, or choose another strategy"
-        )
-    return {"image": image, "text": [prompt, response]}
-
-
-def _name(id: str | None, position: int) -> str:
-    return f"query {position}" if id is None else f"query {id!r}"
-
-
-def _chunks(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(rows)
-    while chunk := list(itertools.islice(iterator, size)):
-        yield chunk
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("drum-hf")
-    except PackageNotFoundError:  # run from a source tree
-        return "unknown"
-
-
-# Saved files
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _move_into_place(partial: Path, folder: Path) -> None:
-    """Replace an earlier save, file by file; the list of files goes last, so that a mixture does not load."""
-    try:
-        earlier = set(_read_json(folder / _CONFIG)["files"])
-    except (SavedFileError, KeyError, TypeError):
-        earlier = set()
-    made = sorted(path.relative_to(partial) for path in partial.rglob("*") if path.is_file())
-    for name in sorted(made, key=lambda name: name.name == _CONFIG):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(partial / name, folder / name)
-    for gone in earlier - {name.as_posix() for name in made}:
-        if _is_inside(gone):
-            (folder / gone).unlink(missing_ok=True)
-
-
-def _is_inside(name: Any) -> bool:
-    path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath("/")
-    return not path.is_absolute() and ".." not in path.parts and "\\" not in str(path)
-
-
-def _locate(name_or_path: str | os.PathLike[str], **hub: Any) -> Path:
-    """The folder, or a snapshot of the repository."""
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    patterns = [_CONFIG, _CARD, _SUPPORT, f"{_ENCODER}/*", f"{_INDEX}/*"]
-    try:
-        return Path(snapshot_download(os.fspath(name_or_path), allow_patterns=patterns, **hub))
-    except (OSError, HFValidationError) as error:
-        raise SavedFileError(
-            f"expected a folder written by DemoRetriever.save_pretrained, or a repository on the Hub, but "
-            f"{os.fspath(name_or_path)!r} is no folder and can't be fetched ({error}); check the name, the "
-            "connection, and for a private repository the token"
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SavedFileError(f"{path}: the file is missing: not a folder that save_pretrained wrote") from error
-    except (OSError, ValueError) as error:
-        raise SavedFileError(f"{path}: the file can't be read as JSON ({error}); save the retriever again") from error
-    if not isinstance(content, dict):
-        raise SavedFileError(
-            f"{path}: expected a JSON object, came {type(content).__name__}; save the retriever again"
-        )
-    return content
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """The configuration, once every file has been found to be what was saved."""
-    path = folder / _CONFIG
-    config = _read_json(path)
-    if config.get("format_version") != _FORMAT_VERSION:
-        raise SavedFileError(
-            f"{path}: expected format version {_FORMAT_VERSION}, came {config.get('format_version')!r}; update "
-            "drum-hf, or save the retriever again"
-        )
-    shape: dict[str, Any] = {
-        "files": dict,
-        "support": dict,
-        "index": dict,
-        "card": dict,
-        "teacher": (dict, type(None)),
-        "base_model": str,
-        "base_revision": (str, type(None)),
-        "adapter": bool,
-        "top_k": int,
-    }
-    nested: dict[str, dict[str, type]] = {
-        "support": {"rows": int, "fingerprint": str, "included": bool},
-        "index": {"kind": str, "options": dict},
-    }
-    wrong = [key for key, kind in shape.items() if key not in config or not isinstance(config[key], kind)]
-    for key, entries in nested.items():
-        wrong += [
-            f"{key}.{e}"
-            for e, kind in entries.items()
-            if key not in wrong and not isinstance(config[key].get(e), kind)
-        ]
-    if wrong:
-        raise SavedFileError(f"{path}: the entry {wrong[0]!r} is missing or of another type; save the retriever again")
-    needed = {f"{_INDEX}/vectors.safetensors", f"{_INDEX}/index.json", f"{_ENCODER}/sentence_bert_config.json"}
-    needed |= {_SUPPORT} if config["support"]["included"] else set()
-    for name in sorted(needed | config["files"].keys()):
-        if not _is_inside(name):
-            raise SavedFileError(f"{path}: it lists {name!r}, which is not inside the folder; do not use this folder")
-        file = folder / name
-        remedy = "download or copy the folder again, or save the retriever again"
-        if not file.is_file():
-            raise SavedFileError(f"{file}: the file is missing; {remedy}")
-        if config["files"].get(name) != _sha256(file):
-            raise SavedFileError(f"{file}: the file was altered since it was saved (its SHA-256 differs); {remedy}")
-    return config

@@ -170,7 +170,7 @@ def test_kept_images_are_the_same_whatever_the_cache_holds(lvlm: TransformersLVL
     expected = lvlm.score(requests)
     bare = TransformersLVLM(lvlm.model, lvlm.processor, batch_size=2, max_batch_tokens=100, image_cache_bytes=0)
     np.testing.assert_allclose(bare.score(requests), expected, atol=1e-4, rtol=0)
-    assert not bare._kept_images and bare._kept_bytes == 0
+    assert not bare._images.kept and bare._images.kept_bytes == 0
     plain = TransformersLVLM(lvlm.model, lvlm.processor)
     plain._keeps_images = False  # type: ignore[misc]
     np.testing.assert_allclose(plain.score(requests), expected, atol=1e-4, rtol=0)

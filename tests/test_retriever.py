@@ -278,14 +278,6 @@ def test_a_trained_encoder_counts_after_mark_stale(clip, table, queries):
     assert np.abs(retriever.encode_support(["d5", "d2"]) - after[[5, 2]]).max() < 1e-6
 
 
-def test_training_features_embed_as_retrieval_does(retriever, queries):
-    with torch.no_grad():
-        asked = retriever.encoder(retriever.query_features(queries))["sentence_embedding"]
-        shown = retriever.encoder(retriever.demonstration_features(["d5", "d2"]))["sentence_embedding"]
-    assert np.abs(asked.numpy() - retriever.encode_queries(queries)).max() < 1e-6
-    assert np.abs(shown.numpy() - retriever.encode_support(["d5", "d2"])).max() < 1e-6
-
-
 # Files
 
 
@@ -349,7 +341,7 @@ def test_a_killed_save_does_not_pass_for_a_whole_one(clip, table, tmp_path, monk
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("drum_hf.retriever.os.replace", killed)
+        patch.setattr("drum_hf._saved.os.replace", killed)
         with pytest.raises(KeyboardInterrupt):
             retriever.save_pretrained(tmp_path)
     with pytest.raises(SavedFileError, match=r"model\.safetensors: the file was altered"):
@@ -426,11 +418,11 @@ def test_the_card_may_be_edited(saved, tmp_path):
 
 def rewrite(folder: Path) -> None:
     """List the files as they are now, as if they had been saved so."""
-    from drum_hf.retriever import _sha256
+    from drum_hf._saved import checksum
 
     path = folder / "drum_config.json"
     config = json.loads(path.read_text())
-    config["files"] = {name: _sha256(folder / name) for name in config["files"]}
+    config["files"] = {name: checksum(folder / name) for name in config["files"]}
     path.write_text(json.dumps(config))
 
 

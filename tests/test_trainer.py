@@ -154,7 +154,10 @@ def test_a_batch_holds_each_demonstration_once_and_what_is_known_of_it(make, sup
     batch = trainer.data_collator(rows)
     label = batch["label"]
     column = list(dict.fromkeys(c for row in rows for c in row["candidates"]))
-    expected = trainer.retriever.demonstration_features(column)
+    shown = trainer.retriever.support.demonstrations(column)
+    expected = trainer.retriever.encoder.preprocess(
+        [{"image": d.image, "text": [d.prompt, d.response]} for d in shown]
+    )
     for name in ("pixel_values", "input_ids", "attention_mask"):
         assert torch.equal(batch[f"demonstrations_{name}"], expected[name])
     assert label["index"].shape == label["scores"].shape == (8, 6)

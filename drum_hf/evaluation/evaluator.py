@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -81,7 +81,7 @@ class ICLEvaluator:
         drafts: dict[str, str] | None = None,
         store: ScoreStore | None = None,
         max_new_tokens: int = 32,
-        on_leak: str = "raise",
+        on_leak: Literal["raise", "warn", "ignore"] = "raise",
     ) -> None:
         self.lvlm = lvlm if isinstance(lvlm, CachedLVLM) else CachedLVLM(lvlm, store or ScoreStore())
         self.support, self.queries = support, queries

@@ -119,7 +119,9 @@ class BM25:
         self.index.index(self._tokens(texts), show_progress=False)
 
     def _tokens(self, texts: list[str]) -> Any:
-        return self.bm25s.tokenize(texts, stopwords=None, token_pattern=r"(?u)\b\w+\b", show_progress=False, return_ids=False)
+        return self.bm25s.tokenize(
+            texts, stopwords=None, token_pattern=r"(?u)\b\w+\b", show_progress=False, return_ids=False
+        )
 
     def select(self, queries: Sequence[Query], k: int) -> list[list[str]]:
         texts = [f"{q.prompt} {q.draft or ''}" for q in queries]

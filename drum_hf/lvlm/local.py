@@ -8,74 +8,35 @@ comparing the results), images go through the image processor and the vision tow
 from __future__ import annotations
 
 import copy
-import dataclasses
-import hashlib
 import inspect
-import json
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import ChatTemplateError, ContextOverflowError, NonFiniteScoreError
-from ..types import ICLRequest, Query, image_key
+from .._compat import local_name, resolve_name
+from ..errors import ContextOverflowError, NonFiniteScoreError
+from ..types import ICLRequest
+from ._fingerprint import compute_fingerprint
+from ._images import ImageInputs
 from .prompts import ChatFormat, ImagePosition, Row
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
     from tqdm import tqdm
 
-__all__ = ["TransformersLVLM"]
+__all__ = ["TransformersLVLM", "load_processor"]
 
 logger = logging.getLogger(__name__)
-
-#: Processor outputs that one image's features depend on, in the families whose features may be kept apart.
-_IMAGE_INPUTS = {"pixel_values", "pixel_attention_mask"}
-
-_PROBE = ICLRequest(Query(None, "probe"))
 
 # Answers tokenized and sorted by length together: enough for full batches, few enough to hold.
 _ANSWERS_AT_ONCE = 8192
 
 # Tokenizers without a limit of their own say 1e30; a context of more than this is such a "no limit".
 _NO_LIMIT = 10_000_000
-
-
-@dataclasses.dataclass
-class _KeptImage:
-    ids: list[int]  # what the processor puts in place of the placeholder
-    features: torch.Tensor  # (image tokens, hidden), as the text model takes them
-
-
-def _hash(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(f"{len(part)}:".encode())
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _settings(config: Any) -> Any:
-    """A configuration without what says where it came from, or who read it."""
-    if isinstance(config, dict):
-        left_out = ("name_or_path", "transformers_version")
-        return {k: _settings(v) for k, v in config.items() if not str(k).startswith("_") and k not in left_out}
-    return config
-
-
-def _hash_weights(model: Any) -> str:
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _image_only(processor_class: Any) -> Any:
@@ -96,7 +57,14 @@ def _image_only(processor_class: Any) -> Any:
     return ImageOnly
 
 
-def _load_processor(name_or_path: str | os.PathLike[str], config: Any, **kwargs: Any) -> Any:
+def load_processor(name_or_path: str | os.PathLike[str], config: Any, **kwargs: Any) -> Any:
+    """`AutoProcessor.from_pretrained`; without torchvision, a processor loads without its part for videos.
+
+    Args:
+        name_or_path: directory or Hub id.
+        config: of the model that the processor belongs to.
+        kwargs: for the processor's `from_pretrained`.
+    """
     from transformers import AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
     from transformers.utils import is_torchvision_available
@@ -120,7 +88,7 @@ class TransformersLVLM:
     Args:
         model: any `AutoModelForImageTextToText` model; set to evaluation mode.
         processor: its processor, with a fast tokenizer and a chat template.
-        name: what to call it; default: where it was loaded from.
+        name: what to call it; default: where it was loaded from, or the name of a model that ships with the package.
         revision: commit of the Hub repository `name` that the weights are from, unchanged. Where given, the
             fingerprint trusts it; else the weights are hashed.
         batch_size: sequences a forward pass.
@@ -155,11 +123,10 @@ class TransformersLVLM:
             raise ValueError(f"expected positive batch limits, got {batch_size=} and {max_batch_tokens=}")
         self.model = model.eval()
         self.processor = processor
-        self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
+        self.name = local_name(name or getattr(model, "name_or_path", "") or type(model).__name__)
         self.revision = revision
         self.batch_size = batch_size
         self.max_batch_tokens = max_batch_tokens
-        self.image_cache_bytes = image_cache_bytes
         self.format = ChatFormat(
             processor, image_position=image_position, system=system, score_end_of_turn=score_end_of_turn
         )
@@ -167,12 +134,8 @@ class TransformersLVLM:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # any would do: padding is masked
         self._pad_id = self.tokenizer.pad_token_id or 0
-        parameters = inspect.signature(model.forward).parameters
-        self._has_logits_to_keep = "logits_to_keep" in parameters
-        self._has_image_outputs = "mm_encoder_outputs" in parameters
-        self._kept_images: OrderedDict[str, _KeptImage] = OrderedDict()
-        self._kept_bytes = 0
-        self._tokens_an_image = 1  # the most seen so far, to estimate lengths
+        self._has_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._images = ImageInputs(model, self.format, batch_size=batch_size, limit=image_cache_bytes)
 
     @classmethod
     def from_pretrained(
@@ -198,7 +161,7 @@ class TransformersLVLM:
         """Load model and processor from a directory or the Hub.
 
         Args:
-            name_or_path: directory or Hub id.
+            name_or_path: directory or Hub id; "playground/lvlm" is the one that ships with the package.
             revision, token, cache_dir, local_files_only, trust_remote_code: as everywhere in transformers.
             dtype: "auto" takes the one the weights are saved in.
             device: default: CUDA where there is one, else CPU. Leave it out with `device_map`.
@@ -217,9 +180,10 @@ class TransformersLVLM:
         hub["trust_remote_code"] = trust_remote_code
         if revision is not None:
             hub["revision"] = revision
-        model: Any = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype, **hub, **model_kwargs)
+        place = resolve_name(name_or_path)
+        model: Any = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype, **hub, **model_kwargs)
         commit = getattr(model.config, "_commit_hash", None)
-        processor = _load_processor(name_or_path, model.config, **hub)
+        processor = load_processor(place, model.config, **hub)
         if adapter is not None:
             from peft import PeftModel
 
@@ -252,22 +216,8 @@ class TransformersLVLM:
         That is: weights (an adapter's included), configuration, dtype, chat template, tokenizer, image processing,
         `image_position`, `system`, `score_end_of_turn`.
         """
-        image_processor = getattr(self.processor, "image_processor", None)
-        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        for state in ("padding", "truncation"):  # what the last call left behind
-            tokenizer.pop(state, None)
-        parts = [
-            type(self.model).__name__,
-            f"{self.name}@{self.revision}" if self.revision else _hash_weights(self.model),
-            str(self.model.dtype),
-            _settings(self.model.config.to_dict()),
-            self.processor.chat_template,
-            tokenizer,
-            _settings({k: v for k, v in self.processor.to_dict().items() if not isinstance(v, dict)}),
-            _settings(image_processor.to_dict()) if image_processor is not None else None,
-            [self.format.image_position, self.format.system, self.format.score_end_of_turn],
-        ]
-        return _hash(*(json.dumps(part, sort_keys=True, default=str).encode() for part in parts))[:32]
+        weights = f"{self.name}@{self.revision}" if self.revision else None
+        return compute_fingerprint(self.model, self.format, weights)
 
     @property
     def context_length(self) -> int | None:
@@ -420,149 +370,15 @@ class TransformersLVLM:
         """Ids of each row with its images' tokens in place, and what else the model takes."""
         if not any(row.images for row in rows):
             return [row.ids for row in rows], {}
-        if self._keeps_images:
-            return self._expand_kept(rows)
-        return self._expand_plain(rows)
-
-    def _expand_plain(self, rows: list[Row]) -> tuple[list[list[int]], dict[str, Any]]:
-        out = self.processor(
-            text=[row.text for row in rows],
-            images=[row.images for row in rows],
-            padding=True,
-            return_tensors="pt",
-            add_special_tokens=self.format.add_special_tokens,
-        )
-        shape, mask = out["input_ids"].shape, out["attention_mask"].bool()
-        ids = []
-        for row, full, real in zip(rows, out["input_ids"], mask, strict=True):
-            own = full[real].tolist()
-            own = own[: len(own) - row.cut]
-            if own[len(own) - row.tail :] != row.ids[len(row.ids) - row.tail :]:
-                raise ChatTemplateError(
-                    f"the processor and the tokenizer disagree on the response's tokens of query "
-                    f"{row.request.query.id!r}; check that the processor's tokenizer is the one it was saved with"
-                )
-            ids.append(own)
-            self._tokens_an_image = max(self._tokens_an_image, 1 + (len(own) - len(row.ids)) // len(row.images))
-        extra: dict[str, Any] = {}
-        for key, value in out.items():
-            if key in ("input_ids", "attention_mask"):
-                continue
-            if getattr(value, "shape", None) == shape:  # one entry a token, such as token_type_ids
-                value = [v[real].tolist()[: len(i)] for v, real, i in zip(value, mask, ids, strict=True)]
-            extra[key] = value
-        return ids, extra
-
-    def _expand_kept(self, rows: list[Row]) -> tuple[list[list[int]], dict[str, Any]]:
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-        keys = [[image_key(image) for image in row.images] for row in rows]
-        kept = self._keep(
-            {k: im for ks, row in zip(keys, rows, strict=True) for k, im in zip(ks, row.images, strict=True)}
-        )
-        image_id = self.processor.image_token_id
-        ids = []
-        for row, mine in zip(rows, keys, strict=True):
-            own: list[int] = []
-            turn = iter(mine)
-            for token in row.ids:
-                if token == image_id:
-                    own.extend(kept[next(turn)].ids)
-                else:
-                    own.append(token)
-            ids.append(own)
-        features = [kept[key].features for mine in keys for key in mine]
-        outputs = BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
-        return ids, {"mm_encoder_outputs": {"image": outputs}}
-
-    def _keep(self, images: dict[str, Image]) -> dict[str, _KeptImage]:
-        """Features of the images by key, computed for those not kept yet."""
-        kept = {}
-        missing = []
-        for key in images:
-            if key in self._kept_images:
-                self._kept_images.move_to_end(key)
-                kept[key] = self._kept_images[key]
-            else:
-                missing.append(key)
-        for start in range(0, len(missing), self.batch_size):
-            batch = missing[start : start + self.batch_size]
-            out = self.processor(
-                text=[self.processor.image_token] * len(batch),
-                images=[[images[key]] for key in batch],
-                padding=True,
-                return_tensors="pt",
-                add_special_tokens=False,
-            )
-            inputs = {key: self._to_device(value) for key, value in out.items() if key in _IMAGE_INPUTS}
-            features = self.model.get_image_features(**inputs, return_dict=True).pooler_output
-            for i, key in enumerate(batch):
-                ids = out["input_ids"][i][out["attention_mask"][i].bool()].tolist()
-                self._tokens_an_image = max(self._tokens_an_image, len(ids))
-                # A copy: a view would keep the whole batch's features alive.
-                kept[key] = self._kept_images[key] = _KeptImage(ids, features[i].clone())
-                self._kept_bytes += features[i].nbytes
-        while self._kept_bytes > self.image_cache_bytes and self._kept_images:
-            _, oldest = self._kept_images.popitem(last=False)
-            self._kept_bytes -= oldest.features.nbytes
-        return kept
+        return self._images.expand_kept(rows) if self._keeps_images else self._images.expand(rows)
 
     @cached_property
     def _keeps_images(self) -> bool:
-        """Whether kept features give the model's own logits: tried out, on images of two shapes."""
-        import torch
-        from PIL import Image
-
-        image_token = getattr(self.processor, "image_token", None)
-        if image_token is None or image_token != self.format.image_token:
-            return False
-        if not self._has_image_outputs or getattr(self.processor, "image_token_id", None) is None:
-            return False
-        noise = np.random.default_rng(0)
-        wide, tall = (Image.fromarray(noise.integers(0, 256, (*s, 3), dtype=np.uint8)) for s in ((48, 64), (64, 40)))
-        texts = [f"a {image_token}b", f"a {image_token}b {image_token} c"]
-        ids = self.format.tokenize(texts)["input_ids"]
-        rows = [Row(_PROBE, texts[0], ids[0], [wide]), Row(_PROBE, texts[1], ids[1], [tall, wide])]
-        try:
-            plain_ids, plain = self._expand_plain(rows)
-            if not set(plain) <= _IMAGE_INPUTS:
-                return False
-            kept_ids, kept = self._expand_kept(rows)
-            edges = [i for image in self._keep({"wide": wide}).values() for i in (image.ids[0], image.ids[-1])]
-            if kept_ids != plain_ids or not self.format.special_ids.issuperset(edges):
-                return False
-            ours, theirs = (self._logits(self._pad(plain_ids, extra), 1) for extra in (kept, plain))
-        except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            logger.debug("kept image features are not for %s: %s", type(self.model).__name__, error)
-            return False
-        tolerance = 1e-4 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
-        same = torch.allclose(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance)
-        if not same:
+        """Whether images pass the vision tower once and are then kept."""
+        keeps = self._images.features_suffice(self._logits)
+        if not keeps:
             logger.info("%s: every image is processed each time it is shown", self.name)
-        return same
-
-    def _to_device(self, value: Any) -> Any:
-        if not hasattr(value, "to"):
-            return value
-        if value.is_floating_point():
-            return value.to(self.model.device, dtype=self.model.dtype)
-        return value.to(self.model.device)
-
-    def _pad(self, ids: list[list[int]], extra: dict[str, Any]) -> dict[str, Any]:
-        import torch
-
-        length = max(map(len, ids))
-
-        def stack(rows: list[list[int]], fill: int) -> torch.Tensor:
-            return torch.tensor([[fill] * (length - len(row)) + row for row in rows], device=self.model.device)
-
-        inputs = {"input_ids": stack(ids, self._pad_id), "attention_mask": stack([[1] * len(row) for row in ids], 0)}
-        for key, value in extra.items():
-            per_token = isinstance(value, list) and key not in inputs
-            inputs[key] = stack(value, 0) if per_token else self._to_device(value)
-        return inputs
+        return keeps
 
     def _encode(self, rows: list[Row], new_tokens: int = 0) -> dict[str, Any]:
         ids, extra = self._expand(rows)
@@ -575,7 +391,7 @@ class TransformersLVLM:
                     f"{row.request.query.id!r} with {len(row.request.demonstrations)} demonstrations has "
                     f"{len(own)}{room}; use fewer shots or smaller images"
                 )
-        return self._pad(ids, extra)
+        return self._images.pad(ids, extra)
 
     # ---- running ----
 
@@ -590,7 +406,7 @@ class TransformersLVLM:
 
     def _batches(self, rows: list[Row], new_tokens: int) -> Iterator[list[int]]:
         """Indices of rows, longest first, so that memory runs out early or never."""
-        sizes = [len(row.ids) + len(row.images) * (self._tokens_an_image - 1) + new_tokens for row in rows]
+        sizes = [len(row.ids) + len(row.images) * (self._images.tokens_an_image - 1) + new_tokens for row in rows]
         order = sorted(range(len(rows)), key=lambda i: (bool(rows[i].images), sizes[i]), reverse=True)
         batch: list[int] = []
         for i in order:

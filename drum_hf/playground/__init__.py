@@ -8,30 +8,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .._compat import resolve_name as resolve
 
 if TYPE_CHECKING:
     from .worlds import DIFFICULTIES, TASKS, World, make_world
 
 __all__ = ["DIFFICULTIES", "TASKS", "World", "encoder_path", "lvlm_path", "make_world", "resolve"]
 
-_MODELS = Path(__file__).parent / "models"
-
 
 def encoder_path() -> str:
     """Folder of the tiny CLIP."""
-    return str(_MODELS / "clip")
+    return resolve("playground/clip")
 
 
 def lvlm_path() -> str:
     """Folder of the tiny LVLM."""
-    return str(_MODELS / "lvlm")
-
-
-def resolve(name: str) -> str:
-    """Folder of "playground/clip" or "playground/lvlm"; any other name is returned as it is."""
-    return {"playground/clip": encoder_path(), "playground/lvlm": lvlm_path()}.get(name, name)
+    return resolve("playground/lvlm")
 
 
 def __getattr__(name: str) -> Any:

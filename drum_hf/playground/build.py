@@ -41,7 +41,7 @@ STEPS = {
     "induction": 800,
     "pairs": 800,
     "dialogue": 2_400,
-    "long": 500,
+    "long": 900,
 }
 QUICK = dict.fromkeys(STEPS, 3) | {"scenes": 1_500, "digits": 500}
 
@@ -111,6 +111,7 @@ def train_lvlm(
             turns=turns,
             batch=batch,
             learning_rate=rate,
+            local=stage == "long",
         )
     return model, processor, report
 

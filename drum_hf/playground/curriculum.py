@@ -57,7 +57,7 @@ def build_lvlm(seed: int):
     torch.manual_seed(seed)
     config = Idefics3Config(
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,  # type: ignore[call-arg]  # its __post_init__ takes it
         scale_factor=2,
         tie_word_embeddings=True,
         vision_config={
@@ -175,11 +175,14 @@ class ConversationMaker:
                 made.append(Turn(self._prompt(name, rng), row, [self.value_id[value]], [True]))
         return made
 
-    def private(self, turns: int, rng: np.random.Generator, names: tuple[str, ...]) -> list[Turn]:
+    def private(
+        self, turns: int, rng: np.random.Generator, names: tuple[str, ...], *, local: bool = False
+    ) -> list[Turn]:
         """Answers "value word"; a cell (site, attribute, value) comes back often enough for its word to be learned.
 
-        In half of the conversations sites contradict one another, as retrieved demonstrations do: a value comes back
-        under another site's word, and only the frame tells which word is meant.
+        Sites contradict one another: a value comes back under another site's word, and the frame tells which is meant.
+        With `local`, more often, and what comes back is mostly what was said last, as in any conversation; a model
+        that can't tell the sites apart then does best to follow the nearest word.
         """
         frames = [str(f) for f in rng.choice(self.frames, size=rng.integers(1, 5), replace=False)]
         fresh = iter(rng.permutation(self.words))
@@ -187,12 +190,13 @@ class ConversationMaker:
         told: dict[str, set[str]] = defaultdict(set)
         cells: list[tuple[str, str, str]] = []
         focus = names if rng.random() < 0.5 else (str(rng.choice(names)),)
-        again, contrary = rng.uniform(0.3, 0.9), 0.15 if rng.random() < 0.5 else 0.5
+        again = rng.uniform(0.3, 0.9)
         made = []
         for _ in range(turns):
             if cells and rng.random() < again:
-                name, value, frame = cells[rng.integers(len(cells))]
-                if rng.random() < contrary:
+                back = min(int(rng.geometric(0.4)), len(cells)) if local else int(rng.integers(len(cells))) + 1
+                name, value, frame = cells[-back]
+                if rng.random() < (0.3 if local else 0.15):
                     frame = str(rng.choice(frames))
             else:
                 name = str(rng.choice(focus))
@@ -202,9 +206,9 @@ class ConversationMaker:
                 word[frame, value] = int(next(fresh))
             answer = [self.value_id[value], word[frame, value]]
             row = self._picture(name, value, frame, rng)
-            made.append(
-                Turn(self._prompt(name, rng), row, answer, [True, frame in told[value]], told[value] - {frame} != set())
-            )
+            shown = frame in told[value]
+            contradicted = bool(told[value] - {frame})
+            made.append(Turn(self._prompt(name, rng), row, answer, [True, shown], contradicted))
             told[value].add(frame)
         return made
 
@@ -243,15 +247,15 @@ class ConversationMaker:
             made.append(Turn(self._prompt("caption", rng), row, answer, loss))
         return made
 
-    def draw(self, turns: int, rng: np.random.Generator) -> list[Turn]:
+    def draw(self, turns: int, rng: np.random.Generator, *, local: bool = False) -> list[Turn]:
         """One conversation: a fifth plain, half about scenes, the rest digits and captions."""
         kind = rng.random()
         if kind < 0.2:
             return self.plain(min(turns, 6), rng)
         if kind < 0.65:
-            return self.private(turns, rng, tuple(ATTRIBUTES))
+            return self.private(turns, rng, tuple(ATTRIBUTES), local=local)
         if kind < 0.8:
-            return self.private(turns, rng, ("digit",))
+            return self.private(turns, rng, ("digit",), local=local)
         return self.captions(turns, rng)
 
     def batch(self, conversations: list[list[Turn]]) -> dict[str, torch.Tensor]:
@@ -383,6 +387,7 @@ def train_dialogue(
     turns: tuple[int, int],
     batch: int,
     learning_rate: float,
+    local: bool = False,
 ):
     """Conversations over the pool; `states` are the frozen tower's patch states, (N, patches, width)."""
     words = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool)
@@ -393,7 +398,7 @@ def train_dialogue(
         length = int(rng.integers(turns[0], turns[1] + 1))
         # about as many turns in every batch, whatever their length
         count = max(2, batch * turns[1] // length // 2)
-        data = maker.batch([maker.draw(length, rng) for _ in range(count)])
+        data = maker.batch([maker.draw(length, rng, local=local) for _ in range(count)])
         seen = model.model.connector(states[data["pictures"]].float())
         embeds = model.get_input_embeddings()(data["input_ids"])
         slots = (data["input_ids"] == maker.image_token)[..., None].expand_as(embeds)

@@ -308,7 +308,7 @@ def start_tower(tower: nn.Module, image_tower: nn.Module) -> None:
     tower.load_state_dict(target)
 
 
-def train_tower(tower: nn.Module, image_tower: nn.Module, pool: Pool, *, seed: int, steps: int, checkpoint: Path):
+def train_tower(tower: nn.Module, image_tower: Any, pool: Pool, *, seed: int, steps: int, checkpoint: Path):
     """Teach an Idefics3 tower to give a CLIP tower's (post-normed) patch states."""
     mask = torch.ones(128, PIXELS // PATCH, PIXELS // PATCH, dtype=torch.bool)
 

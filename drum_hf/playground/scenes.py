@@ -122,6 +122,7 @@ def _draw_frame(draw: ImageDraw.ImageDraw, frame: str, side: int, rng: np.random
     colour, dashed = FRAMES[frame]
     colour = _jitter(colour, rng, 6.0)
     width = round(_FRAME_WIDTH * side)
+    box: tuple[float, float, float, float]
     for box in (
         (0, 0, side, width),
         (0, side - width, side, side),

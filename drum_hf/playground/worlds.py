@@ -150,7 +150,8 @@ def make_world(seed: int, *, task: str = "vqa", difficulty: str = "standard") ->
         for row in maker.picture_rows(2 if task == "vqa" else 1):
             support.append(row | {"id": f"{prefix}-s{len(support):04d}", "group": f"{prefix}-p{picture:04d}"})
         picture += 1
-    known, queries = maker.known(support), []
+    known = maker.known(support)
+    queries: list[dict[str, Any]] = []
     while len(queries) < level.queries:
         (row,) = maker.picture_rows(1)
         picture += 1

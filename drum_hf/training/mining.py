@@ -75,7 +75,7 @@ class CandidateTable:
         pool = self._pool(query_id)
         return dict(zip(pool.ids, pool.scores, strict=True))
 
-    def extend(self, mined: Mapping[str, Sequence[tuple[str, int]]], scores: Sequence[float]) -> None:
+    def extend(self, mined: Mapping[str, Sequence[tuple[str, int]]], scores: Sequence[float] | np.ndarray) -> None:
         """Add a round: per query its (candidate id, retriever's place) pairs; `scores` in the same flat order."""
         flat = iter(scores)
         for query_id, proposals in mined.items():

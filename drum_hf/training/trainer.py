@@ -55,7 +55,7 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
     """
 
     rounds: int = dataclasses.field(default=3, metadata={"help": "passes of mine -> score -> train"})
-    epochs_per_round: int = dataclasses.field(default=4, metadata={"help": "epochs over the queries in each round"})
+    epochs_per_round: int = dataclasses.field(default=3, metadata={"help": "epochs over the queries in each round"})
     candidates_per_round: int = dataclasses.field(default=10, metadata={"help": "new pairs a query buys in a round"})
     random_share: float = dataclasses.field(default=0.5, metadata={"help": "random share of the first round"})
     list_size: int = dataclasses.field(default=8, metadata={"help": "candidates sampled for a query in a step"})
@@ -161,7 +161,9 @@ class _Lists:
             "query": self.preprocessed("query", [row["query"] for row in rows], self._query_item),
             "demonstrations": self.preprocessed("demonstration", list(column), self._demonstration_item),
         }
-        batch = {f"{name}_{key}": value for name, part in features.items() for key, value in part.items()}
+        batch: dict[str, Any] = {
+            f"{name}_{key}": value for name, part in features.items() for key, value in part.items()
+        }
         batch["label"] = {"index": index, "scores": scores, "mask": mask, "known": known, "blocked": blocked}
         return batch
 
@@ -212,6 +214,8 @@ class DrumTrainer(SentenceTransformerTrainer):
     """
 
     training_args_class = DrumTrainingArguments
+    args: DrumTrainingArguments
+    loss: Any  # the platform would take several, by data set; here it is one module
 
     def __init__(
         self,
@@ -227,6 +231,7 @@ class DrumTrainer(SentenceTransformerTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = args or DrumTrainingArguments(output_dir="drum-output")
+        assert args.output_dir is not None  # the platform has filled it in
         self.retriever = retriever
         self.queries = retriever.support if train_dataset is None else TripletTable.from_dataset(train_dataset)
         store = ScoreStore(args.score_store or Path(args.output_dir) / "scores.sqlite")
@@ -244,12 +249,13 @@ class DrumTrainer(SentenceTransformerTrainer):
                     retriever.encoder, weighting=args.weighting, rank_weight=args.rank_weight, **common
                 )
         rows = Dataset.from_dict({"query": self.queries.ids})
+        collate: Any = _Lists(self)  # any callable will do, but the platform names its own class
         super().__init__(
             model=retriever.encoder,
             args=args,
             train_dataset=rows.with_transform(self._view),
             loss=loss,
-            data_collator=_Lists(self),
+            data_collator=collate,
             callbacks=[_Rounds(self), *(callbacks or [])],
             optimizers=optimizers,
         )
@@ -320,14 +326,16 @@ class DrumTrainer(SentenceTransformerTrainer):
         """As `transformers.Trainer.train`; afterwards the retriever's index is fresh and it knows its teacher."""
         output = super().train(*args, **kwargs)
         self.finish_round()
-        self.retriever.teacher = _describe(self.feedback.lvlm.lvlm)
-        self.retriever.card_data["training"] = {
-            "rounds": self.table.rounds,
-            "scored_pairs": len(self.table),
-            "queries": len(self.queries),
-            "objective": self.args.objective,
-            "weighting": self.args.weighting if self.args.objective == "listwise" else None,
-        }
+        self.retriever.record_training(
+            teacher=_describe(self.feedback.lvlm.lvlm),
+            training={
+                "rounds": self.table.rounds,
+                "scored_pairs": len(self.table),
+                "queries": len(self.queries),
+                "objective": self.args.objective,
+                "weighting": self.args.weighting if self.args.objective == "listwise" else None,
+            },
+        )
         return output
 
     def save_state_beside(self, checkpoint: Path) -> None:
@@ -343,12 +351,12 @@ class DrumTrainer(SentenceTransformerTrainer):
     def _loss_parameters(self) -> dict[str, torch.Tensor]:
         return {n: p for n, p in self.loss.named_parameters() if not n.startswith("model.")}
 
-    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        super()._load_from_checkpoint(checkpoint_path)
-        folder = Path(checkpoint_path)
+        super()._load_from_checkpoint(resume_from_checkpoint)
+        folder = Path(resume_from_checkpoint)
         table = CandidateTable.load(folder / _TABLE_FILE)
         if table.query_ids != self.queries.ids:
             raise SavedFileError(
