@@ -21,6 +21,7 @@ extras["dev"] = extras["demo"] + [
     "pre-commit>=3.7",
     "pycocoevalcap>=1.2",
     "pytest>=8",
+    "pytest-xdist>=3.5",
     "ruff>=0.6",
 ]
 

@@ -332,6 +332,8 @@ class JointEncoder(Transformer):
             kwargs["revision"] = base_revision
             module = cls.load(os.fspath(base_model), *args, weights=weights, learn_weights=learn, **kwargs)
             module.model.load_adapter(model_name_or_path, is_trainable=True)
+            for adapter in module.model.peft_config.values():  # peft looks there when it saves; `save` notes the name
+                adapter.base_model_name_or_path = resolve_name(base_model)
             if weights is None and "log_weights" in config:
                 module._set_log_weights([-math.inf if value is None else value for value in config["log_weights"]])
             module.eval()  # the adapter's layers are new

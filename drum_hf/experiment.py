@@ -63,7 +63,8 @@ class Settings:
         rounds, candidates, epochs: mining rounds, pairs that a query buys in each, epochs in each.
         learning_rate, batch_size, list_size: of training; the same for every method.
         random_seeds: how many seeds the random and fixed strategies are averaged over.
-        oracle: "answer" (rows with the gold answer) or "score" (the LVLM's own exhaustive ranking).
+        oracle: "answer" (rows with the gold answer), "score" (the LVLM's own exhaustive ranking, queries x support
+            set calls) or "none".
         lora: train adapters rather than all weights.
         seed: of training and sampling.
     """
@@ -80,7 +81,7 @@ class Settings:
     oracle: str = "answer"
     lora: bool = False
     seed: int = 0
-    max_new_tokens: int = 16
+    max_new_tokens: int = 32
 
 
 def split_table(table: TripletTable, *, queries: float = 0.2, seed: int = 0) -> tuple[TripletTable, TripletTable]:
@@ -198,8 +199,8 @@ def run_experiment(
         untrained[name] = DemoRetriever.from_encoder(encoder, support=support, strategy=name)
         run.evaluate(Retrieved(name, untrained[name]), every)
     run.evaluate(BM25(support), every)
-    oracle = SameAnswerOracle(support, queries) if settings.oracle == "answer" else ScoreOracle(asked)
-    run.evaluate(oracle, every)
+    if settings.oracle != "none":
+        run.evaluate(SameAnswerOracle(support, queries) if settings.oracle == "answer" else ScoreOracle(asked), every)
 
     start = run.results["sit+draft", settings.shots]
     curves: dict[str, list[tuple[int, StrategyResult]]] = {}
@@ -333,7 +334,7 @@ def evaluate_strategies(
     metric: str | None = None,
     store: Path | None = None,
     random_seeds: int = 3,
-    max_new_tokens: int = 16,
+    max_new_tokens: int = 32,
 ) -> dict[str, Any]:
     """Evaluate strategies by name; "drum" is the `retriever` that is given. Results as `run_experiment` has them.
 

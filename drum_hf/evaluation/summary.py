@@ -60,7 +60,7 @@ def summarise(folders: Sequence[str | Path]) -> str:
     for step, keys in enumerate(budgets):
         ours = [np.array(v["drum"][k]) for v, (k, _) in zip(values, keys, strict=True)]
         theirs = [np.array(v["epr"][k]) for v, (_, k) in zip(values, keys, strict=True)]
-        groups = np.concatenate([np.full(len(o), i) for i, o in enumerate(ours)])
+        groups = [world for world, part in enumerate(ours) for _ in part]
         a, b = np.concatenate(ours), np.concatenate(theirs)
         if step:
             d = paired_bootstrap(a, b, groups=groups)
