@@ -66,5 +66,8 @@ setup(
         "Typing :: Typed",
     ],
     keywords="vision-language in-context-learning retrieval demonstrations huggingface",
-    project_urls={"DRUM (paper)": "https://arxiv.org/abs/2412.07619", "ICL tuning (paper)": "https://arxiv.org/abs/2403.12736"},
+    project_urls={
+        "DRUM (paper)": "https://arxiv.org/abs/2412.07619",
+        "ICL tuning (paper)": "https://arxiv.org/abs/2403.12736",
+    },
 )

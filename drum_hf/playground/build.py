@@ -43,7 +43,7 @@ STEPS = {
     "dialogue": 2_400,
     "long": 900,
 }
-QUICK = dict.fromkeys(STEPS, 3) | {"scenes": 1_500, "digits": 500}
+QUICK = dict.fromkeys(STEPS, 3) | {"scenes": 1_500, "digits": 1_200}
 
 
 def _pool(work: Path, seed: int, steps: dict[str, int]) -> Pool:
