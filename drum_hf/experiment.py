@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from .data import TripletTable
 from .evaluation.evaluator import ICLEvaluator, StrategyResult
@@ -268,7 +267,6 @@ def training_arguments(folder: Path, settings: Settings, store: Any, **different
         warmup_steps=0.1,
         seed=settings.seed,
         score_store=str(store),
-        dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[],
         **{"save_strategy": "no", "logging_strategy": "no"} | different,
     )

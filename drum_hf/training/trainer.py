@@ -80,6 +80,8 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
                 "dataloader_persistent_workers=True would train on the first round's candidates for ever, since its "
                 "workers never see a later round; leave it False"
             )
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
         self.num_train_epochs = float(self.rounds * self.epochs_per_round)
         super().__post_init__()
 
