@@ -200,6 +200,8 @@ def run_experiment(
     run.evaluate(BM25(support), every)
     if settings.oracle != "none":
         run.evaluate(SameAnswerOracle(support, queries) if settings.oracle == "answer" else ScoreOracle(asked), every)
+        if settings.oracle == "score":
+            run.rows["oracle"]["label"] = "oracle (the LVLM's own ranking)"
 
     start = run.results["sit+draft", settings.shots]
     curves: dict[str, list[tuple[int, StrategyResult]]] = {}

@@ -250,7 +250,7 @@ METRICS: dict[str, Metric] = {
         Metric("vqa_accuracy", functools.partial(_each, vqa_accuracy), "VQA accuracy", min_references=2),
         Metric("exact_match", functools.partial(_each, exact_match), "exact match"),
         Metric("top1", functools.partial(_each, _top1_of_list), "top-1 accuracy", max_references=1),
-        Metric("cider_d", cider_d, "CIDEr-D (×100)"),
+        Metric("cider_d", cider_d, "CIDEr-D"),
     )
 }
 

@@ -231,7 +231,7 @@ def _sentence(task: TaskResult) -> str:
     if not hero.learnt:
         text += " No learnt strategy was evaluated."
     if oracle := task.get("oracle"):
-        text += f" The same-answer oracle reaches {_points(oracle.main.value)}."
+        text += f" The {oracle.name} reaches {_points(oracle.main.value)}."
     return text
 
 
