@@ -178,7 +178,8 @@ def _strategy(key: str, entry: Any, shots: int, where: str) -> StrategyResult:
     pairs = sorted(_pair(point, f"{where}['by_pairs']") for point in _optional(entry, "by_pairs", Sequence, where))
     rounds = tuple(_number(value, f"{where}['by_round']") for value in _optional(entry, "by_round", Sequence, where))
     learnt = key in _LEARNT or (key not in _NAMES and bool(pairs or rounds))
-    return StrategyResult(key, str(entry.get("label") or _NAMES.get(key, key)), learnt, main, by_shots, tuple(pairs), rounds)
+    name = str(entry.get("label") or _NAMES.get(key, key))
+    return StrategyResult(key, name, learnt, main, by_shots, tuple(pairs), rounds)
 
 
 def _place(strategy: StrategyResult) -> tuple[int, int]:
