@@ -324,6 +324,11 @@ class DrumTrainer(SentenceTransformerTrainer):
             self.on_round_end(self, self.table.rounds)
         encoder.train(training)
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the platform's, but `logging_strategy="no"` means no line at all, the closing one included."""
+        if self.args.logging_strategy != "no":
+            super().log(logs, start_time)
+
     def train(self, *args: Any, **kwargs: Any):
         """As `transformers.Trainer.train`; afterwards the retriever's index is fresh and it knows its teacher."""
         output = super().train(*args, **kwargs)
