@@ -225,6 +225,18 @@ class _LVLMLoss(CachedLossMixin, nn.Module):
             loss = loss.detach()
         return loss
 
+    def in_batch(self, similarities: Tensor, batch: ListBatch) -> Tensor:
+        """`in_batch_loss` of this batch at the current temperature, (B,)."""
+        return in_batch_loss(
+            similarities,
+            batch.index,
+            batch.scores,
+            batch.mask,
+            batch.known,
+            batch.blocked,
+            temperature=self.temperature,
+        )
+
     def list_loss(self, similarities: Tensor, batch: ListBatch) -> Tensor:
         """Loss of each query, (B,), from similarities (B, U)."""
         raise NotImplementedError(f"{type(self).__name__} must define list_loss")
@@ -271,16 +283,7 @@ class ListwiseLVLMLoss(_LVLMLoss):
         ranked = pairwise_list_loss(
             own, batch.scores, batch.mask, weighting=self.weighting, temperature=self.temperature
         )
-        against_batch = in_batch_loss(
-            similarities,
-            batch.index,
-            batch.scores,
-            batch.mask,
-            batch.known,
-            batch.blocked,
-            temperature=self.temperature,
-        )
-        return self.rank_weight * ranked + (1.0 - self.rank_weight) * against_batch
+        return self.rank_weight * ranked + (1.0 - self.rank_weight) * self.in_batch(similarities, batch)
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""
@@ -313,15 +316,7 @@ class ContrastiveLVLMLoss(_LVLMLoss):
         super().__init__(model, temperature, learn_temperature, mini_batch_size)
 
     def list_loss(self, similarities: Tensor, batch: ListBatch) -> Tensor:
-        return in_batch_loss(
-            similarities,
-            batch.index,
-            batch.scores,
-            batch.mask,
-            batch.known,
-            batch.blocked,
-            temperature=self.temperature,
-        )
+        return self.in_batch(similarities, batch)
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""
