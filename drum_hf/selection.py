@@ -17,7 +17,7 @@ _Item = TypeVar("_Item")
 def arrange(ranked: Sequence[_Item], order: Order = "best_last", *, seed: int = 0) -> list[_Item]:
     """Put demonstrations, given most useful first, into the order in which they are shown.
 
-    "best_last" sets the most useful nearest the query (UDR, section 3.3; also OpenFlamingo's RICES).
+    "best_last" sets the most useful nearest the query (UDR; also OpenFlamingo's RICES).
 
     >>> arrange(["best", "good", "fair"])
     ['fair', 'good', 'best']

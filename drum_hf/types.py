@@ -157,7 +157,7 @@ class LVLM(Protocol):
         """Log-likelihood of each request's gold response.
 
         Mean log-probability a token; several responses: weighted log-sum-exp; with `choices`: log-probability of
-        the response normalised over them (the feedback of DRUM, section 3; the mean and the weighting are our choice).
+        the response normalised over them (the feedback of DRUM; the mean and the weighting are our choice).
 
         Args:
             requests: each with at least one response.

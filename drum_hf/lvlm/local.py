@@ -235,8 +235,8 @@ class TransformersLVLM:
         """Log-likelihood of each request's gold response, given its conversation.
 
         One response: mean log-probability a token. Several: log of the weighted mean of their exponentials. With
-        `choices`, a response's score is its summed log-probability minus the log-sum-exp over all choices' (DRUM,
-        section 3; mean and weighting are our choice). Responses and choices are stripped of outer whitespace.
+        `choices`, a response's score is its summed log-probability minus the log-sum-exp over all choices' (DRUM;
+         mean and weighting are our choice). Responses and choices are stripped of outer whitespace.
 
         Returns:
             float64, shape (len(requests),), at most 0, higher is better, in the order of the requests.

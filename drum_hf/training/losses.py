@@ -50,7 +50,7 @@ def pair_weights(scores: Tensor, similarities: Tensor, mask: Tensor, weighting: 
 
     - ``"utility"``: max(0, p_i - p_j) / l with p = exp(score), the response's probability a token, and l the list's
       length (our choice: near-ties, which are most of a list after the first round, hardly count);
-    - ``"rank"``: max(0, 1/r_i - 1/r_j), r the LVLM's rank (UDR's paper, section 3.2);
+    - ``"rank"``: max(0, 1/r_i - 1/r_j), r the LVLM's rank (UDR's paper);
     - ``"position"``: |1/q_i - 1/q_j| wherever the LVLM prefers i, q the places by current similarity, divided by the
       number of such pairs (after UDR's released code; a list of ties gives 0 rather than its NaN).
 
@@ -83,7 +83,7 @@ def pairwise_list_loss(
 
     A list whose scores are all equal contributes exactly 0, and so does its gradient.
 
-    Source: UDR, section 3.2, from which DRUM's "unified list-wise ranking loss" descends; the temperature is our
+    Source: UDR, from which DRUM's "unified list-wise ranking loss" descends; the temperature is our
     choice, since cosines need one.
     """
     weights = pair_weights(scores, similarities, mask, weighting)
@@ -96,7 +96,7 @@ def list_distribution_loss(
 ) -> Tensor:
     """Cross-entropy between p / sum(p), p = exp(score), and the softmax of similarities over the list, (B,).
 
-    Its gradient is that of the KL divergence to the LVLM's score distribution (LLM-R, section 3.3).
+    Its gradient is that of the KL divergence to the LVLM's score distribution (LLM-R).
     """
     target = scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0.0)  # an empty list is no NaN
     logits = (similarities / temperature).masked_fill(~mask, -torch.inf).log_softmax(-1)
@@ -125,7 +125,7 @@ def in_batch_loss(
         known: (B, U) LVLM score of that pair where it was ever paid for, NaN elsewhere.
         blocked: (B, U) bool.
 
-    Source: UDR, section 3.2; the treatment of known scores and of ties is our choice.
+    Source: UDR; the treatment of known scores and of ties is our choice.
     """
     best = scores.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
     logits = similarities / temperature
@@ -302,7 +302,7 @@ class ContrastiveLVLMLoss(_LVLMLoss):
     (`sampling="contrastive"` of the trainer). The list's best counts as the positive. Known scores and the query's own
     group are left out of the negatives just as in `ListwiseLVLMLoss`, so that the two differ in the loss alone.
 
-    Source: EPR, section 3.2; temperature our choice, as in `ListwiseLVLMLoss`.
+    Source: EPR; temperature our choice, as in `ListwiseLVLMLoss`.
     """
 
     def __init__(

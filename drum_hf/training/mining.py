@@ -95,8 +95,8 @@ class CandidateTable:
         Args:
             size: at most so many candidates; fewer where the pool is smaller.
             sampling: "listwise": one of the `ends` best by the LVLM, one of the `ends` worst, the rest from between
-                (UDR, section 3.2), and at least one hard candidate where the pool has one (our choice).
-                "contrastive": one of the `ends` best first, then others of the `ends` worst (EPR, section 3.2).
+                (UDR), and at least one hard candidate where the pool has one (our choice).
+                "contrastive": one of the `ends` best first, then others of the `ends` worst (EPR).
             ends: UDR's and EPR's value 5; at most half of the pool.
 
         Returns:

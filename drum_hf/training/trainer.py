@@ -212,7 +212,7 @@ class DrumTrainer(SentenceTransformerTrainer):
     through. Table and loss parameters lie in every checkpoint, so `train(resume_from_checkpoint=True)` goes on in the
     round it was in.
 
-    Source: DRUM (arXiv 2412.07619), method section; list sampling and loss after UDR, section 3.
+    Source: DRUM (arXiv 2412.07619); list sampling and loss after UDR.
     """
 
     training_args_class = DrumTrainingArguments
