@@ -236,7 +236,7 @@ class TransformersLVLM:
 
         One response: mean log-probability a token. Several: log of the weighted mean of their exponentials. With
         `choices`, a response's score is its summed log-probability minus the log-sum-exp over all choices' (DRUM;
-         mean and weighting are our choice). Responses and choices are stripped of outer whitespace.
+        mean and weighting are our choice). Responses and choices are stripped of outer whitespace.
 
         Returns:
             float64, shape (len(requests),), at most 0, higher is better, in the order of the requests.
