@@ -1,0 +1,56 @@
+"""The command `drum-hf`, a verb a module. Heavy imports wait until a verb runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from ..errors import DrumError
+from . import _demo, _eval, _index, _score, _train
+
+__all__ = ["main"]
+
+logger = logging.getLogger("drum_hf")
+
+_VERBS = (_demo, _train, _score, _eval, _index)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        installed = version("drum-hf")
+    except PackageNotFoundError:
+        installed = "unknown (run from a source tree)"
+    parser = argparse.ArgumentParser(
+        prog="drum-hf",
+        description="Learn which demonstrations your vision-language model needs in its prompt, and retrieve them.",
+    )
+    parser.add_argument("--version", action="version", version=installed)
+    parser.add_argument("-q", "--quiet", action="store_true", help="warnings only, no progress bars")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for verb in _VERBS:
+        verb.add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `drum-hf`; returns the exit status."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.WARNING if args.quiet else logging.INFO)
+    if args.quiet:
+        import os
+
+        os.environ["TQDM_DISABLE"] = "1"
+    try:
+        args.run(args)
+    except (DrumError, ValueError) as error:
+        sys.stderr.write(f"drum-hf {args.command}: {type(error).__name__}: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; what was scored is kept, run the same command again to go on\n")
+        return 130
+    return 0

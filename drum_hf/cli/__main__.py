@@ -1,0 +1,5 @@
+"""`python -m drum_hf.cli`."""
+
+from . import main
+
+raise SystemExit(main())

@@ -1,0 +1,85 @@
+"""`drum-hf demo`: the main job on the playground or on your data."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from .options import (
+    TASKS,
+    data_options,
+    ints,
+    load_lvlm,
+    make_settings,
+    model_options,
+    read_tables,
+    training_options,
+    write_json,
+)
+
+__all__ = ["add", "run"]
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the verb and its options."""
+    parser = commands.add_parser("demo", help="the main job: baselines, DRUM and EPR, a table and a report")
+    parser.add_argument("--world-seed", type=int, default=0, help="of the playground's world (default: %(default)s)")
+    parser.add_argument("--world", choices=("easy", "standard", "hard"), default="standard", help="its difficulty")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/demo"), help="folder of the report (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--shots", type=int, default=4, help="demonstrations in the context (default: %(default)s)")
+    parser.add_argument("--by-shots", type=ints, help="further numbers of demonstrations, such as 1,2,8")
+    data_options(parser, required=False)
+    parser._option_string_actions["--task"].choices = (*TASKS, "all")
+    model_options(parser)
+    training_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry it out."""
+    from .._compat import require
+    from ..evaluation.report import format_table
+    from ..experiment import run_experiment
+    from ..playground import make_world
+
+    require("matplotlib", "the demo's plots")
+    require("bm25s", "the demo's BM25 baseline")
+    lvlm, encoder = load_lvlm(args), args.encoder
+    tasks = TASKS if args.task == "all" else (args.task,)
+    if args.data and len(tasks) > 1:
+        raise ValueError("expected one --task with --data; 'all' is for the playground")
+    results: dict[str, Any] = {}
+    for task in tasks:
+        facts: dict[str, Any] = {"world_seed": None, "command": "drum-hf " + " ".join(sys.argv[1:])}
+        if args.data:
+            support, queries = read_tables(args)
+            facts["data"] = args.data
+        else:
+            world = make_world(args.world_seed, task=task, difficulty=args.world)
+            support, queries = world.support, world.queries
+            facts |= {"world_seed": args.world_seed, "world": args.world}
+        # with captions no row has the same answer; on a user's LVLM the exhaustive ranking would cost far too much
+        oracle = "answer" if task != "captioning" else "none" if args.data else "score"
+        settings = make_settings(args, shots=args.shots, by_shots=args.by_shots, oracle=oracle)
+        results[task] = run_experiment(
+            support,
+            queries,
+            lvlm=lvlm,
+            encoder=encoder,
+            task=task,
+            metric=args.metric,
+            out_dir=args.out if len(tasks) == 1 else args.out / task,
+            settings=settings,
+            facts=facts,
+        )
+    content = results[tasks[0]] if len(tasks) == 1 else {"tasks": results}
+    write_json(args.json, content)
+    sys.stdout.write(format_table(content) + "\n")
+    for task in tasks:
+        folder = args.out if len(tasks) == 1 else args.out / task
+        sys.stdout.write(f"{task}: {folder / 'report.html'} · trained retriever: {folder / 'retriever'}\n")

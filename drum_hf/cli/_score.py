@@ -1,0 +1,51 @@
+"""`drum-hf score`: buy the LVLM's scores ahead of training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .options import data_options, load_lvlm, model_options, read_table
+
+__all__ = ["add", "run"]
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the verb and its options."""
+    parser = commands.add_parser("score", help="buy the LVLM's scores of candidates ahead of training")
+    parser.add_argument("--store", type=Path, required=True, help="SQLite file that keeps the scores")
+    parser.add_argument("--retriever", help="trained retriever that proposes; by default the untrained encoder")
+    parser.add_argument("--dry-run", action="store_true", help="only say how many pairs and tokens, and how long")
+    data_options(parser, required=True)
+    model_options(parser)
+    parser.add_argument("--candidates", type=int, default=10, help="pairs for each query (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry it out."""
+    from ..experiment import plan_scores
+    from ..lvlm.store import ScoreStore
+    from ..retriever import DemoRetriever
+
+    support = read_table(args.data, args)
+    if args.retriever:
+        retriever = DemoRetriever.from_pretrained(args.retriever, support=support, device=args.device)
+    else:
+        retriever = DemoRetriever.from_encoder(args.encoder, support=support, strategy="sit+draft", device=args.device)
+    with ScoreStore(args.store) as store:
+        plan = plan_scores(
+            retriever,
+            load_lvlm(args),
+            queries=read_table(args.queries, args) if args.queries else None,
+            store=store,
+            candidates=args.candidates,
+            choices=support.label_set if args.task == "classification" else (),
+            seed=args.seed,
+        )
+        sys.stdout.write(plan.describe() + "\n")
+        if not args.dry_run:
+            scores = plan.run()
+            sys.stdout.write(f"{len(scores)} pairs scored; {len(store)} scores in {args.store}\n")

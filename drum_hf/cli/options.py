@@ -1,0 +1,124 @@
+"""Options that several verbs share, and what is made of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..data import TripletTable
+    from ..experiment import Settings
+    from ..lvlm.local import TransformersLVLM
+
+__all__ = [
+    "TASKS",
+    "data_options",
+    "ints",
+    "load_lvlm",
+    "make_settings",
+    "model_options",
+    "read_table",
+    "read_tables",
+    "training_options",
+    "write_json",
+]
+
+TASKS = ("vqa", "classification", "captioning")
+
+
+def ints(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def model_options(parser: argparse.ArgumentParser, *, lvlm: bool = True, encoder: bool = True) -> None:
+    group = parser.add_argument_group("models")
+    if lvlm:
+        group.add_argument(
+            "--lvlm", default="playground/lvlm", help="folder or Hub id of the LVLM (default: %(default)s)"
+        )
+        group.add_argument("--lvlm-revision", help="branch, tag or commit of the LVLM")
+        group.add_argument("--dtype", default="auto", help="of the LVLM: auto, float32, bfloat16, float16")
+        group.add_argument(
+            "--batch-size", type=int, default=32, help="LVLM requests in a forward (default: %(default)s)"
+        )
+    if encoder:
+        group.add_argument(
+            "--encoder", default="playground/clip", help="folder or Hub id of a CLIP or SigLIP (default: %(default)s)"
+        )
+    group.add_argument("--device", help="cuda, cpu, …; the best one there is by default")
+
+
+def data_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        required=required,
+        help="table of demonstrations: CSV, JSONL or parquet, or a folder of images with one of these",
+    )
+    group.add_argument("--queries", help="table of queries with gold responses; by default split off --data")
+    group.add_argument(
+        "--skip-bad-rows", action="store_true", help="leave out rows that can't be used, and count them"
+    )
+    group.add_argument("--task", choices=TASKS, default="vqa", help="default: %(default)s")
+    group.add_argument("--metric", help="exact_match, vqa_accuracy, top1 or cider_d; by default the task's own")
+
+
+def training_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+    group.add_argument("--rounds", type=int, help="mining rounds")
+    group.add_argument("--candidates", type=int, help="new pairs that each query buys in a round")
+    group.add_argument("--epochs", type=int, help="epochs in each round")
+    group.add_argument("--learning-rate", type=float)
+    group.add_argument("--train-batch-size", dest="batch", type=int, help="queries in a step")
+    group.add_argument("--list-size", type=int, help="candidates drawn for a query in a step")
+    group.add_argument("--lora", action="store_true", help="train LoRA adapters rather than all weights")
+    group.add_argument("--seed", type=int, default=0)
+
+
+def read_table(path: str, args: argparse.Namespace) -> TripletTable:
+    from ..data import load_table
+
+    return load_table(path, on_bad_rows="skip" if args.skip_bad_rows else "raise")
+
+
+def read_tables(args: argparse.Namespace) -> tuple[TripletTable, TripletTable]:
+    from ..experiment import split_table
+
+    table = read_table(args.data, args)
+    return (table, read_table(args.queries, args)) if args.queries else split_table(table)
+
+
+def load_lvlm(args: argparse.Namespace) -> TransformersLVLM:
+    from ..lvlm.local import TransformersLVLM
+
+    return TransformersLVLM.from_pretrained(
+        args.lvlm,
+        revision=args.lvlm_revision,
+        dtype=args.dtype,
+        device=args.device,
+        batch_size=args.batch_size,
+    )
+
+
+def make_settings(args: argparse.Namespace, **more: Any) -> Settings:
+    from ..experiment import Settings
+
+    given = {
+        "rounds": args.rounds,
+        "candidates": args.candidates,
+        "epochs": args.epochs,
+        "learning_rate": args.learning_rate,
+        "batch_size": args.batch,
+        "list_size": args.list_size,
+        "lora": args.lora or None,
+        "seed": args.seed,
+    }
+    return Settings(**{name: value for name, value in (given | more).items() if value is not None})
+
+
+def write_json(path: Path | None, content: Any) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
