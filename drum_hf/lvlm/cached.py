@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -76,13 +76,17 @@ class CachedLVLM:
         several = requests if isinstance(requests, Sequence) else list(requests)
         fingerprint = self.fingerprint
         keys = [request_key(request, fingerprint) for request in several]
-        return self.score_lazily(keys, lambda positions: [several[i] for i in positions], progress=progress)
+        shared = [tuple(demonstration.key for demonstration in request.demonstrations) for request in several]
+        return self.score_lazily(
+            keys, lambda positions: [several[i] for i in positions], shared=shared, progress=progress
+        )
 
     def score_lazily(
         self,
         keys: Sequence[bytes],
         build: Callable[[Sequence[int]], list[ICLRequest]],
         *,
+        shared: Sequence[Hashable] | None = None,
         progress: bool | None = None,
     ) -> np.ndarray:
         """As `score`, with requests built batch by batch, and only those whose score is new.
@@ -90,6 +94,8 @@ class CachedLVLM:
         Args:
             keys: `request_key` of each request under this LVLM's fingerprint.
             build: makes the requests at some positions of `keys`, in that order.
+            shared: what each request's conversation begins with, such as its demonstrations' ids. Requests that begin
+                alike are sent together, so that an LVLM which computes a common beginning once can do so.
 
         Returns:
             float64 array of shape (len(keys),), in order.
@@ -117,7 +123,8 @@ class CachedLVLM:
                 )
             return scores.tolist()
 
-        return np.asarray(self._answers(keys, self.store.get_scores(keys), ask, "score", progress), dtype=np.float64)
+        answers = self._answers(keys, self.store.get_scores(keys), ask, "score", progress, shared)
+        return np.asarray(answers, dtype=np.float64)
 
     def generate(
         self, requests: Iterable[ICLRequest], *, max_new_tokens: int = 32, progress: bool | None = None
@@ -147,6 +154,7 @@ class CachedLVLM:
         ask: Callable[[list[int]], list[_Value]],
         verb: str,
         progress: bool | None,
+        shared: Sequence[Hashable] | None = None,
     ) -> list[_Value]:
         from tqdm.auto import tqdm
 
@@ -157,11 +165,27 @@ class CachedLVLM:
         shown = bool(new) and (len(new) > _QUIET_BATCHES * self.batch_size if progress is None else progress)
         with tqdm(total=len(new), desc=f"LVLM {verb}", unit="request", disable=not shown) as bar:
             bar.set_postfix({"from cache": f"{1 - len(new) / max(1, len(keys)):.0%}"}, refresh=False)
-            for start in range(0, len(new), self.batch_size):
-                positions = new[start : start + self.batch_size]
+            for positions in self._batches(new, shared):
                 answers.update(zip((keys[i] for i in positions), ask(positions), strict=True))
                 bar.update(len(positions))
         return [answers[key] for key in keys]
+
+    def _batches(self, new: list[int], shared: Sequence[Hashable] | None) -> Iterator[list[int]]:
+        """Positions to be sent together; what shares its beginning is in one batch wherever one holds it."""
+        groups: dict[Hashable, list[int]] = {}
+        for position in new:
+            groups.setdefault(position if shared is None else shared[position], []).append(position)
+        batch: list[int] = []
+        for group in groups.values():
+            if batch and len(batch) + len(group) > self.batch_size:
+                yield batch
+                batch = []
+            while len(group) > self.batch_size:
+                yield group[: self.batch_size]
+                group = group[self.batch_size :]
+            batch += group
+        if batch:
+            yield batch
 
     def _count(self, answers: int, batch: Sequence[ICLRequest]) -> None:
         self.calls += len(batch)

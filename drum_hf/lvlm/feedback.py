@@ -78,7 +78,12 @@ class Feedback:
             NonFiniteScoreError: the LVLM returned NaN or infinity.
         """
         keys = [self._key(q, ds) for q, ds in pairs]
-        return self.lvlm.score_lazily(keys, lambda rows: [self.request(*pairs[r]) for r in rows], progress=progress)
+        return self.lvlm.score_lazily(
+            keys,
+            lambda rows: [self.request(*pairs[r]) for r in rows],
+            shared=[tuple(demonstrations) for _, demonstrations in pairs],
+            progress=progress,
+        )
 
     def zero_shot(self, query_ids: Sequence[str]) -> np.ndarray:
         """Scores without any demonstration; a demonstration's utility is its score minus this."""
