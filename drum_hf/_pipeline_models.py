@@ -7,7 +7,8 @@ import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from .lvlm.local import TransformersLVLM, load_processor
+from .lvlm.local import TransformersLVLM
+from .lvlm.processors import load_processor
 
 if TYPE_CHECKING:
     from .retriever import DemoRetriever

@@ -34,7 +34,7 @@ class StubLVLM:
         return "stub-1"
 
     def score(self, requests: Sequence[ICLRequest]) -> np.ndarray:
-        if self.fail_after is not None and len(self.scored) >= self.fail_after:
+        if self.fail_after is not None and len(self.scored) + len(requests) > self.fail_after:
             raise KeyboardInterrupt
         self.scored += [(r.query.id, tuple(d.id for d in r.demonstrations)) for r in requests]
         return np.array([self.taste(r) for r in requests])

@@ -22,13 +22,14 @@ from ..errors import ContextOverflowError, NonFiniteScoreError
 from ..types import ICLRequest
 from ._fingerprint import compute_fingerprint
 from ._images import ImageInputs
+from .processors import load_processor
 from .prompts import ChatFormat, ImagePosition, Row
 
 if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
 
-__all__ = ["TransformersLVLM", "load_processor"]
+__all__ = ["TransformersLVLM"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,47 +38,6 @@ _ANSWERS_AT_ONCE = 8192
 
 # Tokenizers without a limit of their own say 1e30; a context of more than this is such a "no limit".
 _NO_LIMIT = 10_000_000
-
-
-def _image_only(processor_class: Any) -> Any:
-    """The processor's class without its video processor, which needs torchvision; images don't."""
-
-    class ImageOnly(processor_class):
-        @classmethod
-        def get_attributes(cls) -> list[str]:
-            return [name for name in processor_class.get_attributes() if name != "video_processor"]
-
-        @classmethod
-        def _get_arguments_from_pretrained(cls, *args: Any, **kwargs: Any) -> list[Any]:
-            arguments = super()._get_arguments_from_pretrained(*args, **kwargs)
-            arguments.insert(processor_class.get_attributes().index("video_processor"), None)
-            return arguments
-
-    ImageOnly.__name__ = processor_class.__name__  # what save_pretrained writes down
-    return ImageOnly
-
-
-def load_processor(name_or_path: str | os.PathLike[str], config: Any, **kwargs: Any) -> Any:
-    """`AutoProcessor.from_pretrained`; without torchvision, a processor loads without its part for videos.
-
-    Args:
-        name_or_path: directory or Hub id.
-        config: of the model that the processor belongs to.
-        kwargs: for the processor's `from_pretrained`.
-    """
-    from transformers import AutoProcessor
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-    from transformers.utils import is_torchvision_available
-
-    processor_class: Any = PROCESSOR_MAPPING.get(type(config), None)
-    if (
-        is_torchvision_available()
-        or processor_class is None
-        or "video_processor" not in processor_class.get_attributes()
-    ):
-        return AutoProcessor.from_pretrained(name_or_path, **kwargs)
-    logger.info("torchvision is not installed: %s loads without its video processor", processor_class.__name__)
-    return _image_only(processor_class).from_pretrained(name_or_path, **kwargs)
 
 
 class TransformersLVLM:
