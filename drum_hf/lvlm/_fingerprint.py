@@ -1,38 +1,87 @@
-"""What a score depends on, as one hash."""
+"""What an answer of an LVLM depends on: the LVLM as one hash with named parts, and a request as a key."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from typing import Any
+import struct
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from .prompts import ChatFormat
+from ..types import ICLRequest
 
-__all__ = ["compute_fingerprint"]
+if TYPE_CHECKING:
+    from .prompts import ChatFormat
+
+__all__ = ["Identity", "Kind", "RequestParts", "describe", "differences"]
+
+Kind = Literal["score", "generate"]
+#: Named parts of an LVLM, by which people tell it from others; what is large stands there as a hash.
+Identity = dict[str, str | bool | None]
 
 
-def compute_fingerprint(model: Any, chat: ChatFormat, weights: str | None) -> str:
-    """32 hex digits of the model, its processor and the format of its conversations.
+# ---- the LVLM ----
+
+
+def describe(model: Any, chat: ChatFormat, *, name: str, revision: str | None) -> tuple[str, Identity]:
+    """An LVLM's fingerprint (32 hex digits of its model, processor and format of conversations), and its named parts.
 
     Args:
-        weights: what identifies the model's weights; None: they are hashed.
+        name: what people call it; the fingerprint depends on it only together with a revision.
+        revision: commit of the Hub repository `name` that identifies the weights; None: they are hashed.
     """
     image_processor = getattr(chat.processor, "image_processor", None)
     tokenizer = json.loads(chat.tokenizer.backend_tokenizer.to_str())
     for state in ("padding", "truncation"):  # what the last call left behind
         tokenizer.pop(state, None)
-    parts = [
-        type(model).__name__,
-        weights or _hash_weights(model),
-        str(model.dtype),
-        _settings(model.config.to_dict()),
-        chat.processor.chat_template,
-        tokenizer,
-        _settings({k: v for k, v in chat.processor.to_dict().items() if not isinstance(v, dict)}),
-        _settings(image_processor.to_dict()) if image_processor is not None else None,
-        [chat.image_position, chat.system, chat.score_end_of_turn],
+    # Scores that were paid for are kept under this hash: names may change here, order and content may not.
+    parts = {
+        "class": type(model).__name__,
+        "weights": f"{name}@{revision}" if revision else _hash_weights(model),
+        "dtype": str(model.dtype),
+        "configuration": _settings(model.config.to_dict()),
+        "chat_template": chat.processor.chat_template,
+        "tokenizer": tokenizer,
+        "processing": _settings({k: v for k, v in chat.processor.to_dict().items() if not isinstance(v, dict)}),
+        "image_processing": _settings(image_processor.to_dict()) if image_processor is not None else None,
+        "format": [chat.image_position, chat.system, chat.score_end_of_turn],
+    }
+    written = {part: json.dumps(value, sort_keys=True, default=str).encode() for part, value in parts.items()}
+    hashed = ("configuration", "chat_template", "tokenizer", "processing", "image_processing")
+    identity: Identity = {
+        "name": name,
+        "revision": revision,
+        "class": parts["class"],
+        "dtype": parts["dtype"].removeprefix("torch."),
+        "weights": parts["weights"],
+        **{part: None if parts[part] is None else _hash(written[part])[:32] for part in hashed},
+        "image_position": chat.image_position,
+        "system": chat.system,
+        "score_end_of_turn": chat.score_end_of_turn,
+    }
+    return _hash(*written.values())[:32], identity
+
+
+def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """What tells two LVLMs apart, a phrase for each named part that differs.
+
+    Example:
+        >>> differences({"dtype": "float32", "system": None}, {"dtype": "bfloat16", "system": None})
+        ['dtype differs: float32 here, bfloat16 there']
+    """
+    return [
+        f"{name.replace('_', ' ')} differs: {_shown(here.get(name))} here, {_shown(there.get(name))} there"
+        for name in dict.fromkeys([*here, *there])
+        if here.get(name) != there.get(name)
     ]
-    return _hash(*(json.dumps(part, sort_keys=True, default=str).encode() for part in parts))[:32]
+
+
+def _shown(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    if len(text) >= 32 and not set(text) - set("0123456789abcdef"):
+        return f"{text[:8]}…"
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def _hash(*parts: bytes) -> str:
@@ -59,3 +108,74 @@ def _hash_weights(model: Any) -> str:
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+# ---- the request ----
+
+
+class RequestParts(NamedTuple):
+    """What a request's key is made of, beside the LVLM's fingerprint: content keys and texts, no picture.
+
+    Attributes:
+        query: content key of the query.
+        demonstrations: content keys in the order shown.
+        responses, weights, choices: as in `ICLRequest`.
+        max_new_tokens: a generation's length limit; None: a score.
+    """
+
+    query: str
+    demonstrations: tuple[str, ...] = ()
+    responses: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    choices: tuple[str, ...] = ()
+    max_new_tokens: int | None = None
+
+    @classmethod
+    def of(cls, request: ICLRequest, max_new_tokens: int | None = None) -> RequestParts:
+        """The parts of a request."""
+        shown = tuple([demonstration.key for demonstration in request.demonstrations])
+        answers = tuple(request.responses), tuple(request.weights), tuple(request.choices)
+        return cls(request.query.key, shown, *answers, max_new_tokens)
+
+    @property
+    def kind(self) -> Kind:
+        """What was asked for."""
+        return "score" if self.max_new_tokens is None else "generate"
+
+    def key(self, fingerprint: str) -> bytes:
+        """16 bytes of sha256; see `request_key`."""
+        return hashlib.sha256(
+            b"".join(
+                (
+                    _asked(self.kind, str(self.max_new_tokens), fingerprint),
+                    _packed(self.query),
+                    _length(len(self.demonstrations)),
+                    *map(_packed, self.demonstrations),
+                    _packed_list(self.responses),
+                    _packed_list(self.choices),
+                    struct.pack(f"<q{len(self.weights)}d", len(self.weights), *self.weights),
+                )
+            )
+        ).digest()[:16]
+
+
+_length = struct.Struct("<q").pack
+
+
+def _packed(text: str) -> bytes:
+    """A text as it is hashed: set apart by its length."""
+    data = text.encode("utf-8", "surrogatepass")
+    return _length(len(data)) + data
+
+
+# Kept: these come back with every pair of a query, or with every query.
+
+
+@functools.lru_cache(maxsize=1024)
+def _packed_list(texts: tuple[str, ...]) -> bytes:
+    return _length(len(texts)) + b"".join(map(_packed, texts))
+
+
+@functools.lru_cache(maxsize=64)
+def _asked(kind: str, limit: str, fingerprint: str) -> bytes:
+    return _length(4) + _packed(kind) + _packed(limit) + _packed(fingerprint)  # the fourth is the query

@@ -1,18 +1,23 @@
 """`TransformersLVLM`: a model that runs here, scored and asked through stock transformers.
 
-A score needs one forward pass over "conversation + response without its last token". Passes are batched by length,
-left-padded, and give logits only where a response stands. Where the loaded family lets them (a probe decides, by
-comparing the results), images go through the image processor and the vision tower once and are then kept.
+A score needs one forward pass over "conversation + response without its last token", with logits only where the
+response stands. Where the loaded family lets it (a trial decides, by comparing the results: see `capabilities`), an
+image passes the vision tower once, demonstrations that several queries share pass the decoder once, and several
+answers to one conversation share all but themselves. Where it doesn't, conversations are run whole, padded on the
+left.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,10 +25,14 @@ import numpy as np
 from .._compat import local_name, resolve_name
 from ..errors import ContextOverflowError, NonFiniteScoreError
 from ..types import ICLRequest
-from ._fingerprint import compute_fingerprint
+from ._answers import combine_answers, log_softmax, wanted_answers
+from ._engine import Engine, Limits, halving
+from ._fingerprint import Identity, describe
 from ._images import ImageInputs
+from ._plan import MIN_SHARED, Line, Target, make_plan
+from .capabilities import Capabilities, find_capabilities, probe_requests
 from .processors import load_processor
-from .prompts import ChatFormat, ImagePosition, Row
+from .prompts import Answer, ChatFormat, ImagePosition, Row
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +43,16 @@ __all__ = ["TransformersLVLM"]
 logger = logging.getLogger(__name__)
 
 # Answers tokenized and sorted by length together: enough for full batches, few enough to hold.
-_ANSWERS_AT_ONCE = 8192
+_ANSWERS_AT_ONCE = 4096
+
+#: Images that pass the vision tower together, at most. Our choice.
+_IMAGES_AT_ONCE = 8
+
+#: Tokens a forward pass where the user sets no limit: enough to fill the device, and no more. Our choice.
+_MOST_TOKENS = {"cpu": 8_192, "other": 65_536}
+
+#: Share of the free memory that a forward pass may take, by our estimate. Our choice.
+_SHARE_OF_MEMORY = 0.5
 
 # Tokenizers without a limit of their own say 1e30; a context of more than this is such a "no limit".
 _NO_LIMIT = 10_000_000
@@ -51,15 +69,18 @@ class TransformersLVLM:
         name: what to call it; default: where it was loaded from, or the name of a model that ships with the package.
         revision: commit of the Hub repository `name` that the weights are from, unchanged. Where given, the
             fingerprint trusts it; else the weights are hashed.
-        batch_size: sequences a forward pass.
-        max_batch_tokens: tokens a forward pass, padding included; one longer sequence still runs alone. Our choice.
+        batch_size: sequences a forward pass, at most.
+        max_batch_tokens: tokens a forward pass, padding included; one longer sequence still runs alone. None: found
+            from the model's size and the free memory. When memory runs out, batches are halved, and stay so.
         image_position: a turn's image before ("first") or after ("last") its text.
         system: text of a system turn, or None.
         score_end_of_turn: whether the token that ends the assistant's turn counts as the response's last. It does not
             by default (our choice): the mean over few tokens would be dominated by it. Switch it on where one
             choice is the beginning of another.
-        image_cache_bytes: features of the most recent images that are kept, on the model's device. Our choice of
-            512 MiB holds some 200 images split in 17 tiles of 64 tokens x 576 floats.
+        image_cache_bytes: features of the most recent images that are kept, in the host's memory. None: a quarter of
+            what is free, at most 4 GiB (our choice), which holds some 29,000 images of 64 tokens x 576 floats.
+        image_cache_dir: folder for the features that memory has no room for, so that they are read rather than
+            computed again, by later runs too; a folder in it belongs to one `fingerprint`. None: they are dropped.
 
     Raises:
         ChatTemplateError: the processor has no chat template, or one that loses text or images.
@@ -72,21 +93,20 @@ class TransformersLVLM:
         *,
         name: str | None = None,
         revision: str | None = None,
-        batch_size: int = 16,
-        max_batch_tokens: int = 16_384,
+        batch_size: int = 64,
+        max_batch_tokens: int | None = None,
         image_position: ImagePosition = "first",
         system: str | None = None,
         score_end_of_turn: bool = False,
-        image_cache_bytes: int = 1 << 29,
+        image_cache_bytes: int | None = None,
+        image_cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        if batch_size < 1 or max_batch_tokens < 1:
+        if batch_size < 1 or (max_batch_tokens is not None and max_batch_tokens < 1):
             raise ValueError(f"expected positive batch limits, got {batch_size=} and {max_batch_tokens=}")
         self.model = model.eval()
         self.processor = processor
         self.name = local_name(name or getattr(model, "name_or_path", "") or type(model).__name__)
         self.revision = revision
-        self.batch_size = batch_size
-        self.max_batch_tokens = max_batch_tokens
         self.format = ChatFormat(
             processor, image_position=image_position, system=system, score_end_of_turn=score_end_of_turn
         )
@@ -95,7 +115,16 @@ class TransformersLVLM:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # any would do: padding is masked
         self._pad_id = self.tokenizer.pad_token_id or 0
         self._has_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._images = ImageInputs(model, self.format, batch_size=batch_size, limit=image_cache_bytes)
+        self._limits = Limits(batch_size, max_batch_tokens or _affordable_tokens(model))
+        self._images = ImageInputs(
+            model,
+            self.format,
+            batch_size=min(batch_size, _IMAGES_AT_ONCE),
+            limit=image_cache_bytes,
+            folder=None if image_cache_dir is None else lambda: Path(image_cache_dir) / self.fingerprint,
+        )
+        self._engine = Engine(model, self._images, self._limits)
+        self._lock = threading.RLock()  # one forward pass at a time: it may carry a hook
 
     @classmethod
     def from_pretrained(
@@ -110,12 +139,13 @@ class TransformersLVLM:
         device: str | torch.device | None = None,
         adapter: str | None = None,
         trust_remote_code: bool = False,
-        batch_size: int = 16,
-        max_batch_tokens: int = 16_384,
+        batch_size: int = 64,
+        max_batch_tokens: int | None = None,
         image_position: ImagePosition = "first",
         system: str | None = None,
         score_end_of_turn: bool = False,
-        image_cache_bytes: int = 1 << 29,
+        image_cache_bytes: int | None = None,
+        image_cache_dir: str | os.PathLike[str] | None = None,
         **model_kwargs: Any,
     ) -> TransformersLVLM:
         """Load model and processor from a directory or the Hub.
@@ -126,7 +156,8 @@ class TransformersLVLM:
             dtype: "auto" takes the one the weights are saved in.
             device: default: CUDA where there is one, else CPU. Leave it out with `device_map`.
             adapter: directory or Hub id of a PEFT adapter, merged into the weights.
-            batch_size, max_batch_tokens, image_position, system, score_end_of_turn, image_cache_bytes: see the class.
+            batch_size, max_batch_tokens, image_position, system, score_end_of_turn, image_cache_bytes,
+                image_cache_dir: see the class.
             model_kwargs: for `AutoModelForImageTextToText.from_pretrained`.
 
         Raises:
@@ -164,6 +195,7 @@ class TransformersLVLM:
             system=system,
             score_end_of_turn=score_end_of_turn,
             image_cache_bytes=image_cache_bytes,
+            image_cache_dir=image_cache_dir,
         )
 
     def __repr__(self) -> str:
@@ -176,8 +208,74 @@ class TransformersLVLM:
         That is: weights (an adapter's included), configuration, dtype, chat template, tokenizer, image processing,
         `image_position`, `system`, `score_end_of_turn`.
         """
-        weights = f"{self.name}@{self.revision}" if self.revision else None
-        return compute_fingerprint(self.model, self.format, weights)
+        return self._described[0]
+
+    @property
+    def identity(self) -> Identity:
+        """What the fingerprint is made of, by name; what is large stands there as a hash."""
+        return dict(self._described[1])
+
+    @cached_property
+    def _described(self) -> tuple[str, Identity]:
+        return describe(self.model, self.format, name=self.name, revision=self.revision)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences a forward pass, at most."""
+        return self._limits.rows
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """Tokens a forward pass, at most; less than was set where memory ran out."""
+        return self._limits.tokens
+
+    @cached_property
+    def capabilities(self) -> Capabilities:
+        """Which savings leave this model's scores as they are; tried out on first use, on two small images."""
+        requests, wanted = probe_requests()
+        if not self._images.can_keep or self.model.get_output_embeddings() is None:
+            reason = "the processor or the model has no interface for features computed apart"
+            reasons = dict.fromkeys(("image_features", "shared_prefix", "packed_answers"), reason)
+            return Capabilities(False, False, False, self._attention, reasons)
+
+        def answers(run: Callable[[list[Row], list[list[Answer]], _Results], None], one_by_one: bool = False) -> Any:
+            parts = [(requests, wanted)]
+            if one_by_one:
+                parts = [([r], [[w]]) for r, ws in zip(requests, wanted, strict=True) for w in ws]
+            found = []
+            for some, asked in parts:
+                rows, placed = self.format.answer_rows(some, asked)
+                results = _Results(some, asked, self.name, strict=False)
+                run(rows, placed, results)
+                found += results.values
+            return found
+
+        tolerance = 1e-4
+        plain = answers(self._run_whole)
+        if self.model.dtype not in (_torch().float32, _torch().float64):
+            # Rounding differs from batch to batch; a saving may differ as much.
+            flat = [values for parts in plain for values in parts]
+            alone = [values for parts in answers(self._run_whole, one_by_one=True) for values in parts]
+            tolerance = max(0.1, 4 * max(float(np.abs(a - b).max()) for a, b in zip(flat, alone, strict=True)))
+
+        def trial(share: bool, pack: bool) -> Any:
+            if not share and not pack:
+                self._images.learn_expansion(
+                    [image for row in self.format.prompt_rows(requests) for image in row.images]
+                )
+            return answers(
+                lambda rows, placed, results: self._run_planned(rows, placed, results, share, pack, least=1)
+            )
+
+        found = find_capabilities(self.model.config.get_text_config(), lambda: plain, trial, tolerance=tolerance)
+        if not found.image_features:
+            self.format.expansions = None
+        logger.info("%s: %s", self.name, found.describe())
+        return found
+
+    @property
+    def _attention(self) -> str | None:
+        return getattr(self.model.config.get_text_config(), "_attn_implementation", None)
 
     @property
     def context_length(self) -> int | None:
@@ -207,31 +305,8 @@ class TransformersLVLM:
             NonFiniteScoreError: the model returned NaN or infinity.
             RowError: a text holds the placeholder that stands for an image.
         """
-        wanted: list[list[str]] = []
-        for request in requests:
-            responses = [_stripped(request, response, "response") for response in request.responses]
-            if not responses:
-                raise ValueError(f"expected at least one response to score, query {request.query.id!r} has none")
-            if any(not weight > 0 for weight in request.weights):
-                raise ValueError(f"expected positive weights, query {request.query.id!r} has {request.weights}")
-            choices = _choices(request)
-            strangers = [response for response in responses if choices and response not in choices]
-            if strangers:
-                raise ValueError(
-                    f"expected responses among the choices {choices}, query {request.query.id!r} has {strangers}; add "
-                    "them to the choices or leave the choices out"
-                )
-            wanted.append(choices or responses)
-        scores = np.empty(len(requests))
-        for i, parts in enumerate(self._logprobs(requests, wanted, progress)):
-            if requests[i].choices:
-                normalised = dict(zip(wanted[i], _log_softmax(np.array([part.sum() for part in parts])), strict=True))
-                values = np.array([normalised[response.strip()] for response in requests[i].responses])
-            else:
-                values = np.array([part.mean() for part in parts])
-            weights = np.array(requests[i].weights or [1.0] * len(values))
-            scores[i] = np.logaddexp.reduce(values + np.log(weights / weights.sum()))
-        return scores
+        parts = self._logprobs(requests, [wanted_answers(request) for request in requests], progress)
+        return np.array([combine_answers(r, p) for r, p in zip(requests, parts, strict=True)], dtype=np.float64)
 
     def score_tokens(self, requests: Sequence[ICLRequest], *, progress: bool = False) -> list[np.ndarray]:
         """Log-probability of every token of each request's first response; errors as in `score`.
@@ -239,11 +314,8 @@ class TransformersLVLM:
         Returns:
             a float64 array for each request, as long as its response has tokens in its context.
         """
-        wanted = []
-        for request in requests:
-            if not request.responses:
-                raise ValueError(f"expected at least one response to score, query {request.query.id!r} has none")
-            wanted.append([_stripped(request, request.responses[0], "response")])
+        first = [dataclasses.replace(r, responses=r.responses[:1], weights=(), choices=()) for r in requests]
+        wanted = [wanted_answers(request) for request in first]
         return [parts[0] for parts in self._logprobs(requests, wanted, progress)]
 
     def label_scores(self, request: ICLRequest) -> np.ndarray:
@@ -255,11 +327,11 @@ class TransformersLVLM:
         Raises:
             ValueError: there are no choices, or two are the same; otherwise as in `score`.
         """
-        choices = _choices(request)
-        if not choices:
+        if not request.choices:
             raise ValueError(f"expected choices to score, query {request.query.id!r} has none")
+        choices = wanted_answers(dataclasses.replace(request, responses=request.choices[:1], weights=()))
         (parts,) = self._logprobs([request], [choices], progress=False)
-        return _log_softmax(np.array([part.sum() for part in parts]))
+        return log_softmax(np.array([part.sum() for part in parts]))
 
     def generate(
         self, requests: Sequence[ICLRequest], *, max_new_tokens: int = 32, progress: bool = False
@@ -291,7 +363,8 @@ class TransformersLVLM:
 
         def run(batch: list[int]) -> int:
             inputs = self._encode([rows[i] for i in batch], new_tokens=max_new_tokens)
-            out = self.model.generate(**inputs, generation_config=settings)
+            with self._lock:
+                out = self.model.generate(**inputs, generation_config=settings)
             new = out[:, inputs["input_ids"].shape[1] :]
             for i, text in zip(batch, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
                 answers[i] = text.strip()
@@ -334,14 +407,24 @@ class TransformersLVLM:
 
     @cached_property
     def _keeps_images(self) -> bool:
-        """Whether images pass the vision tower once and are then kept."""
-        keeps = self._images.features_suffice(self._logits)
-        if not keeps:
-            logger.info("%s: every image is processed each time it is shown", self.name)
-        return keeps
+        """Whether conversations that are run whole, padded on the left, may take kept features too."""
+        if not self.capabilities.image_features:
+            return False
+        requests, _ = probe_requests()
+        rows = self.format.prompt_rows(requests)
+        plain, kept = self._images.expand(rows), self._images.expand_kept(rows)
+        if plain[0] != kept[0]:
+            return False
+        ours, theirs = (self._logits(self._images.pad(*expanded), 1) for expanded in (kept, plain))
+        tolerance = 1e-4 if self.model.dtype in (_torch().float32, _torch().float64) else 5e-2
+        return _torch().allclose(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance)
 
     def _encode(self, rows: list[Row], new_tokens: int = 0) -> dict[str, Any]:
         ids, extra = self._expand(rows)
+        self._check_lengths(rows, ids, new_tokens)
+        return self._images.pad(ids, extra)
+
+    def _check_lengths(self, rows: list[Row], ids: Sequence[Sequence[int]], new_tokens: int = 0) -> None:
         limit = self.context_length
         for row, own in zip(rows, ids, strict=True):
             if limit is not None and len(own) + new_tokens > limit:
@@ -351,7 +434,6 @@ class TransformersLVLM:
                     f"{row.request.query.id!r} with {len(row.request.demonstrations)} demonstrations has "
                     f"{len(own)}{room}; use fewer shots or smaller images"
                 )
-        return self._images.pad(ids, extra)
 
     # ---- running ----
 
@@ -359,7 +441,7 @@ class TransformersLVLM:
         """Logits of the last `keep` positions, (rows, keep, vocabulary)."""
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), self._lock:
             if self._has_logits_to_keep:
                 return self.model(**inputs, use_cache=False, logits_to_keep=keep).logits
             return self.model(**inputs, use_cache=False).logits[:, -keep:]
@@ -389,28 +471,16 @@ class TransformersLVLM:
         """
         import torch
 
+        def part(batch: list[int]) -> None:
+            done = run(batch)
+            if bar is not None:
+                bar.update(done)
+
         with torch.inference_mode():
             if any(row.images for row in rows):
                 _ = self._keeps_images  # also learns how many tokens an image takes, before lengths are estimated
             for batch in self._batches(rows, new_tokens):
-                waiting = [batch]
-                while waiting:
-                    part = waiting.pop()
-                    try:
-                        done = run(part)
-                    except torch.OutOfMemoryError:
-                        if len(part) == 1:
-                            raise
-                    else:
-                        if bar is not None:
-                            bar.update(done)
-                        continue
-                    # Outside of `except`, whose traceback would keep the failed batch's tensors alive.
-                    logger.info("out of memory with %d sequences: trying half", len(part))
-                    if torch.cuda.is_available():
-                        torch.cuda.empty_cache()
-                    half = len(part) // 2
-                    waiting += [part[half:], part[:half]]
+                halving(batch, part, self._limits)
 
     def _logprobs(
         self, requests: Sequence[ICLRequest], wanted: list[list[str]], progress: bool
@@ -431,62 +501,150 @@ class TransformersLVLM:
     def _run_answers(
         self, requests: Sequence[ICLRequest], wanted: list[list[str]], bar: tqdm
     ) -> list[list[np.ndarray]]:
+        able = self.capabilities
+        rows, placed = self.format.answer_rows(requests, wanted)
+        results = _Results(requests, wanted, self.name, bar)
+        if able.image_features:
+            self._run_planned(rows, placed, results, able.shared_prefix, able.packed_answers)
+        else:
+            self._run_whole(rows, placed, results)
+        return results.values
+
+    def _run_planned(
+        self,
+        rows: list[Row],
+        placed: list[list[Answer]],
+        results: _Results,
+        share: bool,
+        pack: bool,
+        least: int = MIN_SHARED,
+    ) -> None:
+        """With kept images, sharing what may be shared."""
+        with self._lock:
+            keys, pictures = self._images.keyed(rows)
+            kept = self._images.keep(pictures)
+            ids = [self._images.place(row, own, kept) for row, own in zip(rows, keys, strict=True)]
+            self._check_lengths(rows, ids)
+            lines = _lines(rows, placed, ids, keys, self._images)
+            plan = make_plan(lines, share=share, pack=pack, least=least)
+            self._engine.run(plan, pictures, results.read)
+
+    def _run_whole(self, rows: list[Row], placed: list[list[Answer]], results: _Results) -> None:
+        """Every conversation whole and from its pixels, padded on the left."""
         import torch
 
-        rows, placed = self.format.answer_rows(requests, wanted)
-        in_row: list[list[tuple[int, int]]] = [[] for _ in rows]
+        in_row: list[list[Target]] = [[] for _ in rows]
         for r, answers in enumerate(placed):
             for a, answer in enumerate(answers):
-                in_row[answer.row].append((r, a))
-        result: list[list[np.ndarray]] = [[np.empty(0)] * len(answers) for answers in wanted]
+                in_row[answer.row].append(Target(r, a, answer.back, tuple(answer.ids)))
 
-        def run(batch: list[int]) -> int:
-            here = [(b, r, a, placed[r][a]) for b, i in enumerate(batch) for r, a in in_row[i]]
-            keep = max(answer.back + len(answer.ids) for *_, answer in here)
-            inputs = self._encode([rows[i] for i in batch])
-            logits = self._logits(inputs, keep).float()
+        def run(batch: list[int]) -> None:
+            here = [(b, target) for b, i in enumerate(batch) for target in in_row[i]]
+            keep = max(target.start + len(target.ids) for _, target in here)
+            some = [rows[i] for i in batch]
+            ids, extra = self._images.expand(some) if any(row.images for row in some) else ([r.ids for r in some], {})
+            self._check_lengths(some, ids)
+            logits = self._logits(self._images.pad(ids, extra), keep).float()
             at = [
-                (b, keep - answer.back - len(answer.ids) + j, t)
-                for b, _, _, answer in here
-                for j, t in enumerate(answer.ids)
+                (b, keep - target.start - len(target.ids) + j, t)
+                for b, target in here
+                for j, t in enumerate(target.ids)
             ]
             b, position, token = torch.tensor(at, device=logits.device).T
             picked = (logits[b, position, token] - logits.logsumexp(-1)[b, position]).cpu().numpy().astype(np.float64)
             done = 0
-            for _, r, a, answer in here:
-                values = picked[done : done + len(answer.ids)]
-                done += len(answer.ids)
-                if not np.isfinite(values).all():
-                    raise NonFiniteScoreError(
-                        f"expected finite log-probabilities, {self.name} gave {values} for the response "
-                        f"{wanted[r][a]!r} of query {requests[r].query.id!r}; load it with dtype=torch.float32, and "
-                        "check its weights"
-                    )
-                result[r][a] = values
-            return len(here)
+            for _, target in here:
+                results.read(target, picked[done : done + len(target.ids)])
+                done += len(target.ids)
 
-        self._in_batches(rows, run, bar)
-        return result
+        for batch in self._batches(rows, 0):
+            halving(batch, run, self._limits)
+
+
+class _Results:
+    """Log-probabilities of every wanted answer's tokens, as they come in."""
+
+    def __init__(
+        self,
+        requests: Sequence[ICLRequest],
+        wanted: list[list[str]],
+        name: str,
+        bar: tqdm | None = None,
+        strict: bool = True,
+    ) -> None:
+        self.requests, self.wanted, self.name, self.bar, self.strict = requests, wanted, name, bar, strict
+        self.values: list[list[np.ndarray]] = [[np.empty(0)] * len(answers) for answers in wanted]
+
+    def read(self, target: Target, values: np.ndarray) -> None:
+        if self.strict and not np.isfinite(values).all():
+            raise NonFiniteScoreError(
+                f"expected finite log-probabilities, {self.name} gave {values} for the response "
+                f"{self.wanted[target.request][target.answer]!r} of query "
+                f"{self.requests[target.request].query.id!r}; load it with dtype=torch.float32, and check its weights"
+            )
+        own = self.values[target.request]
+        if self.bar is not None and not len(own[target.answer]):
+            self.bar.update(1)
+        own[target.answer] = values
+
+
+def _lines(
+    rows: list[Row],
+    placed: list[list[Answer]],
+    ids: list[list[int]],
+    keys: list[list[str]],
+    images: ImageInputs,
+) -> list[Line]:
+    """Rows with their images in place, as the plan takes them."""
+    number: dict[str, int] = {}
+    lines = []
+    kept = images.kept_ids
+    for row, own, shown in zip(rows, ids, keys, strict=True):
+        whole = np.asarray(own, dtype=np.int64)
+        tags = whole.copy()
+        spots = np.flatnonzero(whole == images.image_id)
+        starts, done = [], 0
+        for key in shown:
+            count = kept[key]
+            starts.append(int(spots[done]))
+            tags[spots[done : done + count]] = -1 - number.setdefault(key, len(number))
+            done += count
+        group = tuple(demonstration.key for demonstration in row.request.demonstrations)
+        lines.append(Line(0, group, whole, tags, shown, starts, []))
+    for r, answers in enumerate(placed):
+        for a, answer in enumerate(answers):
+            line = lines[answer.row]
+            line.request = r
+            line.targets.append(Target(r, a, len(line.ids) - answer.back - len(answer.ids), tuple(answer.ids)))
+    return lines
+
+
+def _affordable_tokens(model: Any) -> int:
+    """Tokens that surely fit a forward pass: keys and values three times over, and the widest activations."""
+    import psutil
+    import torch
+
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_attention_heads", 1)
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kept = 6 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width
+    wide = 8 * text.hidden_size + 4 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+    a_token = (kept + wide) * model.dtype.itemsize
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    most = _MOST_TOKENS.get(model.device.type, _MOST_TOKENS["other"])
+    return max(512, min(most, int(_SHARE_OF_MEMORY * free / a_token)))
+
+
+def _torch() -> Any:
+    import torch
+
+    return torch
 
 
 def _bar(title: str, total: int, shown: bool) -> tqdm:
     from tqdm.auto import tqdm
 
     return tqdm(total=total, desc=title, unit="answer", disable=not shown)
-
-
-def _log_softmax(values: np.ndarray) -> np.ndarray:
-    return values - np.logaddexp.reduce(values)
-
-
-def _stripped(request: ICLRequest, text: str, kind: str) -> str:
-    if not text.strip():
-        raise ValueError(f"expected a {kind} with text, query {request.query.id!r} has {text!r}")
-    return text.strip()
-
-
-def _choices(request: ICLRequest) -> list[str]:
-    choices = [_stripped(request, choice, "choice") for choice in request.choices]
-    if len(set(choices)) < len(choices):
-        raise ValueError(f"expected distinct choices, query {request.query.id!r} has {choices}")
-    return choices

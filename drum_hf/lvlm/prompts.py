@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ChatTemplateError, RowError
@@ -123,6 +123,8 @@ class ChatFormat:
         image_token: text that stands for one image in a rendered conversation; None where the processor doesn't say.
         add_special_tokens: whether the tokenizer adds its own; not where the template writes the BOS token itself.
         special_ids: ids of tokens that no ordinary text gives.
+        expansions: gives the texts that stand for images, to be put in before a conversation is tokenized; None
+            where tokens can be put in afterwards.
 
     Raises:
         ChatTemplateError: there is no template or no fast tokenizer, or the template fails, or loses a text or an
@@ -155,7 +157,9 @@ class ChatFormat:
                 "expected a fast tokenizer, which knows where a response's tokens stand, but that of "
                 f"{name} is a {type(self.tokenizer).__name__}: convert it, or use a repository with a tokenizer.json"
             )
+        self.expansions: Callable[[list[Image]], list[str]] | None = None
         self.special_ids = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        self._special_texts = sorted(token.content for token in self.tokenizer.added_tokens_decoder.values())
         self._check()
 
     def _fail(self, what: str) -> ChatTemplateError:
@@ -248,10 +252,19 @@ class ChatFormat:
         if not requests:
             return []
         texts = self.prompts(requests)
+        images = [self._checked_images(request, text) for request, text in zip(requests, texts, strict=True)]
+        tokenized = self.tokenize([self._expanded(text, own) for text, own in zip(texts, images, strict=True)])
         return [
-            Row(request, text, ids, self._checked_images(request, text))
-            for request, text, ids in zip(requests, texts, self.tokenize(texts)["input_ids"], strict=True)
+            Row(request, text, ids, own)
+            for request, text, ids, own in zip(requests, texts, tokenized["input_ids"], images, strict=True)
         ]
+
+    def _expanded(self, text: str, images: list[Image]) -> str:
+        """A conversation as it is tokenized."""
+        if self.expansions is None or not images or self.image_token is None:
+            return text
+        parts = text.split(self.image_token)
+        return parts[0] + "".join(a + b for a, b in zip(self.expansions(images), parts[1:], strict=True))
 
     def answer_rows(
         self, requests: Sequence[ICLRequest], wanted: list[list[str]]
@@ -265,22 +278,30 @@ class ChatFormat:
             RowError: a text holds the placeholder that stands for an image.
             ChatTemplateError: an answer has no token of its own.
         """
-        texts: list[str] = []
+        texts: list[str] = []  # as a processor takes them
+        full: list[str] = []  # as they are tokenized
         spans: list[tuple[int, int]] = []
-        for (before, after), answers in zip(self.frames(requests), wanted, strict=True):
+        pictures: list[list[Image]] = []
+        for request, (before, after), answers in zip(requests, self.frames(requests), wanted, strict=True):
+            pictures.append(self._checked_images(request, before + answers[0] + after))
+            expanded = self._expanded(before, pictures[-1])
             for answer in answers:
                 texts.append(before + answer + after)
-                spans.append((len(before) - self._glue, len(before) + len(answer)))
-        encodings = self.tokenize(texts).encodings
+                full.append(expanded + answer + after)
+                spans.append((len(expanded) - self._glue, len(expanded) + len(answer)))
+        tokenized = self._tokenized(full, spans, [len(answers) for answers in wanted])
         rows: list[Row] = []
         placed: list[list[Answer]] = []
         at = 0
-        for request, answers in zip(requests, wanted, strict=True):
-            images = self._checked_images(request, texts[at])
+        for request, images, answers in zip(requests, pictures, wanted, strict=True):
             found = []
             for k in range(at, at + len(answers)):
-                ids = encodings[k].ids
-                first, stop = self._locate(ids, encodings[k].offsets, spans[k], texts[k])
+                ids, first, stop = tokenized[k]
+                if not first:
+                    raise ChatTemplateError(
+                        f"expected tokens before the response {answers[k - at]!r}, but the tokenizer made none; check "
+                        "the chat template"
+                    )
                 found.append((tuple(ids[: stop - 1]), ids[first:stop], k, len(ids) - stop + 1))
             at += len(answers)
             mine: list[Answer | None] = [None] * len(answers)
@@ -295,6 +316,56 @@ class ChatFormat:
             placed.append([answer for answer in mine if answer is not None])
         return rows, placed
 
+    def _tokenized(
+        self, texts: list[str], spans: list[tuple[int, int]], counts: list[int]
+    ) -> list[tuple[list[int], int, int]]:
+        """Ids of each text, and first and one past the last of the tokens in its span.
+
+        Texts that follow one another in runs of `counts` differ in their answers only. What stands behind the last
+        special token is tokenized apart then, once for all texts that end alike: nothing merges across such a token.
+        """
+        ends: dict[int, int] = {}  # number of a text -> where its own end begins
+        run_of: list[int] = []  # number of a text -> number of the first of its run
+        for count in counts:
+            first = len(run_of)
+            run_of += [first] * count
+            if count > 1 and (start := self._after_special(texts[first], spans[first][0])):
+                ends.update(dict.fromkeys(range(first, first + count), start))
+        tails = list(dict.fromkeys(texts[k][start:] for k, start in ends.items()))
+        tail = (
+            dict(zip(tails, self.tokenizer(tails, add_special_tokens=False).encodings, strict=True)) if tails else {}
+        )
+        encoded: dict[int, Any] = {}
+
+        def encode(numbers: list[int]) -> None:
+            if numbers:
+                encoded.update(zip(numbers, self.tokenize([texts[k] for k in numbers]).encodings, strict=True))
+
+        encode([k for k in range(len(texts)) if k not in ends or run_of[k] == k])
+        heads: dict[int, list[int]] = {}
+        for k in set(run_of) & set(ends):
+            ids, own = encoded[k].ids, tail[texts[k][ends[k] :]].ids
+            if ids[len(ids) - len(own) :] == own:
+                heads[k] = ids[: len(ids) - len(own)]
+        # For some tokenizers it matters what stands before.
+        encode([k for k in range(len(texts)) if k not in encoded and run_of[k] not in heads])
+        result = []
+        for k, text in enumerate(texts):
+            head = heads.get(run_of[k]) if k in ends else None
+            if head is None:
+                ids = encoded[k].ids
+                result.append((ids, *self._locate(ids, encoded[k].offsets, spans[k], text)))
+                continue
+            own, start = tail[text[ends[k] :]], ends[k]
+            span = (spans[k][0] - start, spans[k][1] - start)
+            first, stop = self._locate(own.ids, own.offsets, span, text[start:])
+            result.append((head + own.ids, len(head) + first, len(head) + stop))
+        return result
+
+    def _after_special(self, text: str, stop: int) -> int:
+        """Where the last special token before `stop` ends; 0 where there is none."""
+        return max((place + len(t) for t in self._special_texts if (place := text.rfind(t, 0, stop)) >= 0), default=0)
+
     def _locate(
         self, ids: list[int], offsets: list[tuple[int, int]], span: tuple[int, int], text: str
     ) -> tuple[int, int]:
@@ -306,9 +377,9 @@ class ChatFormat:
         first = stop
         while first and offsets[first - 1][1] > start:
             first -= 1
-        if first == stop or first == 0:
+        if first == stop:
             raise ChatTemplateError(
-                f"expected tokens before and in the response {text[start:end]!r}, but the tokenizer made none; "
+                f"expected tokens in the response {text[start:end]!r}, but the tokenizer made none; "
                 "check the tokenizer's normalizer and the chat template"
             )
         if self.score_end_of_turn:
