@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
+import random
+import re
 import signal
 import sqlite3
 import subprocess
 import sys
 import textwrap
 import threading
+import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import drum_hf
 from drum_hf.errors import NonFiniteScoreError, SavedFileError
+from drum_hf.lvlm._fingerprint import describe, differences
 from drum_hf.lvlm.cached import CachedLVLM
-from drum_hf.lvlm.store import ScoreStore, request_key
+from drum_hf.lvlm.store import Entry, Merged, RequestParts, ScoreStore, request_key
 from drum_hf.types import LVLM, Demonstration, ICLRequest, Query
 
 ROOT = str(Path(drum_hf.__file__).parents[1])
@@ -92,6 +99,69 @@ def test_a_key_does_not_change_with_what_the_lvlm_is_not_shown():
 def test_bad_key_options(options):
     with pytest.raises(ValueError, match=r"kind is|max_new_tokens"):
         request_key(request(1), "f", **options)
+
+
+def test_keys_are_what_they_were_when_scores_were_paid_for():
+    shown = tuple(
+        Demonstration(id, None, f"Wie heißt {id}?", "ä", key=key)
+        for id, key in (("a", ""), ("b", "0" * 31 + "f"), ("c", "not hex"))
+    )
+    asked = ICLRequest(Query(None, "q "), shown, ("x", "y"), (1.0, 2.5), ("x", "y", "größer"))
+    assert request_key(asked, "f").hex() == "a5e372938d4767840851ab7b4fd92e46"
+    assert request_key(asked, "f", kind="generate", max_new_tokens=7).hex() == "3b07cb521156c4ee1bd0cc0da5d0c42c"
+    in_lists = dataclasses.replace(asked, responses=["x", "y"], weights=[1, 2.5], choices=["x", "y", "größer"])
+    assert request_key(in_lists, "f") == request_key(asked, "f")
+
+
+class Settings(types.SimpleNamespace):
+    def to_dict(self):
+        return dict(self.told)
+
+    def to_str(self):
+        return json.dumps(self.told)
+
+
+def described(name="m", revision=None, system="Be brief.", dtype=torch.bfloat16, weight=0.5):
+    """`describe` of a model that is hardly there."""
+    config = {"hidden": 4, "_name_or_path": "/x", "transformers_version": "5", "deep": {"name_or_path": "y", "a": 1}}
+    model = Settings(dtype=dtype, config=Settings(told=config))
+    model.state_dict = lambda: {"b": torch.tensor([weight], dtype=torch.bfloat16), "a": torch.arange(3)}
+    processor = Settings(
+        told={"size": 2, "image_processor": {"x": 1}},
+        chat_template="{{ messages }}",
+        image_processor=Settings(told={"mean": [0.5]}),
+    )
+    tokenizer = types.SimpleNamespace(
+        backend_tokenizer=Settings(told={"model": ["a"], "padding": 1, "truncation": None})
+    )
+    chat = types.SimpleNamespace(
+        processor=processor, tokenizer=tokenizer, image_position="first", system=system, score_end_of_turn=False
+    )
+    return describe(model, chat, name=name, revision=revision)
+
+
+def test_a_fingerprint_is_what_it_was_when_scores_were_paid_for():
+    fingerprint, identity = described()
+    assert fingerprint == described(name="elsewhere")[0] == "9ebc14ea76b6a2b80d1b80b845226a4d"
+    assert described(revision="1")[0] == "b83e368488a196e1e4d215d158d86b8c"
+    assert identity.items() >= {"name": "m", "dtype": "bfloat16", "system": "Be brief.", "class": "Settings"}.items()
+    assert {type(value) for value in identity.values()} <= {str, bool, type(None)}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"system": None}, ["system differs: Be brief. here, none there"]),
+        ({"dtype": torch.float32}, ["dtype differs: bfloat16 here, float32 there"]),
+        ({"weight": 0.25}, [r"weights differs: \w{8}… here, \w{8}… there"]),
+        ({"name": "n"}, ["name differs: m here, n there"]),
+    ],
+)
+def test_what_tells_two_lvlms_apart_is_named(change, said):
+    (fingerprint, here), (other, there) = described(), described(**change)
+    told = differences(here, there)
+    assert len(told) == len(said) and all(map(re.fullmatch, said, told))
+    assert (fingerprint == other) == ("name" in change)
 
 
 # -- the store --------------------------------------------------
@@ -213,7 +283,7 @@ def test_another_programs_database_is_left_as_it_is(tmp_path):
 def test_another_format_version(store):
     store._connection.execute("UPDATE meta SET value = '99'")
     store.close()
-    with pytest.raises(SavedFileError, match="expected format version 1, got 99; update"):
+    with pytest.raises(SavedFileError, match="expected a format version of at most 2, got 99; update"):
         ScoreStore(store.path)
 
 
@@ -226,7 +296,7 @@ def test_a_damaged_file(store, monkeypatch, checked):
     data[16384:] = b"\xff" * len(data[16384:])
     Path(store.path).write_bytes(data)
     if not checked:  # a file too large to read through at each opening
-        monkeypatch.setattr("drum_hf.lvlm.store._CHECKED_SIZE", 0)
+        monkeypatch.setattr("drum_hf.lvlm._store_file._CHECKED_SIZE", 0)
     with pytest.raises(SavedFileError, match=r"scores\.sqlite.*damaged; restore"), ScoreStore(store.path) as broken:
         broken.get_scores(keys)
 
@@ -267,6 +337,240 @@ def test_read_only_full_and_busy_say_what_to_do(store):
     assert len(store) == 1
 
 
+# -- what an entry is made of --------------------------------------------------
+
+hexes = st.text("0123456789abcdef", min_size=32, max_size=32)
+keys_of_contents = st.one_of(hexes, hexes.map(str.upper), st.text(max_size=4))
+answers = st.lists(st.text(max_size=3), max_size=3).map(tuple)
+request_parts = st.builds(
+    RequestParts,
+    keys_of_contents,
+    st.lists(keys_of_contents, max_size=3).map(tuple),
+    answers,
+    st.lists(st.floats(0, exclude_min=True, allow_infinity=False), max_size=3).map(tuple),
+    answers,
+    st.none() | st.integers(1, 9),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(request_parts, st.sampled_from(["f", "g"])), max_size=9), st.integers(1, 4))
+def test_entries_come_back_as_they_were_written(written, page_size):
+    expected = {}
+    with ScoreStore() as store:
+        for parts, fingerprint in written:
+            key = parts.key(fingerprint)
+            if parts.kind == "score":
+                store.put_scores([key], [-0.5], fingerprint=fingerprint, parts=[parts])
+            else:
+                store.put_texts([key], ["ä"], fingerprint=fingerprint, parts=[parts], identity={"name": fingerprint})
+            expected[key] = Entry(parts.kind, key, -0.5 if parts.kind == "score" else "ä", fingerprint, parts)
+        pages = list(store.entries(page_size=page_size))
+        assert all(0 < len(page) <= page_size for page in pages)
+        found = [entry for page in pages for entry in page]
+        assert len(found) == len(expected) and {entry.key: entry for entry in found} == expected
+        if any(fingerprint == "f" for _, fingerprint in written):
+            only = [entry for page in store.entries(fingerprints=["f"]) for entry in page]
+            assert {entry.key for entry in only} == {key for key, e in expected.items() if e.fingerprint == "f"}
+        with pytest.raises(ValueError, match="nothing of the LVLM with fingerprint 'h'"):
+            list(store.entries(fingerprints=["h"]))
+
+
+def test_what_an_entry_is_made_of_is_kept_once(store):
+    rows, each = [f"{i:032x}" for i in range(200)], 50
+    parts = [RequestParts(q, (rows[(i + j) % 200],), (q[-2:],)) for i, q in enumerate(rows) for j in range(each)]
+    keys = [part.key("f") for part in parts]
+    for start in range(0, len(keys), 500):
+        chunk = slice(start, start + 500)
+        store.put_scores(keys[chunk], np.zeros(500), fingerprint="f", parts=parts[chunk])
+    assert store.stats()["bytes"] / len(keys) < 64  # 16 of them the key, 8 the score
+
+
+def test_a_known_entry_is_given_its_parts_and_keeps_its_value(store):
+    parts = RequestParts("q", ("d",), ("yes",))
+    key = parts.key("f")
+    store.put_scores([key], [-1.0], fingerprint="f")
+    assert next(store.entries()) == [Entry("score", key, -1.0, "f", None)] and store.identities() == {"f": None}
+    store.put_scores([key], [-2.0], fingerprint="f", parts=[parts], identity={"name": "m", "system": None})
+    store.put_scores([key], [-3.0], fingerprint="f", parts=[RequestParts("other")], identity={"name": "n"})
+    assert next(store.entries()) == [Entry("score", key, -1.0, "f", parts)]
+    assert store.identities() == {"f": {"name": "m", "system": None}}
+    with pytest.raises(ValueError, match="parts of 1 keys of kind 'generate'"):
+        store.put_texts([key], ["x"], fingerprint="f", parts=[parts])
+    with pytest.raises(ValueError, match="parts of 1 keys of kind 'score', got 2"):
+        store.put_scores([key], [-1.0], fingerprint="f", parts=[parts] * 2)
+
+
+def test_merging_keeps_what_is_there_and_counts_what_differs(store):
+    parts = [RequestParts(f"q{i}") for i in range(5)]
+    entries = [Entry("score", part.key("f"), -float(i), "f", part) for i, part in enumerate(parts)]
+    text = RequestParts("q", max_new_tokens=3)
+    entries.append(Entry("generate", text.key("f"), "a", "f", text))
+    store.put_scores([entry.key for entry in entries[:3]], [-0.0005, -1.002, -2.0], fingerprint="f")
+    assert store.merge(entries, {"f": {"name": "m"}, "g": None}) == Merged(new=3, known=3, conflicts=1)
+    other = entries[-1]._replace(value="b")
+    assert store.merge([*entries, other]) == Merged(new=0, known=7, conflicts=2)
+    assert store.get_scores([entry.key for entry in entries]) == [-0.0005, -1.002, -2.0, -3.0, -4.0, None]
+    assert store.get_texts([other.key]) == ["a"] and store.identities() == {"f": {"name": "m"}, "g": None}
+
+
+# -- collecting --------------------------------------------------
+
+
+def filled(path):
+    """Scores of two LVLMs over ten queries and ten demonstrations, a draft each, and one score without parts."""
+    store = ScoreStore(path)
+    for fingerprint in ("f", "g"):
+        pairs = [RequestParts(f"q{i}", (f"d{j}", "d0"), (f"a{i}",)) for i in range(10) for j in range(10)]
+        keys = [part.key(fingerprint) for part in pairs]
+        store.put_scores(keys, np.zeros(100), fingerprint=fingerprint, parts=pairs, identity={"name": fingerprint})
+        drafts = [RequestParts(f"q{i}", max_new_tokens=5) for i in range(10)]
+        keys = [part.key(fingerprint) for part in drafts]
+        store.put_texts(keys, ["x"] * 10, fingerprint=fingerprint, parts=drafts)
+    store.put_scores([b"old"], [-1.0], fingerprint="f")
+    return store
+
+
+def survivors(store):
+    return [entry for page in store.entries() for entry in page]
+
+
+@pytest.mark.parametrize("criterion", [{"keep": ["g"]}, {"drop": ["f"]}])
+def test_an_lvlms_entries_are_collected(tmp_path, criterion):
+    with filled(tmp_path / "s.sqlite") as store:
+        dry = store.collect(**criterion, dry_run=True)
+        assert (dry.scores, dry.texts, dry.kept, dry.unknown) == (101, 10, 110, 0) and dry.bytes > 0
+        assert len(survivors(store)) == 221
+        done = store.collect(**criterion)
+        assert dataclasses.replace(done, bytes=0) == dataclasses.replace(dry, bytes=0)
+        assert {entry.fingerprint for entry in survivors(store)} == {"g"} and len(survivors(store)) == 110
+        assert store.identities() == {"g": {"name": "g"}}
+        again = store.collect(keep=["g"])
+        assert (again.scores, again.texts, again.kept, again.bytes) == (0, 0, 110, 0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sets(st.sampled_from([*(f"q{i}" for i in range(10)), *(f"d{i}" for i in range(10))]), min_size=1))
+def test_entries_of_other_contents_are_collected(contents):
+    with filled(":memory:") as store:
+        before = survivors(store)
+        wanted = {
+            entry
+            for entry in before
+            if not entry.parts or {entry.parts.query, *entry.parts.demonstrations} <= contents
+        }
+        done = store.collect(contents=contents)
+        assert set(survivors(store)) == wanted
+        assert (done.kept, done.unknown) == (len(wanted), 1) and done.scores + done.texts == 221 - len(wanted)
+        left = {value for (value,) in store._connection.execute("SELECT value FROM contents")}
+        used = {key for entry in wanted if entry.parts for key in (entry.parts.query, *entry.parts.demonstrations)}
+        assert left == {json.dumps(key) for key in used}  # nothing lies about that no entry needs
+        store.merge(before)
+        assert set(survivors(store)) == set(before)
+
+
+def test_what_is_collected_is_given_back_to_the_disk(tmp_path):
+    with filled(tmp_path / "s.sqlite") as store:
+        keys = [i.to_bytes(16, "big") for i in range(20000)]
+        store.put_scores(keys, np.zeros(20000), fingerprint="h")
+        before = store.stats()["bytes"]
+        done = store.collect(drop=["h"])
+        assert done.scores == 20000 and done.bytes == before - store.stats()["bytes"] > 500_000
+        assert os.path.getsize(store.path) == store.stats()["bytes"]
+
+
+def test_nothing_is_collected_without_a_criterion(tmp_path):
+    with filled(tmp_path / "s.sqlite") as store:
+        for nothing in ({}, {"keep": []}, {"contents": set()}, {"dry_run": True}):
+            with pytest.raises(ValueError, match="without a criterion"):
+                store.collect(**nothing)
+        with pytest.raises(ValueError, match="got both"):
+            store.collect(keep=["f"], drop=["g"])
+        with pytest.raises(ValueError, match="nothing of the LVLM with fingerprint 'F'"):
+            store.collect(keep=["F"])
+        assert len(survivors(store)) == 221
+
+
+# -- files of the first format version --------------------------------------------------
+
+VERSION_1 = """
+    CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE fingerprints (number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
+    CREATE TABLE scores (key BLOB PRIMARY KEY, value REAL NOT NULL, fingerprint INTEGER NOT NULL) WITHOUT ROWID;
+    CREATE TABLE texts (key BLOB PRIMARY KEY, value TEXT NOT NULL, fingerprint INTEGER NOT NULL) WITHOUT ROWID;
+    INSERT INTO meta VALUES ('format_version', '1');
+    INSERT INTO fingerprints VALUES (1, 'stub@1');
+"""
+
+
+@pytest.fixture
+def version_1(tmp_path):
+    """A file as version 1 wrote it, with the scores of `request(0)` to `request(499)` and a text."""
+    path = tmp_path / "old.sqlite"
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.executescript(VERSION_1)
+    connection.execute("BEGIN")
+    for i in range(500):
+        connection.execute("INSERT INTO scores VALUES (?, ?, 1)", (request_key(request(i), "stub@1"), -float(i)))
+    key = request_key(request(1), "stub@1", kind="generate", max_new_tokens=5)
+    connection.execute("INSERT INTO texts VALUES (?, 'old', 1)", (key,))
+    connection.execute("COMMIT")
+    connection.close()
+    return path
+
+
+def schema_of(path):
+    connection = sqlite3.connect(path)
+    tables = connection.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall()
+    version = connection.execute("SELECT value FROM meta").fetchone()
+    connection.close()
+    return tables, version
+
+
+def test_an_old_file_answers_as_before_and_is_extended(version_1, store):
+    lvlm = CachedLVLM(Stub(), old := ScoreStore(version_1))
+    assert lvlm.score([request(i) for i in range(502)]).tolist() == [-float(i) for i in range(502)]
+    assert lvlm.generate([request(1)], max_new_tokens=5) == ["old"] and lvlm.calls == 2
+    known = [entry for page in old.entries() for entry in page]
+    assert len(known) == 503 and sum(entry.parts is not None for entry in known) == 2
+    assert old.collect(contents=["nothing"]).unknown == 501
+    old.close()
+    assert schema_of(version_1) == schema_of(store.path) and schema_of(version_1)[1] == ("2",)
+    with ScoreStore(version_1) as again:
+        assert len(again) == 500
+
+
+def test_an_upgrade_that_fails_leaves_the_old_file(version_1, monkeypatch):
+    before = schema_of(version_1)
+    from drum_hf.lvlm import _store_file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            _store_file, "_STEPS", (_store_file._STEPS[0], _store_file._STEPS[1] + ";\nCREATE TABLE meta (x)")
+        )
+        with pytest.raises(SavedFileError, match="table meta already exists"):
+            ScoreStore(version_1)
+    assert schema_of(version_1) == before
+    with ScoreStore(version_1) as store:
+        assert len(store) == 500
+
+
+def test_several_open_an_old_file_at_once(version_1):
+    faults = []
+
+    def work():
+        with ScoreStore(version_1) as store:
+            assert len(store) == 500
+
+    threads = [threading.Thread(target=_catch, args=(faults, work)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+
+
 # -- the caching LVLM --------------------------------------------------
 
 
@@ -295,6 +599,20 @@ def test_another_fingerprint_shares_nothing(store):
     other.fingerprint = "stub@2"
     assert CachedLVLM(other, store).score([request(1)]).tolist() == [-0.5]
     assert CachedLVLM(Stub(), store).score([request(1)]).tolist() == [-1.0]
+
+
+def test_what_was_asked_is_kept_with_the_answer(store):
+    stub = Stub()
+    CachedLVLM(stub, store).score([request(1, shots=2)])
+    assert store.identities() == {"stub@1": None}  # this LVLM does not name its parts
+    stub.identity = {"name": "stub", "system": None}
+    CachedLVLM(stub, store).generate([request(1)], max_new_tokens=5)
+    assert store.identities() == {"stub@1": {"name": "stub", "system": None}}
+    (score,), (text,) = store.entries()
+    assert score.parts == RequestParts.of(request(1, shots=2)) and score.parts.responses == ("yes",)
+    assert text.parts == RequestParts.of(request(1), 5) and text.value == "q1/5"
+    for entry in (score, text):
+        assert entry.parts.key(entry.fingerprint) == entry.key
 
 
 def test_generations_are_kept_apart_from_scores(store):
@@ -431,6 +749,63 @@ def test_processes_write_at_once(tmp_path):
         lvlm = CachedLVLM(Stub(), store)
         np.testing.assert_array_equal(lvlm.score(zero_shot(0, 450)), -np.arange(450.0))
         assert lvlm.calls == 0
+
+
+def test_four_processes_write_the_same_keys(tmp_path):
+    path = tmp_path / "scores.sqlite"
+    runs = [scorer(path, start, 300, 0) for start in (0, 50, 100, 0)]
+    for run in runs:
+        run.communicate()
+    assert [run.returncode for run in runs] == [0] * 4
+    with ScoreStore(path) as store:
+        found = [entry for page in store.entries() for entry in page]
+        assert len(found) == 300 and list(store.identities()) == ["stub@1"]
+        assert {entry.key: entry.value for entry in found} == {
+            request_key(r, "stub@1"): -float(i) for i, r in enumerate(zero_shot(0, 300))
+        }
+        assert all(entry.parts.key("stub@1") == entry.key for entry in found)
+        (contents,) = store._connection.execute("SELECT COUNT(*) FROM contents").fetchone()
+        assert contents == 300
+
+
+WRITER = """
+    import sys
+    from drum_hf.lvlm.store import RequestParts, ScoreStore
+
+    path, run = sys.argv[1], int(sys.argv[2])
+    with ScoreStore(path) as store:
+        print("ready", flush=True)
+        for batch in range(100_000):
+            parts = [RequestParts(f"{run} {batch} {i}", (f"{i}",), ("yes",)) for i in range(20)]
+            keys = [part.key("f") for part in parts]
+            store.put_scores(keys, [float(batch)] * 20, fingerprint="f", parts=parts, identity={"name": "m"})
+"""
+
+
+def test_kills_at_any_moment_leave_whole_batches(tmp_path):
+    path = tmp_path / "scores.sqlite"
+    chance = random.Random(0)
+    known = 0
+    for run in range(6):
+        command = [sys.executable, "-c", textwrap.dedent(WRITER), str(path), str(run)]
+        environment = {**os.environ, "PYTHONPATH": ROOT}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as writer:
+            assert writer.stdout.readline() == "ready\n"
+            time.sleep(chance.uniform(0, 0.15))
+            writer.send_signal(signal.SIGKILL)
+        with ScoreStore(path) as store:
+            assert store._connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            batches = {}
+            for entry in (entry for page in store.entries() for entry in page):
+                assert entry.parts.key("f") == entry.key
+                batches.setdefault(tuple(entry.parts.query.split()[:2]), []).append(entry.value)
+            for (_, batch), values in batches.items():
+                assert values == [float(batch)] * 20
+            own = sorted(int(batch) for number, batch in batches if number == str(run))
+            assert own == list(range(len(own)))  # in the order they were written, none left out
+            assert len(batches) >= known
+            known = len(batches)
+    assert known > 0
 
 
 def _child(store, pipe):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Literal, TypeVar
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from ..errors import NonFiniteScoreError
 from ..types import LVLM, ICLRequest
-from .store import ScoreStore, request_key
+from .store import RequestParts, ScoreStore, request_key
 
 __all__ = ["CachedLVLM"]
 
@@ -26,6 +27,9 @@ class CachedLVLM:
         lvlm: the LVLM that answers what is not known.
         store: where answers are kept.
         batch_size: requests sent, and written, at a time: what a kill can lose at most.
+
+    An LVLM that fails half-way through a batch may leave what it has on the exception, as `partial`: a dict from
+    positions in the batch to answers. That is written, too, before the exception goes on.
 
     Attributes:
         calls: requests sent to the LVLM so far.
@@ -48,6 +52,10 @@ class CachedLVLM:
     def fingerprint(self) -> str:
         """The LVLM's own."""
         return self.lvlm.fingerprint
+
+    @property
+    def _identity(self) -> dict[str, str | bool | None] | None:
+        return getattr(self.lvlm, "identity", None)  # not every LVLM names its parts
 
     def __repr__(self) -> str:
         return f"CachedLVLM({self.lvlm!r}, {self.store!r})"
@@ -108,11 +116,21 @@ class CachedLVLM:
 
         def ask(positions: list[int]) -> list[float]:
             batch = _built(build, positions, [keys[i] for i in positions], fingerprint)
-            scores = np.asarray(self.lvlm.score(batch), dtype=np.float64).reshape(-1)
+
+            def keep(answers: dict[int, float]) -> None:
+                self.store.put_scores(
+                    [keys[positions[i]] for i in answers],
+                    list(answers.values()),
+                    fingerprint=fingerprint,
+                    parts=[RequestParts.of(batch[i]) for i in answers],
+                    identity=self._identity,
+                )
+
+            with self._keeping_partial(keep):
+                scores = np.asarray(self.lvlm.score(batch), dtype=np.float64).reshape(-1)
             self._count(len(scores), batch)
             finite = np.isfinite(scores)
-            good = np.flatnonzero(finite).tolist()
-            self.store.put_scores([keys[positions[i]] for i in good], scores[good], fingerprint=fingerprint)
+            keep({i: float(scores[i]) for i in np.flatnonzero(finite).tolist()})
             if not finite.all():
                 first = int(np.argmin(finite))
                 bad = batch[first]
@@ -140,9 +158,20 @@ class CachedLVLM:
 
         def ask(positions: list[int]) -> list[str]:
             batch = [several[i] for i in positions]
-            texts = list(self.lvlm.generate(batch, max_new_tokens=max_new_tokens))
+
+            def keep(answers: dict[int, str]) -> None:
+                self.store.put_texts(
+                    [keys[positions[i]] for i in answers],
+                    list(answers.values()),
+                    fingerprint=fingerprint,
+                    parts=[RequestParts.of(batch[i], max_new_tokens) for i in answers],
+                    identity=self._identity,
+                )
+
+            with self._keeping_partial(keep):
+                texts = list(self.lvlm.generate(batch, max_new_tokens=max_new_tokens))
             self._count(len(texts), batch)
-            self.store.put_texts([keys[i] for i in positions], texts, fingerprint=fingerprint)
+            keep(dict(enumerate(texts)))
             return texts
 
         return self._answers(keys, self.store.get_texts(keys), ask, "generate", progress)
@@ -186,6 +215,17 @@ class CachedLVLM:
             batch += group
         if batch:
             yield batch
+
+    @contextlib.contextmanager
+    def _keeping_partial(self, keep: Callable[[dict[int, _Value]], None]) -> Iterator[None]:
+        """Writes what an LVLM answered before it failed: its exception's `partial`, answers by position in a batch."""
+        try:
+            yield
+        except BaseException as error:
+            partial: dict[int, _Value] = getattr(error, "partial", {})
+            self.calls += len(partial)
+            keep(partial)
+            raise
 
     def _count(self, answers: int, batch: Sequence[ICLRequest]) -> None:
         self.calls += len(batch)

@@ -1,59 +1,60 @@
-"""Every LVLM score and generation ever paid for, in one SQLite file."""
+"""Every LVLM score and generation ever paid for, and what each is made of, in one SQLite file."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import dataclasses
+import json
 import math
 import os
-import sqlite3
-import struct
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from ..errors import NonFiniteScoreError, SavedFileError
+from ..errors import NonFiniteScoreError
 from ..types import ICLRequest
+from ._fingerprint import Kind, RequestParts
+from ._store_file import StoreFile, transaction
+from ._store_rows import TABLES, Entry, Sweep, Table, file_size, insert, look_up, numbers_in, read, register
 
-__all__ = ["ScoreStore", "request_key"]
+__all__ = ["Collected", "Entry", "Merged", "RequestParts", "ScoreStore", "request_key"]
 
-_Table = Literal["scores", "texts"]
+#: Two scores of one key that differ by more (log-likelihood) were not computed alike.
+_TOLERANCE = 1e-3
 
-_FORMAT_VERSION = "1"
-#: Keys a query; SQLite builds before 3.32 take 999 variables.
-_CHUNK = 900
-#: Files up to this size (bytes) are checked from end to end when they are opened.
-_CHECKED_SIZE = 64 << 20
 
-_SCHEMA = """
-CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE fingerprints (number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
-CREATE TABLE scores (key BLOB PRIMARY KEY, value REAL NOT NULL, fingerprint INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE texts (key BLOB PRIMARY KEY, value TEXT NOT NULL, fingerprint INTEGER NOT NULL) WITHOUT ROWID;
-"""
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """What came of `ScoreStore.merge`: entries written, entries known before, and how many of these differ."""
 
-_REMEDIES = {
-    sqlite3.SQLITE_NOTADB: "it is not a score store; give another path, or move the file away to start a new one",
-    sqlite3.SQLITE_CORRUPT: "the file is damaged; restore a copy, or save what is readable with "
-    "`sqlite3 FILE .recover | sqlite3 NEW`, or move it away to start a new one",
-    sqlite3.SQLITE_READONLY: "make the file and its folder writable, or give another path",
-    sqlite3.SQLITE_CANTOPEN: "give a path to a file, in a folder that can be written to",
-    sqlite3.SQLITE_FULL: "free space on the disk and run again; what was written before is safe",
-    sqlite3.SQLITE_IOERR: "check the disk and its free space and run again; what was written before is safe",
-    sqlite3.SQLITE_BUSY: "another process has held the file for too long; run again, or raise `timeout`",
-}
+    new: int = 0
+    known: int = 0
+    conflicts: int = 0
+
+    def __add__(self, other: Merged) -> Merged:
+        return Merged(self.new + other.new, self.known + other.known, self.conflicts + other.conflicts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """What `ScoreStore.collect` removed, or would.
+
+    Attributes:
+        scores, texts: entries removed.
+        kept: entries that remain.
+        unknown: of these, how many it could not judge by their contents, since they were written without them.
+        bytes: by how much the file shrank; in a dry run an estimate by the share of entries.
+    """
+
+    scores: int
+    texts: int
+    kept: int
+    unknown: int
+    bytes: int
 
 
 def request_key(
-    request: ICLRequest,
-    fingerprint: str,
-    *,
-    kind: Literal["score", "generate"] = "score",
-    max_new_tokens: int | None = None,
+    request: ICLRequest, fingerprint: str, *, kind: Kind = "score", max_new_tokens: int | None = None
 ) -> bytes:
     """What an answer of an LVLM depends on, as 16 bytes of sha256.
 
@@ -78,31 +79,22 @@ def request_key(
         raise ValueError(
             f"max_new_tokens belongs to kind 'generate', and only to it; got {max_new_tokens} with {kind!r}"
         )
-    asked = (kind, str(max_new_tokens), fingerprint, request.query.key)
-    shown = [demonstration.key for demonstration in request.demonstrations]
-    digest = hashlib.sha256()
-    for texts in (asked, shown, request.responses, request.choices):
-        digest.update(struct.pack("<q", len(texts)))
-        for text in texts:
-            data = text.encode("utf-8", "surrogatepass")
-            digest.update(struct.pack("<q", len(data)))
-            digest.update(data)
-    digest.update(struct.pack(f"<q{len(request.weights)}d", len(request.weights), *request.weights))
-    return digest.digest()[:16]
+    return RequestParts.of(request, max_new_tokens).key(fingerprint)
 
 
-class ScoreStore:
+class ScoreStore(StoreFile):
     """Scores and generations by key (`request_key`), in one SQLite file.
 
     Several threads and processes of one machine may use a file at once. A batch is one transaction: it is there
-    whole or not at all, whenever a process is killed. A key keeps the first value it was given.
+    whole or not at all, whenever a process is killed. A key keeps the first value it was given. A file of an earlier
+    format version is brought up to date when it is opened, and loses nothing.
 
     Args:
         path: the file, made where it is missing; ":memory:" for one that goes with the object.
         timeout: seconds to wait for other processes' writes.
 
     Raises:
-        SavedFileError: the file is not SQLite, not a score store, damaged, of another format version, or can't be
+        SavedFileError: the file is not SQLite, not a score store, damaged, of a later format version, or can't be
             opened; from the methods too, where it can't be read or written.
 
     Example:
@@ -113,12 +105,19 @@ class ScoreStore:
     """
 
     def __init__(self, path: str | os.PathLike[str] = ":memory:", *, timeout: float = 60.0) -> None:
-        self.path = os.fspath(path)
-        self.timeout = timeout
-        self._lock = threading.RLock()
-        self._inherited: list[sqlite3.Connection] = []
-        self._connection: sqlite3.Connection | None = self._open()
-        self._process = os.getpid()
+        super().__init__(path, timeout)
+
+    def __enter__(self) -> ScoreStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __bool__(self) -> bool:
+        return True  # `store or ScoreStore(...)` must not replace a store that is still empty
+
+    def __repr__(self) -> str:
+        return f"ScoreStore({self.path!r})"
 
     # Scores and texts
 
@@ -126,12 +125,25 @@ class ScoreStore:
         """Each key's score, or None where it is not known."""
         return self._get("scores", keys)
 
-    def put_scores(self, keys: Sequence[bytes], values: Sequence[float] | np.ndarray, *, fingerprint: str) -> None:
+    def put_scores(
+        self,
+        keys: Sequence[bytes],
+        values: Sequence[float] | np.ndarray,
+        *,
+        fingerprint: str,
+        parts: Sequence[RequestParts] | None = None,
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write scores in one transaction; a key that is there already keeps its value.
+
+        Args:
+            fingerprint: of the LVLM that gave them.
+            parts: what each key is made of; scores without can be neither exported nor judged by their contents.
+            identity: the LVLM's named parts, by which people tell it from others; kept once for a fingerprint.
 
         Raises:
             NonFiniteScoreError: a value is NaN or infinite; nothing is written.
-            ValueError: as many values as keys were expected.
+            ValueError: as many values (and parts) as keys were expected.
         """
         scores = np.asarray(values, dtype=np.float64).reshape(-1).tolist()
         bad = [i for i, score in enumerate(scores) if not math.isfinite(score)]
@@ -141,173 +153,201 @@ class ScoreStore:
                 f"position {bad[0]}; nothing of this batch was written. Leave them out, or run the LVLM in bfloat16 "
                 "or float32"
             )
-        self._put("scores", keys, scores, fingerprint)
+        self._put("score", keys, scores, fingerprint, parts, identity)
 
     def get_texts(self, keys: Sequence[bytes]) -> list[str | None]:
         """Each key's generation, or None where it is not known."""
         return self._get("texts", keys)
 
-    def put_texts(self, keys: Sequence[bytes], values: Sequence[str], *, fingerprint: str) -> None:
+    def put_texts(
+        self,
+        keys: Sequence[bytes],
+        values: Sequence[str],
+        *,
+        fingerprint: str,
+        parts: Sequence[RequestParts] | None = None,
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write generations in one transaction; a key that is there already keeps its value.
 
+        Args:
+            fingerprint, parts, identity: as in `put_scores`; parts carry `max_new_tokens`.
+
         Raises:
-            ValueError: as many texts as keys were expected.
+            ValueError: as many texts (and parts) as keys were expected.
             TypeError: a value is not a string; nothing is written.
         """
         for value in values:
             if not isinstance(value, str):
                 raise TypeError(f"a generation is a string, got {value!r} of type {type(value).__name__}")
-        self._put("texts", keys, list(values), fingerprint)
+        self._put("generate", keys, list(values), fingerprint, parts, identity)
+
+    def merge(
+        self, entries: Sequence[Entry], identities: Mapping[str, Mapping[str, Any] | None] | None = None
+    ) -> Merged:
+        """Write entries of another store in one transaction; what is there already keeps its value.
+
+        Args:
+            entries: from `entries` of the other store; their keys are not checked here.
+            identities: fingerprint -> named parts of the LVLMs, from `identities` of the other store.
+
+        Returns:
+            counts; a conflict is a known key whose score differs by more than 1e-3, or whose text differs.
+        """
+        counted = Merged()
+        with self._use("writing to it") as connection, transaction(connection):
+            for fingerprint, identity in (identities or {}).items():
+                register(connection, fingerprint, identity)
+            for kind, table in TABLES.items():
+                chosen = [entry for entry in entries if entry.kind == kind]
+                known = look_up(
+                    connection, f"SELECT key, value FROM {table} WHERE key", [entry.key for entry in chosen]
+                )
+                differ = sum(entry.key in known and _differ(entry.value, known[entry.key]) for entry in chosen)
+                fresh = len({entry.key for entry in chosen} - known.keys())
+                counted += Merged(fresh, len(chosen) - fresh, differ)
+                insert(connection, kind, chosen)
+        return counted
+
+    # What it holds
+
+    def entries(
+        self, *, fingerprints: Collection[str] | None = None, page_size: int = 20_000
+    ) -> Iterator[list[Entry]]:
+        """All entries, or those of some LVLMs, by key and a page at a time; what others write meanwhile may be in it.
+
+        Raises:
+            ValueError: the store has nothing of one of these fingerprints.
+        """
+        wanted = self._numbers_of(fingerprints).values()  # now, not when the first page is asked for
+        return self._pages(None if fingerprints is None else ",".join(map(str, wanted)), page_size)
+
+    def _pages(self, wanted: str | None, page_size: int) -> Iterator[list[Entry]]:
+        own = "" if wanted is None else f"AND fingerprint IN ({wanted})"
+        for kind in TABLES:
+            last = b""
+            while True:
+                with self._use("reading it") as connection, transaction(connection, "DEFERRED"):
+                    page = read(connection, kind, f"key > ? {own} ORDER BY key LIMIT {page_size:d}", (last,))
+                if not page:
+                    break
+                last = page[-1].key
+                yield page
+
+    def identities(self) -> dict[str, dict[str, Any] | None]:
+        """Fingerprint -> the LVLM's named parts (None where they were not recorded), for each LVLM it has seen."""
+        with self._use("reading it") as connection:
+            rows = connection.execute("SELECT name, details FROM fingerprints ORDER BY number").fetchall()
+        return {name: json.loads(details) if details else None for name, details in rows}
 
     def stats(self) -> dict[str, Any]:
         """`scores` and `texts` (how many), `by_fingerprint` (both counts for each LVLM), `bytes` (of the file)."""
         by_fingerprint: dict[str, dict[str, int]] = {}
-        with self._use("counting its entries") as connection:
+        with self._use("counting its entries") as connection, transaction(connection, "DEFERRED"):
             names = dict(connection.execute("SELECT number, name FROM fingerprints ORDER BY number"))
-            for table in ("scores", "texts"):
+            for table in TABLES.values():
                 for number, count in connection.execute(f"SELECT fingerprint, COUNT(*) FROM {table} GROUP BY 1"):
                     by_fingerprint.setdefault(names[number], {"scores": 0, "texts": 0})[table] = count
-            pages, size = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
-        totals = {table: sum(counts[table] for counts in by_fingerprint.values()) for table in ("scores", "texts")}
-        return {**totals, "by_fingerprint": by_fingerprint, "bytes": pages * size}
+            size = file_size(connection)
+        totals: dict[str, int] = {
+            table: sum(counts[table] for counts in by_fingerprint.values()) for table in TABLES.values()
+        }
+        return {**totals, "by_fingerprint": by_fingerprint, "bytes": size}
 
     def __len__(self) -> int:
         """How many scores it holds; `stats` counts generations too."""
         with self._use("counting its scores") as connection:
             return connection.execute("SELECT COUNT(*) FROM scores").fetchone()[0]
 
-    def __bool__(self) -> bool:
-        return True  # `store or ScoreStore(...)` must not replace a store that is still empty
+    def collect(
+        self,
+        *,
+        keep: Collection[str] | None = None,
+        drop: Collection[str] | None = None,
+        contents: Collection[str] | None = None,
+        dry_run: bool = False,
+    ) -> Collected:
+        """Remove what is no longer wanted, in one transaction, and give its room back to the disk.
 
-    def __repr__(self) -> str:
-        return f"ScoreStore({self.path!r})"
+        Args:
+            keep: fingerprints; entries of every other LVLM go.
+            drop: fingerprints; entries of these go. Not together with `keep`.
+            contents: content keys of rows and queries (`TripletTable.keys` and `.query_keys`); an entry goes unless
+                its query and all its demonstrations are among them. Entries that were written without their parts
+                stay.
+            dry_run: only count.
 
-    # Opening and closing
+        Raises:
+            ValueError: none of the three, `keep` with `drop`, or a fingerprint that the store has nothing of.
+        """
+        if not (keep or drop or contents):
+            raise ValueError("expected what to keep or to drop, got nothing; nothing is removed without a criterion")
+        if keep and drop:
+            raise ValueError("expected fingerprints to keep or to drop, got both")
+        named = set(self._numbers_of(keep or drop or ()).values())
+        with self._use("collecting what is no longer wanted") as connection:
+            with transaction(connection, "DEFERRED" if dry_run else "IMMEDIATE"):
+                gone = named
+                if keep:
+                    gone = {number for (number,) in connection.execute("SELECT number FROM fingerprints")} - named
+                here = None if not contents else numbers_in(connection, contents)
+                before = file_size(connection)
+                sweep = Sweep(connection, gone, here)
+                if not dry_run:
+                    sweep.remove()
+            if not dry_run:
+                connection.execute("VACUUM")
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            scores, texts = (len(sweep.doomed[table]) for table in TABLES.values())
+            total = scores + texts + sweep.kept
+            freed = before * (scores + texts) // max(1, total) if dry_run else before - file_size(connection)
+        return Collected(scores, texts, sweep.kept, sweep.unknown, freed)
 
-    def close(self) -> None:
-        """Close the file; closing twice does nothing."""
-        with self._lock:
-            if self._connection is not None and self._process == os.getpid():
-                self._connection.close()
-            self._connection = None
-
-    def __enter__(self) -> ScoreStore:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def _open(self) -> sqlite3.Connection:
-        if self.path != ":memory:":
-            with self._named("making its folder"):
-                Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        with self._named("opening it"):
-            connection = sqlite3.connect(
-                self.path, timeout=self.timeout, isolation_level=None, check_same_thread=False
-            )
-            try:
-                self._prepare(connection)
-            except BaseException:
-                connection.close()
-                raise
-        return connection
-
-    def _prepare(self, connection: sqlite3.Connection) -> None:
-        """Check the file before anything is changed in it, and make the tables where it is new."""
-        if not _tables(connection):
-            with _transaction(connection):
-                if not _tables(connection):  # no other process was faster
-                    for statement in _SCHEMA.strip().split(";\n"):
-                        connection.execute(statement)
-                    connection.execute("INSERT INTO meta VALUES ('format_version', ?)", (_FORMAT_VERSION,))
-        if not {"meta", "fingerprints", "scores", "texts"} <= _tables(connection):
-            raise SavedFileError(
-                f"{self.path}: this SQLite file is not a score store (it has the tables "
-                f"{', '.join(sorted(_tables(connection)))}); give another path"
-            )
-        version = connection.execute("SELECT value FROM meta WHERE name = 'format_version'").fetchone()
-        if version != (_FORMAT_VERSION,):
-            raise SavedFileError(
-                f"{self.path}: expected format version {_FORMAT_VERSION}, got {version[0] if version else None}; "
-                "update drum-hf, or give another path"
-            )
-        if self.path != ":memory:" and os.path.getsize(self.path) <= _CHECKED_SIZE:
-            fault = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if fault != "ok":
-                raise SavedFileError(f"{self.path}: {' '.join(fault.split())}; {_REMEDIES[sqlite3.SQLITE_CORRUPT]}")
-        mode = self._write_ahead(connection)
-        # With a write-ahead log, NORMAL can lose the last batches to a power cut, never to a kill, and stays sound.
-        connection.execute(f"PRAGMA synchronous = {'NORMAL' if mode == 'wal' else 'FULL'}")
-
-    def _write_ahead(self, connection: sqlite3.Connection) -> str:
-        deadline = time.monotonic() + self.timeout
-        while True:
-            try:
-                return connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-            except sqlite3.OperationalError as error:  # this one statement does not wait for other processes by itself
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
-
-    @contextlib.contextmanager
-    def _use(self, action: str) -> Iterator[sqlite3.Connection]:
-        """The connection, for one thread at a time."""
-        with self._lock:
-            if self._connection is None:
-                raise ValueError(f"{self.path}: the store was closed; open a new ScoreStore")
-            if self._process != os.getpid() and self.path != ":memory:":
-                # A connection must not cross a fork; nor be closed by the child, which would drop the parent's locks.
-                self._inherited.append(self._connection)
-                self._connection = self._open()
-                self._process = os.getpid()
-            with self._named(action):
-                yield self._connection
-
-    @contextlib.contextmanager
-    def _named(self, action: str) -> Iterator[None]:
-        """Faults of the file, with its name and what to do."""
-        try:
-            yield
-        except (SavedFileError, sqlite3.IntegrityError, sqlite3.ProgrammingError):
-            raise  # named already, or a fault of the call rather than of the file
-        except (sqlite3.DatabaseError, OSError) as error:
-            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CANTOPEN) & 0xFF
-            remedy = _REMEDIES.get(code, "check the file, or move it away to start a new one")
-            raise SavedFileError(f"{self.path}: {action} failed: {error}; {remedy}") from error
-
-    def _get(self, table: _Table, keys: Sequence[bytes]) -> list[Any]:
-        known: dict[bytes, Any] = {}
+    def _numbers_of(self, fingerprints: Collection[str] | None) -> dict[str, int]:
         with self._use("reading it") as connection:
-            for start in range(0, len(keys), _CHUNK):
-                chunk = list(keys[start : start + _CHUNK])
-                marks = ",".join("?" * len(chunk))
-                known.update(connection.execute(f"SELECT key, value FROM {table} WHERE key IN ({marks})", chunk))
+            known = dict(connection.execute("SELECT name, number FROM fingerprints ORDER BY number"))
+        strangers = set(fingerprints or ()) - known.keys()
+        if strangers:
+            raise ValueError(
+                f"{self.path} has nothing of the LVLM with fingerprint {min(strangers)!r}; it knows "
+                f"{', '.join(known) or 'none yet'}"
+            )
+        return known if fingerprints is None else {name: known[name] for name in fingerprints}
+
+    def _get(self, table: Table, keys: Sequence[bytes]) -> list[Any]:
+        with self._use("reading it") as connection:
+            # In the order of the file, so that each page is read once.
+            known = look_up(connection, f"SELECT key, value FROM {table} WHERE key", sorted(set(keys)))
         return [known.get(key) for key in keys]
 
-    def _put(self, table: _Table, keys: Sequence[bytes], values: Sequence[Any], fingerprint: str) -> None:
+    def _put(
+        self,
+        kind: Kind,
+        keys: Sequence[bytes],
+        values: Sequence[Any],
+        fingerprint: str,
+        parts: Sequence[RequestParts] | None,
+        identity: Mapping[str, Any] | None,
+    ) -> None:
         if len(keys) != len(values):
             raise ValueError(f"expected one value for each of {len(keys)} keys, got {len(values)}")
+        if parts is not None and (len(parts) != len(keys) or any(part.kind != kind for part in parts)):
+            raise ValueError(
+                f"expected the parts of {len(keys)} keys of kind {kind!r}, got {len(parts)} or another kind"
+            )
         if not len(keys):
             return
-        with self._use("writing to it") as connection, _transaction(connection):
-            connection.execute("INSERT OR IGNORE INTO fingerprints (name) VALUES (?)", (fingerprint,))
-            (number,) = connection.execute("SELECT number FROM fingerprints WHERE name = ?", (fingerprint,)).fetchone()
-            rows = ((key, value, number) for key, value in zip(keys, values, strict=True))
-            connection.executemany(f"INSERT INTO {table} VALUES (?, ?, ?) ON CONFLICT (key) DO NOTHING", rows)
+        described: Sequence[RequestParts | None] = parts if parts is not None else [None] * len(keys)
+        entries = [
+            Entry(kind, key, value, fingerprint, part)
+            for key, value, part in zip(keys, values, described, strict=True)
+        ]
+        with self._use("writing to it") as connection, transaction(connection):
+            register(connection, fingerprint, identity)
+            insert(connection, kind, entries)
 
 
-def _tables(connection: sqlite3.Connection) -> set[str]:
-    return {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-
-
-@contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    # IMMEDIATE takes the write lock at once: a lock taken half-way can't be waited for.
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        with contextlib.suppress(sqlite3.Error):  # a full disk has rolled back already
-            connection.execute("ROLLBACK")
-        raise
+def _differ(one: float | str, other: float | str) -> bool:
+    if isinstance(one, str) or isinstance(other, str):
+        return one != other
+    return abs(one - other) > _TOLERANCE

@@ -1,0 +1,175 @@
+"""`drum-hf scores`: look into a score store, carry its scores elsewhere, or clear out what is no longer wanted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .options import load_lvlm, model_options
+
+if TYPE_CHECKING:
+    from ..lvlm.store import ScoreStore
+
+__all__ = ["add", "run"]
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the verb, its own verbs and their options."""
+    parser = commands.add_parser("scores", help="look into a score store, export or import scores, clear it out")
+    parser.set_defaults(run=run)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    stats = verbs.add_parser("stats", help="say what a store holds, by LVLM")
+    stats.add_argument("store", type=Path, metavar="STORE")
+    stats.add_argument("--json", action="store_true", help="as JSON, with all that is known of each LVLM")
+
+    export = verbs.add_parser("export", help="write scores to a parquet file")
+    export.add_argument("store", type=Path, metavar="STORE")
+    export.add_argument("file", type=Path, metavar="FILE.parquet")
+    export.add_argument("--fingerprint", nargs="+", metavar="F", help="only of these LVLMs; a beginning will do")
+    export.add_argument("--lvlm", nargs="+", metavar="NAME", help="only of LVLMs recorded under these names")
+
+    fetch = verbs.add_parser("import", help="take the scores of an exported file into a store")
+    fetch.add_argument("file", type=Path, metavar="FILE.parquet")
+    fetch.add_argument("store", type=Path, metavar="STORE")
+    fetch.add_argument("--any-lvlm", action="store_true", help="also scores of LVLMs that the store has none of")
+    model_options(fetch, encoder=False)
+    # Without a name it is the store that says which LVLMs' scores are welcome; with one, that LVLM is loaded.
+    fetch.set_defaults(lvlm=None)
+
+    collect = verbs.add_parser("gc", help="remove scores that are no longer wanted, and give the room back")
+    collect.add_argument("store", type=Path, metavar="STORE")
+    which = collect.add_mutually_exclusive_group()
+    which.add_argument("--keep", nargs="+", metavar="F", help="remove all LVLMs but these; a beginning will do")
+    which.add_argument("--drop", nargs="+", metavar="F", help="remove these LVLMs; a beginning will do")
+    collect.add_argument(
+        "--data", nargs="+", metavar="TABLE", help="remove what was not scored on rows of these tables alone"
+    )
+    collect.add_argument("--dry-run", action="store_true", help="only say what would go")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry it out."""
+    from ..lvlm.store import ScoreStore
+
+    needed = args.file if args.verb == "import" else args.store  # opening a store that is not there makes an empty one
+    if not needed.exists():
+        raise ValueError(f"expected a file of scores, there is no {needed}")
+    if args.verb == "import" and args.lvlm and args.any_lvlm:
+        raise ValueError("expected --lvlm or --any-lvlm, got both")
+    lvlm = load_lvlm(args) if args.verb == "import" and args.lvlm else None
+    with ScoreStore(args.store) as store:
+        if args.verb == "stats":
+            _stats(store, args)
+        elif args.verb == "export":
+            _export(store, args)
+        elif args.verb == "import":
+            _import(store, lvlm, args)
+        else:
+            _collect(store, args)
+
+
+def _stats(store: ScoreStore, args: argparse.Namespace) -> None:
+    stats, identities = store.stats(), store.identities()
+    empty = {"scores": 0, "texts": 0}
+    lvlms = [
+        {"fingerprint": name, **stats["by_fingerprint"].get(name, empty), "lvlm": identity}
+        for name, identity in identities.items()
+    ]
+    if args.json:
+        content = {name: stats[name] for name in ("scores", "texts", "bytes")} | {"lvlms": lvlms}
+        sys.stdout.write(json.dumps(content, indent=1) + "\n")
+        return
+    sys.stdout.write(f"{stats['scores']} scores, {stats['texts']} generations, {_size(stats['bytes'])}\n")
+    for lvlm in lvlms:
+        said = f"{lvlm['fingerprint']}  {lvlm['scores']} scores, {lvlm['texts']} generations"
+        sys.stdout.write(f"{said}  {_title(lvlm['lvlm'])}\n")
+
+
+def _export(store: ScoreStore, args: argparse.Namespace) -> None:
+    from ..lvlm.transfer import export_scores
+
+    chosen: list[str] | None = None
+    if args.fingerprint or args.lvlm:
+        identities = store.identities()
+        chosen = _named(identities, args.fingerprint or ()) if args.fingerprint else []
+        for name in args.lvlm or ():
+            found = [each for each, identity in identities.items() if identity and identity.get("name") == name]
+            if not found:
+                names = sorted({str(identity["name"]) for identity in identities.values() if identity})
+                raise ValueError(f"{store.path} has no scores recorded under {name!r}; it has {', '.join(names)}")
+            chosen += found
+        chosen = list(dict.fromkeys(chosen))
+    done = export_scores(store, args.file, fingerprints=chosen, progress=True)
+    sys.stdout.write(f"{done.scores} scores and {done.texts} generations in {args.file}, {_size(done.bytes)}\n")
+    if done.left_out:
+        sys.stdout.write(f"{done.left_out} left out: the store does not know what they are made of\n")
+
+
+def _import(store: ScoreStore, lvlm: Any, args: argparse.Namespace) -> None:
+    from ..lvlm.transfer import import_scores
+
+    merged = import_scores(args.file, store, lvlm=lvlm, any_lvlm=args.any_lvlm, progress=True)
+    sys.stdout.write(f"{merged.new} new, {merged.known} known before, in {store.path}\n")
+    if merged.conflicts:
+        sys.stdout.write(
+            f"{merged.conflicts} of the known ones differ from the file's (by more than 0.001, or in their text); "
+            "the store's were kept\n"
+        )
+
+
+def _collect(store: ScoreStore, args: argparse.Namespace) -> None:
+    from ..data import load_table
+
+    identities = store.identities()
+    contents: set[str] = set()
+    for path in args.data or ():
+        table = load_table(path)
+        contents |= {*table.keys, *table.query_keys}
+    done = store.collect(
+        keep=_named(identities, args.keep or ()),
+        drop=_named(identities, args.drop or ()),
+        contents=contents,
+        dry_run=args.dry_run,
+    )
+    verb, about = ("would be removed", "about ") if args.dry_run else ("removed", "")
+    sys.stdout.write(
+        f"{done.scores} scores and {done.texts} generations {verb}, {about}{_size(done.bytes)}; {done.kept} kept\n"
+    )
+    if done.unknown:
+        sys.stdout.write(f"{done.unknown} of these were kept since it is not known what they are made of\n")
+
+
+def _named(identities: Mapping[str, Any], beginnings: Collection[str]) -> list[str]:
+    """The fingerprints that begin so, each beginning telling one."""
+    chosen = []
+    for beginning in beginnings:
+        found = [name for name in identities if name.startswith(beginning)]
+        if beginning in found:
+            found = [beginning]
+        if len(found) != 1:
+            raise ValueError(
+                f"expected one fingerprint that begins with {beginning!r}, got {len(found)}; the store has "
+                f"{', '.join(identities) or 'none'}"
+            )
+        chosen += found
+    return chosen
+
+
+def _title(identity: Mapping[str, Any] | None) -> str:
+    if identity is None:
+        return "(not recorded which LVLM)"
+    revision = identity.get("revision")
+    return " ".join(
+        str(part)
+        for part in (identity.get("name"), f"@{str(revision)[:8]}" if revision else None, identity.get("dtype"))
+        if part
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if abs(count) >= 1e6 else f"{count / 1e3:.1f} kB"
