@@ -23,6 +23,7 @@ extras["dev"] = extras["demo"] + [
     "pytest>=8",
     "pytest-xdist>=3.5",
     "ruff>=0.6",
+    "transformers[serving]>=5",
 ]
 
 setup(
@@ -44,8 +45,10 @@ setup(
         "huggingface_hub>=1.0",
         "numpy>=1.24",
         "peft>=0.17",
+        "psutil>=5.9",
         "Pillow>=10",
         "pyarrow>=15",
+        "requests>=2.28",
         "safetensors>=0.4.5",
         "scikit-learn>=1.3",
         "sentence-transformers>=6",

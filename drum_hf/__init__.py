@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .evaluation.evaluator import ICLEvaluator
     from .index import DemoIndex
     from .lvlm.local import TransformersLVLM
+    from .lvlm.openai import OpenAILVLM
     from .lvlm.store import ScoreStore
     from .pipelines import pipeline
     from .retriever import DemoRetriever
@@ -36,6 +37,7 @@ __all__ = [
     "ICLEvaluator",
     "JointEncoder",
     "ListwiseLVLMLoss",
+    "OpenAILVLM",
     "Query",
     "Retrieval",
     "ScoreStore",
@@ -56,6 +58,7 @@ _MODULES = {
     "ICLEvaluator": "evaluation.evaluator",
     "JointEncoder": "encoder",
     "ListwiseLVLMLoss": "training.losses",
+    "OpenAILVLM": "lvlm.openai",
     "Query": "types",
     "Retrieval": "types",
     "ScoreStore": "lvlm.store",

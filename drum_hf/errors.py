@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "BudgetExceededError",
     "ChatTemplateError",
     "ColumnError",
     "ContextOverflowError",
@@ -11,6 +12,7 @@ __all__ = [
     "DrumError",
     "DuplicateIdError",
     "EmptySupportError",
+    "EndpointError",
     "ImageError",
     "LeakError",
     "MissingIdError",
@@ -72,6 +74,22 @@ class ChatTemplateError(DrumError, ValueError):
 
 class ScoringUnsupportedError(DrumError, NotImplementedError):
     """This LVLM can't return log-probabilities of a given response."""
+
+
+class EndpointError(DrumError, RuntimeError):
+    """An endpoint refused a request, gave no usable answer, or stayed unreachable after every retry.
+
+    Attributes:
+        status: HTTP status of the answer, or None where there was none.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class BudgetExceededError(DrumError, RuntimeError):
+    """The spending cap of an endpoint is reached; what was answered before is kept."""
 
 
 class NonFiniteScoreError(DrumError, ValueError):

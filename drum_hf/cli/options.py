@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ..data import TripletTable
     from ..experiment import Settings
     from ..lvlm.local import TransformersLVLM
+    from ..lvlm.openai import OpenAILVLM
 
 __all__ = [
     "TASKS",
@@ -43,6 +44,18 @@ def model_options(parser: argparse.ArgumentParser, *, lvlm: bool = True, encoder
         group.add_argument(
             "--batch-size", type=int, default=32, help="LVLM requests in a forward (default: %(default)s)"
         )
+        group.add_argument(
+            "--endpoint",
+            metavar="URL",
+            help="ask a chat endpoint that speaks OpenAI's protocol, such as http://localhost:8000/v1; --lvlm is then "
+            "the model's name there, and --lvlm-revision what you know of its weights",
+        )
+        group.add_argument(
+            "--api-key-env", metavar="NAME", help="environment variable with the endpoint's key (OPENAI_API_KEY)"
+        )
+        group.add_argument("--concurrency", type=int, default=8, help="requests at once (default: %(default)s)")
+        group.add_argument("--max-requests", type=int, help="stop before the endpoint was sent more requests")
+        group.add_argument("--max-tokens", type=int, help="stop when the endpoint has reported so many tokens")
     if encoder:
         group.add_argument(
             "--encoder", default="playground/clip", help="folder or Hub id of a CLIP or SigLIP (default: %(default)s)"
@@ -90,7 +103,11 @@ def read_tables(args: argparse.Namespace) -> tuple[TripletTable, TripletTable]:
     return (table, read_table(args.queries, args)) if args.queries else split_table(table)
 
 
-def load_lvlm(args: argparse.Namespace) -> TransformersLVLM:
+def load_lvlm(args: argparse.Namespace) -> TransformersLVLM | OpenAILVLM:
+    if args.endpoint is not None:
+        return _connect(args)
+    if args.api_key_env is not None or args.max_requests is not None or args.max_tokens is not None:
+        raise ValueError("--api-key-env, --max-requests and --max-tokens are for an endpoint; give its --endpoint URL")
     from ..lvlm.local import TransformersLVLM
 
     return TransformersLVLM.from_pretrained(
@@ -99,6 +116,27 @@ def load_lvlm(args: argparse.Namespace) -> TransformersLVLM:
         dtype=args.dtype,
         device=args.device,
         batch_size=args.batch_size,
+    )
+
+
+def _connect(args: argparse.Namespace) -> OpenAILVLM:
+    import os
+
+    from ..lvlm.openai import OpenAILVLM
+
+    key = None
+    if args.api_key_env is not None:
+        key = os.environ.get(args.api_key_env)
+        if key is None:
+            raise ValueError(f"expected a key in the environment variable {args.api_key_env}, which is not set")
+    return OpenAILVLM(
+        args.lvlm,
+        base_url=args.endpoint,
+        api_key=key,
+        revision=args.lvlm_revision,
+        max_concurrency=args.concurrency,
+        max_requests=args.max_requests,
+        max_tokens=args.max_tokens,
     )
 
 
