@@ -180,7 +180,7 @@ class JointEncoder(Transformer):
 
         Returns:
             `present` (B, 3) bool; `pixel_values` (B, 3, H, W) float32, zeros where there is no image; `input_ids` and
-            `attention_mask` (B, 2, L) int64, prompt before response. Tensors of parts without weight are left out.
+            `text_mask` (B, 2, L) int64, prompt before response. Tensors of parts without weight are left out.
 
         Raises:
             ValueError: an item of another form, or one without any part that has weight.
@@ -245,7 +245,8 @@ class JointEncoder(Transformer):
                 self._warn_of_cut(given, tokens["attention_mask"].sum(dim=1) == limit, limit)
         return {
             "input_ids": ids.view(-1, 2, longest),
-            "attention_mask": mask.view(-1, 2, longest),
+            # not "attention_mask": sentence-transformers' model card counts tokens by that, and takes it for (B, L)
+            "text_mask": mask.view(-1, 2, longest),
         }
 
     def _warn_of_cut(self, texts: list[str], full: torch.Tensor, limit: int) -> None:
@@ -263,21 +264,30 @@ class JointEncoder(Transformer):
                 return
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Embed what `preprocess` made: adds `sentence_embedding`, (B, 3 * projection) float32 of unit length."""
+        """Embed what `preprocess` made: adds `sentence_embedding`, (B, 3 * projection) float32 of unit length.
+
+        Where `features` holds `image_key`, (B,) int64, rows of equal key are taken to show the same image, which is
+        then encoded once.
+        """
         present = features["present"]
         shares = self._log_shares(present).mul(0.5).exp()  # in logs: the slope of a square root at 0 is infinite
         vectors = shares.new_zeros(len(present), len(PARTS), self._width)
         rows = [present[:, part].nonzero()[:, 0] for part in range(len(PARTS))]
         if self._used[0] and len(rows[0]):
             pixels = features["pixel_values"]
-            pixels = pixels if len(rows[0]) == len(pixels) else pixels[rows[0]]
+            keys, places = features.get("image_key"), rows[0]
+            if keys is not None:
+                places, shown = _distinct(keys[rows[0]])
+                places = rows[0][places]
+            pixels = pixels if len(places) == len(pixels) else pixels[places]
             pooled = self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)).pooler_output
+            pooled = pooled if keys is None else pooled[shown]
             vectors = vectors.index_put((rows[0], torch.zeros_like(rows[0])), _unit(pooled))
         text_rows = torch.cat(rows[1:])
         if len(text_rows):
             part = torch.cat([torch.full_like(rows[1], 1), torch.full_like(rows[2], 2)])
             ids = features["input_ids"][text_rows, part - 1]
-            mask = features["attention_mask"][text_rows, part - 1]
+            mask = features["text_mask"][text_rows, part - 1]
             if self._whole_length:
                 pooled = self.model.get_text_features(input_ids=ids).pooler_output
             else:
@@ -569,6 +579,15 @@ _EXPECTED = "a text, a PIL image, or {'image': PIL image or None, 'text': [promp
 
 def _unit(pooled: torch.Tensor) -> torch.Tensor:
     return F.normalize(pooled.float(), dim=1)
+
+
+def _distinct(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each distinct key stands first, in order, and which of these every key is."""
+    _, which = keys.unique(return_inverse=True)
+    places = torch.arange(len(keys), device=keys.device)
+    first = places.new_full((int(which.max()) + 1,), len(keys)).scatter_reduce(0, which, places, "amin")
+    order = first.argsort()
+    return first[order], order.argsort()[which]
 
 
 def _log_weights(weights: Sequence[float] | Mapping[str, float]) -> list[float]:

@@ -34,7 +34,7 @@ from .lvlm.cached import CachedLVLM
 from .lvlm.feedback import Feedback
 from .lvlm.store import ScoreStore
 from .retriever import DemoRetriever
-from .training.mining import CandidateTable, mine_candidates
+from .training.pricing import ScorePlan, plan_scores
 from .training.trainer import DrumTrainer, DrumTrainingArguments
 from .types import LVLM
 
@@ -382,75 +382,3 @@ def evaluate_strategies(
         "seconds": round(time.perf_counter() - began, 1),
         "strategies": run.rows,
     }
-
-
-@dataclasses.dataclass
-class ScorePlan:
-    """Pairs to score, and what they will cost.
-
-    Attributes:
-        pairs: (query id, (demonstration id,)) each.
-        new, known: distinct pairs that the LVLM must score, and those already paid for.
-        tokens: prompt tokens of the new pairs, estimated from a sample.
-        images: pictures that the new pairs show.
-        seconds: expected time, from a calibration on a few of the new pairs, which are then paid for.
-    """
-
-    feedback: Feedback
-    pairs: list[tuple[str, tuple[str, ...]]]
-    new: int
-    known: int
-    tokens: int
-    images: int
-    seconds: float
-
-    def describe(self) -> str:
-        """One line for a terminal."""
-        hours, rest = divmod(round(self.seconds), 3600)
-        return (
-            f"{self.new} new pairs, {self.known} already in the store; about {self.tokens:,} prompt tokens and "
-            f"{self.images:,} images, {hours} h {rest // 60} min {rest % 60} s on this machine"
-        )
-
-    def run(self) -> np.ndarray:
-        """Score them; every finished batch is kept."""
-        return self.feedback.score(self.pairs)
-
-
-def plan_scores(
-    retriever: DemoRetriever,
-    lvlm: LVLM,
-    *,
-    queries: TripletTable | None,
-    store: ScoreStore,
-    candidates: int,
-    choices: Sequence[str] = (),
-    seed: int = 0,
-    calibrate: int = 32,
-) -> ScorePlan:
-    """Propose `candidates` demonstrations for every query, as a first mining round would, and price them."""
-    asked = retriever.support if queries is None else queries
-    feedback = Feedback(lvlm, retriever.support, asked, store=store, choices=choices)
-    drafts = dict(zip(asked.ids, feedback.drafts(asked.ids), strict=True)) if retriever.uses_drafts else {}
-    mined = mine_candidates(
-        retriever,
-        CandidateTable(asked.ids),
-        lambda query_id: asked.query(query_id, draft=drafts.get(query_id)),
-        count=candidates,
-        random_share=DrumTrainingArguments.random_share,
-        rng=np.random.default_rng([seed, 77, 0]),
-    )
-    pairs: list[tuple[str, tuple[str, ...]]]
-    pairs = [(query_id, (candidate,)) for query_id, found in mined.items() for candidate, _ in found]
-    new, known = feedback.plan(pairs)
-    sample = [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))[:calibrate]]
-    began = time.perf_counter()
-    fresh, _ = feedback.plan(sample)
-    feedback.score(sample, progress=False)
-    each = (time.perf_counter() - began) / max(1, fresh)
-    requests = [feedback.request(*pair) for pair in sample]
-    count = getattr(lvlm, "count_tokens", None)
-    tokens = float(np.mean(count(requests))) if count is not None else 0.0
-    shown = [[r.query.image, *(d.image for d in r.demonstrations)] for r in requests]
-    images = float(np.mean([sum(image is not None for image in row) for row in shown]))
-    return ScorePlan(feedback, pairs, new, known, round(tokens * new), round(images * new), each * (new - fresh))

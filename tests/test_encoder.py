@@ -206,6 +206,30 @@ def test_images_are_only_encoded_where_there_are_any(fresh, monkeypatch):
 # Training
 
 
+def test_rows_of_one_image_key_encode_it_once(encoder):
+    module = encoder[0]
+    shown = [0, None, 1, 0, 1, 0]
+    items = [{"image": None if i is None else IMAGES[i], "text": ["red", str(row)]} for row, i in enumerate(shown)]
+    features = module.preprocess(items)
+    keys = torch.tensor([7 if i is None else 9 - i for i in shown])
+    seen = []
+    handle = module.model.vision_model.register_forward_pre_hook(
+        lambda tower, args, kwargs: seen.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    plain = module(dict(features))["sentence_embedding"]
+    once = module(features | {"image_key": keys})["sentence_embedding"]
+    handle.remove()
+    assert seen == [5, 2]
+    torch.testing.assert_close(once, plain, atol=1e-6, rtol=0)
+    ours, theirs = (
+        torch.autograd.grad(vectors.square()[:, :7].sum(), module.model.visual_projection.weight)[0]
+        if module.config.model_type == "clip"
+        else torch.zeros(1)
+        for vectors in (once, plain)
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
 def test_gradients_reach_weights_and_both_towers(fresh):
     module = fresh[0]
     module.learn_weights = True
@@ -272,7 +296,7 @@ def test_columns_come_out_of_the_trainer_one_each(encoder):
         for key, value in encoder.preprocess([item((0, 0, 1))]).items()
     }
     features, _ = SentenceTransformerTrainer.collect_features(None, batch)
-    assert [sorted(column) for column in features] == [["attention_mask", "input_ids", "pixel_values", "present"]] * 2
+    assert [sorted(column) for column in features] == [["input_ids", "pixel_values", "present", "text_mask"]] * 2
 
 
 @pytest.mark.parametrize("lora", [False, True])

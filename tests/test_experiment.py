@@ -11,8 +11,7 @@ from tiny_encoders import tiny_clip
 from tiny_training import StubLVLM, coloured_table
 
 from drum_hf.data import TripletTable, check_leaks
-from drum_hf.experiment import METHODS, Settings, evaluate_strategies, plan_scores, run_experiment, split_table
-from drum_hf.lvlm.store import ScoreStore
+from drum_hf.experiment import METHODS, Settings, evaluate_strategies, run_experiment, split_table
 from drum_hf.retriever import DemoRetriever
 
 SETTINGS = Settings(
@@ -96,23 +95,6 @@ def test_strategies_by_name(clip, tables):
     for name, message in (("drum", "retriever"), ("luck", "none of")):
         with pytest.raises(ValueError, match=message):
             evaluate_strategies(support, queries, names=[name], shots=[1], lvlm=lvlm, encoder=clip, task="vqa")
-
-
-def test_a_plan_counts_what_a_first_round_would_buy(tmp_path, clip, tables):
-    support, _ = tables
-    lvlm = StubLVLM()
-    retriever = DemoRetriever.from_encoder(clip, support=support, strategy="sit", device="cpu")
-    store = ScoreStore(tmp_path / "scores.sqlite")
-    plan = plan_scores(retriever, lvlm, queries=None, store=store, candidates=4, calibrate=8)
-    assert len(plan.pairs) == plan.new == 16 * 4
-    assert (plan.known, plan.images) == (0, 2 * 16 * 4)
-    assert plan.seconds > 0
-    assert len(lvlm.scored) == 8  # the calibration, which is paid for
-    assert "64 new pairs" in plan.describe()
-    assert len(plan.run()) == len(set(lvlm.scored)) == len(lvlm.scored) == 64
-    after = plan_scores(retriever, lvlm, queries=None, store=store, candidates=4)
-    assert (after.new, after.known, after.seconds) == (0, 64, 0)
-    assert len(lvlm.scored) == 64
 
 
 # Splits

@@ -469,3 +469,34 @@ def test_the_plain_sentence_transformers_trainer_takes_the_loss(tmp_path, mini_b
     assert output.training_loss > 0
     assert any(not torch.equal(p, before[n]) for n, p in encoder.named_parameters() if p.requires_grad)
     assert loss.temperature.item() != pytest.approx(0.05, abs=1e-9)
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 2])
+def test_the_plain_trainer_takes_bare_strings(tmp_path, mini_batch_size):
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from tiny_encoders import tiny_clip
+
+    from drum_hf.encoder import build_encoder
+
+    encoder = build_encoder(tiny_clip(tmp_path), device="cpu")
+    data = Dataset.from_dict(
+        {
+            "query": [f"what colour is object {i}?" for i in range(4)],
+            "demo_0": ["a red ball"] * 4,
+            "demo_1": ["a blue ball"] * 4,
+            "label": [[-0.1 * i, -2.0] for i in range(4)],
+        }
+    )
+    args = SentenceTransformerTrainingArguments(
+        str(tmp_path / "out"),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    loss = ListwiseLVLMLoss(encoder, mini_batch_size=mini_batch_size)
+    trainer = SentenceTransformerTrainer(encoder, args=args, train_dataset=data, loss=loss)
+    assert trainer.train().training_loss > 0

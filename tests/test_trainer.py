@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_encoders import tiny_clip
-from tiny_training import StubLVLM, coloured_table, forbidden
+from tiny_training import StubLVLM, coloured_rows, coloured_table, forbidden
 from transformers import TrainerCallback
 
-from drum_hf.errors import SavedFileError
+from drum_hf.data import TripletTable
+from drum_hf.errors import SavedFileError, TooFewDemonstrationsError
 from drum_hf.lvlm.store import ScoreStore
 from drum_hf.retriever import DemoRetriever
 from drum_hf.training import ContrastiveLVLMLoss, DrumTrainer, DrumTrainingArguments, ListwiseLVLMLoss
@@ -158,7 +159,7 @@ def test_a_batch_holds_each_demonstration_once_and_what_is_known_of_it(make, sup
     expected = trainer.retriever.encoder.preprocess(
         [{"image": d.image, "text": [d.prompt, d.response]} for d in shown]
     )
-    for name in ("pixel_values", "input_ids", "attention_mask"):
+    for name in ("pixel_values", "input_ids", "text_mask"):
         assert torch.equal(batch[f"demonstrations_{name}"], expected[name])
     assert label["index"].shape == label["scores"].shape == (8, 6)
     for b, row in enumerate(rows):
@@ -181,6 +182,62 @@ def test_lists_are_drawn_anew_each_epoch_and_the_same_again_for_the_same_epoch(m
         trainer.epoch = epoch
         others.append(trainer.train_dataset[0]["candidates"])
     assert any(ids != first for ids in others)
+
+
+def test_lists_follow_the_data_seed_where_there_is_one_even_0(make):
+    drawn = {}
+    for name, seeds in {"3": {}, "0": {"data_seed": 0}, "3 too": {"data_seed": 3}, "5": {"data_seed": 5}}.items():
+        trainer = make(rounds=1, candidates_per_round=12, out=name, **seeds)
+        trainer.mine()
+        drawn[name] = [trainer.train_dataset[i]["candidates"] for i in range(ROWS)]
+    assert drawn["3"] == drawn["3 too"]
+    assert len({str(lists) for lists in drawn.values()}) == 3
+
+
+# Queries without demonstration
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 3])
+def test_a_batch_without_any_candidate_changes_nothing(make, mini_batch_size):
+    trainer = make(rounds=1, mini_batch_size=mini_batch_size)
+    trainer.table.extend({"r0": [("r5", 0), ("r6", 1)]}, [-1.0, -2.0])
+    rows = [trainer.train_dataset[i] for i in range(1, 5)]
+    assert all(row["candidates"] == [] for row in rows)
+    batch = trainer.data_collator(rows)
+    features, labels = trainer.collect_features(dict(batch))
+    loss = trainer.loss(features, labels)
+    assert loss.item() == 0.0
+    loss.backward()
+    grads = {n: p.grad for n, p in trainer.loss.named_parameters() if p.grad is not None}
+    assert "log_temperature" in grads and len(grads) > 2
+    assert all(float(grad.abs().max()) == 0.0 for grad in grads.values())
+    # beside one that has candidates, they do not change what it teaches but for the mean
+    mixed = trainer.data_collator([trainer.train_dataset[0], *rows])
+    alone = trainer.data_collator([trainer.train_dataset[0]])
+    values = [trainer.loss(*trainer.collect_features(dict(b))).item() for b in (mixed, alone)]
+    assert values[0] == pytest.approx(values[1] / 5, rel=1e-5) and values[1] > 0
+
+
+def test_queries_without_demonstration_are_counted_and_left_alone(clip, tmp_path, caplog):
+    rows = [row | {"group": "crowd"} for row in coloured_rows(6)]
+    support = TripletTable.from_dataset(rows[:3])
+    queries = TripletTable.from_dataset([rows[3] | {"group": "other"}, *rows[4:]])
+    retriever = DemoRetriever.from_encoder(clip, support=support, strategy="sit", device="cpu")
+    args = DrumTrainingArguments(
+        str(tmp_path), rounds=1, per_device_train_batch_size=1, save_strategy="no", use_cpu=True, report_to=[]
+    )
+    trainer = DrumTrainer(retriever, lvlm=StubLVLM(), args=args, train_dataset=queries)
+    trainer.train()  # in batches of one, two of which have nothing to learn from
+    assert {(q, c) for q, c, *_ in trainer.table.rows()} == {("r3", c) for c in ("r0", "r1", "r2")}
+    assert "2 of 3 training queries have no demonstration" in caplog.text and "'r4'" in caplog.text
+
+
+def test_a_support_set_of_one_group_is_refused(clip, tmp_path):
+    rows = TripletTable.from_dataset([row | {"group": "one"} for row in coloured_rows(6)])
+    retriever = DemoRetriever.from_encoder(clip, support=rows, strategy="sit", device="cpu")
+    args = DrumTrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(TooFewDemonstrationsError, match=r"6 training queries.*'group'"):
+        DrumTrainer(retriever, lvlm=StubLVLM(), args=args).train()
 
 
 # Stops and starts
@@ -276,6 +333,7 @@ def test_queries_apart_from_the_support_set(make, support):
         ({"rounds": 0}, "rounds"),
         ({"list_size": 1}, "list_size"),
         ({"random_share": 1.5}, "random_share"),
+        ({"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}, "on_round_end"),
     ],
 )
 def test_arguments_out_of_range_are_refused(tmp_path, fault, message):

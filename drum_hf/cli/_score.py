@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ._processes import joined
 from .options import data_options, load_lvlm, model_options, read_table
 
 __all__ = ["add", "run"]
@@ -16,7 +17,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("score", help="buy the LVLM's scores of candidates ahead of training")
     parser.add_argument("--store", type=Path, required=True, help="SQLite file that keeps the scores")
     parser.add_argument("--retriever", help="trained retriever that proposes; by default the untrained encoder")
-    parser.add_argument("--dry-run", action="store_true", help="only say how many pairs and tokens, and how long")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only say how many pairs, tokens and images are new, and how long they take, from a few pairs that are "
+        "scored and kept",
+    )
     data_options(parser, required=True)
     model_options(parser)
     parser.add_argument("--candidates", type=int, default=10, help="pairs for each query (default: %(default)s)")
@@ -26,26 +32,35 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Carry it out."""
-    from ..experiment import plan_scores
-    from ..lvlm.store import ScoreStore
-    from ..retriever import DemoRetriever
+    with joined() as processes:
+        from ..lvlm.store import ScoreStore
+        from ..retriever import DemoRetriever
+        from ..training.pricing import plan_scores
 
-    support = read_table(args.data, args)
-    if args.retriever:
-        retriever = DemoRetriever.from_pretrained(args.retriever, support=support, device=args.device)
-    else:
-        retriever = DemoRetriever.from_encoder(args.encoder, support=support, strategy="sit+draft", device=args.device)
-    with ScoreStore(args.store) as store:
-        plan = plan_scores(
-            retriever,
-            load_lvlm(args),
-            queries=read_table(args.queries, args) if args.queries else None,
-            store=store,
-            candidates=args.candidates,
-            choices=support.label_set if args.task == "classification" else (),
-            seed=args.seed,
-        )
-        sys.stdout.write(plan.describe() + "\n")
-        if not args.dry_run:
+        support = read_table(args.data, args)
+        if args.retriever:
+            retriever = DemoRetriever.from_pretrained(args.retriever, support=support, device=args.device)
+        else:
+            retriever = DemoRetriever.from_encoder(
+                args.encoder, support=support, strategy="sit+draft", device=args.device
+            )
+        with ScoreStore(args.store) as store:
+            plan = plan_scores(
+                retriever,
+                load_lvlm(args),
+                queries=read_table(args.queries, args) if args.queries else None,
+                store=store,
+                candidates=args.candidates,
+                choices=support.label_set if args.task == "classification" else (),
+                seed=args.seed,
+                write_drafts=not args.dry_run,
+                processes=processes,
+            )
+            if processes.is_main:
+                sys.stdout.write(plan.describe() + "\n")
+                sys.stdout.flush()
+            if args.dry_run:
+                return
             scores = plan.run()
-            sys.stdout.write(f"{len(scores)} pairs scored; {len(store)} scores in {args.store}\n")
+            if processes.is_main:
+                sys.stdout.write(f"{len(scores)} pairs scored; {len(store)} scores in {args.store}\n")

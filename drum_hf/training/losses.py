@@ -15,6 +15,7 @@ import torch
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from torch import Tensor, nn
 from torch.nn.functional import softplus
+from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "ContrastiveLVLMLoss",
@@ -210,7 +211,13 @@ class _LVLMLoss(CachedLossMixin, nn.Module):
                 # adds 0, and the temperature's gradient at backward time, scaled as every other one is
                 loss = loss + (self.log_temperature - self.log_temperature.detach()) * self._temperature_slope
             return loss
-        return self.calculate_loss([[self.model(column)["sentence_embedding"]] for column in features], labels)
+        if isinstance(self.model, DistributedDataParallel) and (joined := _joined(features)) is not None:
+            # The last forward before a backward tells it which parameters a step uses; so there must be but one.
+            sizes = [len(column["present"]) for column in features]
+            columns = self.model(joined)["sentence_embedding"].split(sizes)
+        else:
+            columns = [self.model(column)["sentence_embedding"] for column in features]
+        return self.calculate_loss([[column] for column in columns], labels)
 
     def calculate_loss(self, reps: Sequence[Sequence[Tensor]], labels: Any = None, *, with_backward: bool = False):
         """Loss of embeddings that are already there: `reps[0]` the queries' chunks, the rest the demonstrations'."""
@@ -240,6 +247,13 @@ class _LVLMLoss(CachedLossMixin, nn.Module):
     def list_loss(self, similarities: Tensor, batch: ListBatch) -> Tensor:
         """Loss of each query, (B,), from similarities (B, U)."""
         raise NotImplementedError(f"{type(self).__name__} must define list_loss")
+
+
+def _joined(features: Sequence[dict[str, Tensor]]) -> dict[str, Tensor] | None:
+    """A `JointEncoder`'s columns as one, since only the number of rows sets them apart; None for another model's."""
+    if any("present" not in column or column.keys() != features[0].keys() for column in features):
+        return None
+    return {name: torch.cat([column[name] for column in features]) for name in features[0]}
 
 
 class ListwiseLVLMLoss(_LVLMLoss):

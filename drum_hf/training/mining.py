@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from ..retriever import DemoRetriever
     from ..types import Query
 
-__all__ = ["CandidateTable", "Sampling", "mine_candidates"]
+__all__ = ["FIRST_RANDOM_SHARE", "CandidateTable", "Sampling", "mine_candidates"]
 
 Sampling = Literal["listwise", "contrastive"]
+
+#: Share of the first round's candidates that is drawn at random; our choice.
+FIRST_RANDOM_SHARE = 0.5
 
 _COLUMNS = ("query_id", "candidate_id", "score", "place", "round")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import TrainerCallback
 
 from ..data import TripletTable
-from ..errors import SavedFileError
+from ..errors import SavedFileError, TooFewDemonstrationsError
 from ..lvlm.feedback import Feedback
+from ..lvlm.sharding import Processes
 from ..lvlm.store import ScoreStore
 from ..retriever import DemoRetriever
 from ..types import LVLM, Query
+from .collator import ListCollator
 from .losses import ContrastiveLVLMLoss, ListwiseLVLMLoss, Weighting
-from .mining import CandidateTable, Sampling, mine_candidates
+from .mining import FIRST_RANDOM_SHARE, CandidateTable, Sampling, mine_candidates
+from .pricing import CALIBRATION, Rates, TrainingPlan, measure_drafts, plan_training, price
 
 __all__ = ["DrumTrainer", "DrumTrainingArguments"]
 
@@ -30,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 _TABLE_FILE = "candidates.parquet"
 _LOSS_FILE = "loss.safetensors"
+
+#: New pairs from which a round is worth a calibration.
+_WORTH_PRICING = 512
 
 
 @dataclasses.dataclass
@@ -57,7 +62,7 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
     rounds: int = dataclasses.field(default=3, metadata={"help": "passes of mine -> score -> train"})
     epochs_per_round: int = dataclasses.field(default=3, metadata={"help": "epochs over the queries in each round"})
     candidates_per_round: int = dataclasses.field(default=10, metadata={"help": "new pairs a query buys in a round"})
-    random_share: float = dataclasses.field(default=0.5, metadata={"help": "random share of the first round"})
+    random_share: float = dataclasses.field(default=FIRST_RANDOM_SHARE, metadata={"help": "random share of round one"})
     list_size: int = dataclasses.field(default=8, metadata={"help": "candidates sampled for a query in a step"})
     objective: Sampling = dataclasses.field(default="listwise", metadata={"help": "listwise (DRUM) or contrastive"})
     weighting: Weighting = dataclasses.field(default="utility", metadata={"help": "utility, rank or position"})
@@ -80,94 +85,17 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
                 "dataloader_persistent_workers=True would train on the first round's candidates for ever, since its "
                 "workers never see a later round; leave it False"
             )
+        if self.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end=True needs evaluations that DrumTrainer does not make. Measure the retriever "
+                "in on_round_end, and save the one you like best with save_pretrained"
+            )
+        if Processes.current().count > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # without it the platform would start that many trainings beside one another
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
         self.num_train_epochs = float(self.rounds * self.epochs_per_round)
         super().__post_init__()
-
-
-class _Preprocessed:
-    """The encoder's input tensors of rows seen lately: a list-wise step meets the same rows every few steps."""
-
-    def __init__(self, encoder: SentenceTransformer, limit: int = 512 * 2**20) -> None:
-        self.encoder, self.limit, self.bytes = encoder, limit, 0
-        self.rows: OrderedDict[tuple[str, str], dict[str, torch.Tensor]] = OrderedDict()
-
-    def __call__(
-        self, side: str, ids: Sequence[str], item: Callable[[str], dict[str, Any]]
-    ) -> dict[str, torch.Tensor]:
-        """Stacked tensors of these rows; `item` makes the encoder's input of a row that is not at hand."""
-        new = [i for i in ids if (side, i) not in self.rows]
-        made: dict[str, dict[str, torch.Tensor]] = {}
-        if new:
-            tensors = self.encoder.preprocess([item(i) for i in new])
-            for row, i in enumerate(new):
-                made[i] = {name: tensor[row] for name, tensor in tensors.items()}
-        rows = [made[i] if i in made else self.rows[side, i] for i in ids]
-        for i in ids:
-            if i in made:
-                # a copy: a view would keep the whole batch it was cut from
-                self.rows[side, i] = {name: tensor.clone() for name, tensor in made[i].items()}
-                self.bytes += sum(tensor.nbytes for tensor in made.pop(i).values())
-            self.rows.move_to_end((side, i))
-        while self.bytes > self.limit:
-            _, dropped = self.rows.popitem(last=False)
-            self.bytes -= sum(tensor.nbytes for tensor in dropped.values())
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-class _Lists:
-    """Collator: sampled lists -> a batch of queries, one of *different* demonstrations, and what is known of them."""
-
-    valid_label_columns: tuple[str, ...] = ()
-
-    def __init__(self, trainer: DrumTrainer) -> None:
-        self.trainer = trainer
-        self.preprocessed = _Preprocessed(trainer.retriever.encoder)
-
-    def _query_item(self, query_id: str) -> dict[str, Any]:
-        query = self.trainer.query(query_id)
-        return {"image": query.image, "text": [query.prompt, query.draft]}
-
-    def _demonstration_item(self, demonstration_id: str) -> dict[str, Any]:
-        row = self.trainer.retriever.support[demonstration_id]
-        return {"image": row.image, "text": [row.prompt, row.response]}
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        trainer = self.trainer
-        column: dict[str, int] = {}
-        for row in rows:
-            for candidate in row["candidates"]:
-                column.setdefault(candidate, len(column))
-        size = max(len(row["candidates"]) for row in rows)
-        shape = (len(rows), size)
-        index, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
-        scores = torch.zeros(shape)
-        known = torch.full((len(rows), len(column)), torch.nan)
-        blocked = torch.zeros(len(rows), len(column), dtype=torch.bool)
-        support, queries = trainer.retriever.support, trainer.queries
-        groups = [support.groups[support.row(c)] for c in column]
-        for i, row in enumerate(rows):
-            length = len(row["candidates"])
-            index[i, :length] = torch.tensor([column[c] for c in row["candidates"]], dtype=torch.long)
-            scores[i, :length] = torch.tensor(row["scores"])
-            mask[i, :length] = True
-            for candidate, score in trainer.table.candidates(row["query"]).items():
-                if candidate in column:
-                    known[i, column[candidate]] = score
-            own = queries.groups[queries.row(row["query"])]
-            blocked[i] = torch.tensor(
-                [c == row["query"] or (g is not None and g == own) for c, g in zip(column, groups, strict=True)]
-            )
-        features = {
-            "query": self.preprocessed("query", [row["query"] for row in rows], self._query_item),
-            "demonstrations": self.preprocessed("demonstration", list(column), self._demonstration_item),
-        }
-        batch: dict[str, Any] = {
-            f"{name}_{key}": value for name, part in features.items() for key, value in part.items()
-        }
-        batch["label"] = {"index": index, "scores": scores, "mask": mask, "known": known, "blocked": blocked}
-        return batch
 
 
 class _Rounds(TrainerCallback):
@@ -177,6 +105,7 @@ class _Rounds(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.processes.synchronize(list(self.trainer._loss_parameters().values()))
         self.trainer.write_drafts()
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
@@ -204,13 +133,19 @@ class DrumTrainer(SentenceTransformerTrainer):
         choices: the closed label set that scores are normalised over (classification); empty for open answers.
         loss: overrides what `args.objective` makes: a loss that reads `ListBatch` labels.
         on_round_end: called with (trainer, finished rounds) once a round's training is over and the retriever's index
-            is fresh; for evaluation between rounds.
+            is fresh; for evaluation between rounds. Of several processes each one calls it.
         callbacks, optimizers: the platform's.
 
     Each epoch draws new lists from the candidate table. When a round begins, the retriever as it is proposes
     candidates, the LVLM scores the pairs that were never scored, and the table grows. Optimizer and schedule run
     through. Table and loss parameters lie in every checkpoint, so `train(resume_from_checkpoint=True)` goes on in the
     round it was in.
+
+    Launched as several processes (`torchrun`, `accelerate launch`), these share the LVLM's work: the main process
+    proposes candidates, pairs are dealt out by demonstrations, none is scored twice, and every process ends up with
+    the same table, weights and temperature. Checkpoints are written by the main process, scores by each. Make the
+    arguments before models are loaded, since they give each process its GPU. A batch is each process's own, and so
+    are its in-batch negatives.
 
     Source: DRUM (arXiv 2412.07619); list sampling and loss after UDR.
     """
@@ -239,6 +174,16 @@ class DrumTrainer(SentenceTransformerTrainer):
         store = ScoreStore(args.score_store or Path(args.output_dir) / "scores.sqlite")
         self.feedback = Feedback(lvlm, retriever.support, self.queries, store=store, choices=choices)
         self.table = CandidateTable(self.queries.ids)
+        self.processes = Processes.current()
+        several, batch = self.processes.count, args.train_batch_size
+        if several > 1 and len(self.queries) < several * batch:
+            # sentence-transformers drops what does not fill a batch in every process, and would train on nothing
+            raise ValueError(
+                f"expected training queries for a batch of {batch} in each of {several} processes; there are "
+                f"{len(self.queries)}. Set per_device_train_batch_size (--train-batch-size) to at most "
+                f"{len(self.queries) // several}, or start fewer processes"
+            )
+        self.rates: list[Rates | None] | None = None
         self.on_round_end = on_round_end
         self.epoch = 0
         self.drafts: dict[str, str] = {}
@@ -251,7 +196,7 @@ class DrumTrainer(SentenceTransformerTrainer):
                     retriever.encoder, weighting=args.weighting, rank_weight=args.rank_weight, **common
                 )
         rows = Dataset.from_dict({"query": self.queries.ids})
-        collate: Any = _Lists(self)  # any callable will do, but the platform names its own class
+        collate: Any = ListCollator(self)  # any callable will do, but the platform names its own class
         super().__init__(
             model=retriever.encoder,
             args=args,
@@ -272,15 +217,24 @@ class DrumTrainer(SentenceTransformerTrainer):
     def write_drafts(self) -> None:
         """Have the LVLM draft an answer to every training query, where the retriever compares responses."""
         if self.retriever.uses_drafts and not self.drafts:
-            logger.info("drafting an answer to each of %d training queries", len(self.queries))
-            self.drafts = dict(zip(self.queries.ids, self.feedback.drafts(self.queries.ids), strict=True))
+            self._say("drafting an answer to each of %d training queries", len(self.queries))
+            ids = self.queries.ids
+            self.drafts = dict(zip(ids, self.feedback.drafts(ids, processes=self.processes), strict=True))
+
+    def _say(self, message: str, *values: Any) -> None:
+        if self.processes.is_main:
+            logger.info(message, *values)
 
     def _view(self, batch: dict[str, list[str]]) -> dict[str, list[Any]]:
         lists: dict[str, list[Any]] = {"query": [], "candidates": [], "scores": []}
         for query_id in batch["query"]:
             # a list is a function of (seed, epoch, query): resuming draws what the uninterrupted run would have
             rng = np.random.default_rng(
-                [self.args.data_seed or self.args.seed, self.epoch, self.queries.row(query_id)]
+                [
+                    self.args.seed if self.args.data_seed is None else self.args.data_seed,
+                    self.epoch,
+                    self.queries.row(query_id),
+                ]
             )
             ids, scores = self.table.sample(
                 query_id, self.args.list_size, rng, sampling=self.args.objective, ends=self.args.pool_ends
@@ -290,8 +244,8 @@ class DrumTrainer(SentenceTransformerTrainer):
             lists["scores"].append(scores)
         return lists
 
-    def mine(self) -> None:
-        """One mining round: propose, score what is new, extend the table."""
+    def propose(self) -> dict[str, list[tuple[str, int]]]:
+        """The next round's candidates of every query, as `mine_candidates` gives them, by the encoder as it is."""
         encoder = self.retriever.encoder
         training = encoder.training
         encoder.eval()
@@ -305,14 +259,89 @@ class DrumTrainer(SentenceTransformerTrainer):
             random_share=self.args.random_share if first else 0.0,
             rng=np.random.default_rng([self.args.seed, 77, self.table.rounds]),
         )
-        pairs = [(query_id, (candidate,)) for query_id, found in mined.items() for candidate, _ in found]
-        new, known = self.feedback.plan(pairs)
-        logger.info(
-            "round %d of %d: %d pairs proposed, %d new to the LVLM, %d in the score store",
-            self.table.rounds + 1, self.args.rounds, len(pairs), new, known,
-        )  # fmt: skip
-        self.table.extend(mined, self.feedback.score(pairs))
         encoder.train(training)
+        return mined
+
+    def mine(self) -> None:
+        """One mining round: propose, score what is new, extend the table.
+
+        Raises:
+            TooFewDemonstrationsError: no query has a demonstration that is not of its own group.
+        """
+        # The main process alone: embeddings that differ in the last bit would make tables that differ, and encoding is
+        # little beside scoring. The others' indexes are built when something asks for them.
+        mined = self.processes.from_main(self.propose)
+        if not self.processes.is_main:
+            self.retriever.mark_stale()
+        if self.table.rounds == 0:
+            self._refuse_lonely(mined)
+        pairs = _pairs(mined)
+        plan = price(
+            self.feedback,
+            pairs,
+            processes=self.processes,
+            worth=_WORTH_PRICING,
+            rates=self.rates,
+            seed=self.args.seed,
+        )
+        self.rates = plan.rates
+        self._say(
+            "round %d of %d: %d pairs proposed: %s",
+            self.table.rounds + 1, self.args.rounds, len(pairs), plan.describe(),
+        )  # fmt: skip
+        self.table.extend(mined, plan.run())
+
+    def _refuse_lonely(self, mined: dict[str, list[tuple[str, int]]]) -> None:
+        lonely = [query_id for query_id, found in mined.items() if not found]
+        if len(lonely) == len(mined):
+            raise TooFewDemonstrationsError(
+                f"expected demonstrations that may be shown to the {len(mined)} training queries; every row of the "
+                f"support set ({len(self.retriever.support)} rows) is a query's own or of its group. Add rows, or "
+                "make the column 'group' finer"
+            )
+        if lonely and self.processes.is_main:
+            logger.warning(
+                "%d of %d training queries have no demonstration that may be shown to them, so nothing is learnt from "
+                "them; the first is %r", len(lonely), len(mined), lonely[0],
+            )  # fmt: skip
+
+    def plan(self, *, calibrate: int = CALIBRATION) -> TrainingPlan:
+        """What `train` would cost from here, without training: the next round in full, later ones at most.
+
+        A few pairs, zero-shot scores and drafts are bought to tell the time, and kept. Drafts that are in the store
+        are used; pairs of queries without one are proposed by the rest of what the retriever compares.
+
+        Args:
+            calibrate: pairs that each process scores for it; 0 counts, and measures nothing.
+        """
+        drafts, drafted, missing, seconds = self.drafts, dict(self.drafts), 0, 0.0
+        ids = self.queries.ids
+        if self.retriever.uses_drafts and not drafts:
+            missing, seconds = measure_drafts(self.feedback, ids, processes=self.processes, sample=calibrate // 4)
+            unwritten = set(self.feedback.undrafted(ids, processes=self.processes)) if missing else set()
+            written = [query_id for i, query_id in enumerate(ids) if i not in unwritten]
+            drafted = dict(zip(written, self.feedback.drafts(written, processes=self.processes), strict=True))
+        try:
+            self.drafts = drafted
+            mined = self.processes.from_main(self.propose)
+        finally:
+            self.drafts = drafts
+        first = price(self.feedback, _pairs(mined), processes=self.processes, calibrate=calibrate, seed=self.args.seed)
+        first.drafts, first.draft_seconds = missing, seconds
+        return plan_training(
+            first, rounds=self.args.rounds - self.table.rounds, candidates=self.args.candidates_per_round
+        )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the platform's; the loss's own parameters, which DDP does not wrap, get the mean gradient too."""
+        loss = super().training_step(*args, **kwargs)
+        if self.processes.count > 1 and self.accelerator.sync_gradients:
+            trained = [p for p in self._loss_parameters().values() if p.requires_grad]
+            for parameter in trained:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            self.processes.average([p.grad for p in trained])
+        return loss
 
     def finish_round(self) -> None:
         """Refresh the index with the encoder as it is now and call `on_round_end`."""
@@ -381,6 +410,10 @@ class DrumTrainer(SentenceTransformerTrainer):
                 "another checkpoint"
             ) from error
         self.table = table
+
+
+def _pairs(mined: dict[str, list[tuple[str, int]]]) -> list[tuple[str, tuple[str, ...]]]:
+    return [(query_id, (candidate,)) for query_id, found in mined.items() for candidate, _ in found]
 
 
 def _describe(lvlm: LVLM) -> dict[str, Any]:

@@ -1,0 +1,102 @@
+"""From sampled lists to a batch: queries, the *different* demonstrations of their lists, and what is known of both."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+
+if TYPE_CHECKING:
+    from .trainer import DrumTrainer
+
+__all__ = ["ListCollator", "Preprocessed"]
+
+
+class Preprocessed:
+    """The encoder's input tensors of rows seen lately: a list-wise step meets the same rows every few steps."""
+
+    def __init__(self, encoder: SentenceTransformer, limit: int = 512 * 2**20) -> None:
+        self.encoder, self.limit, self.bytes = encoder, limit, 0
+        self.rows: OrderedDict[tuple[str, str], dict[str, torch.Tensor]] = OrderedDict()
+
+    def __call__(
+        self, side: str, ids: Sequence[str], item: Callable[[str], dict[str, Any]]
+    ) -> dict[str, torch.Tensor]:
+        """Stacked tensors of these rows; `item` makes the encoder's input of a row that is not at hand."""
+        new = [i for i in ids if (side, i) not in self.rows]
+        made: dict[str, dict[str, torch.Tensor]] = {}
+        if new:
+            tensors = self.encoder.preprocess([item(i) for i in new])
+            for row, i in enumerate(new):
+                made[i] = {name: tensor[row] for name, tensor in tensors.items()}
+        rows = [made[i] if i in made else self.rows[side, i] for i in ids]
+        for i in ids:
+            if i in made:
+                # a copy: a view would keep the whole batch it was cut from
+                self.rows[side, i] = {name: tensor.clone() for name, tensor in made[i].items()}
+                self.bytes += sum(tensor.nbytes for tensor in made.pop(i).values())
+            self.rows.move_to_end((side, i))
+        while self.bytes > self.limit:
+            _, dropped = self.rows.popitem(last=False)
+            self.bytes -= sum(tensor.nbytes for tensor in dropped.values())
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class ListCollator:
+    """Collator: sampled lists -> a batch of queries, one of *different* demonstrations, and what is known of them."""
+
+    valid_label_columns: tuple[str, ...] = ()
+
+    def __init__(self, trainer: DrumTrainer) -> None:
+        self.trainer = trainer
+        self.preprocessed = Preprocessed(trainer.retriever.encoder)
+
+    def _query_item(self, query_id: str) -> dict[str, Any]:
+        query = self.trainer.query(query_id)
+        return {"image": query.image, "text": [query.prompt, query.draft]}
+
+    def _demonstration_item(self, demonstration_id: str) -> dict[str, Any]:
+        row = self.trainer.retriever.support[demonstration_id]
+        return {"image": row.image, "text": [row.prompt, row.response]}
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        trainer = self.trainer
+        column: dict[str, int] = {}
+        for row in rows:
+            for candidate in row["candidates"]:
+                column.setdefault(candidate, len(column))
+        if not column:
+            # Nothing to rank, so nothing to learn; but a step needs embeddings, and under DDP a gradient, if only 0.
+            column[trainer.retriever.support.ids[0]] = 0
+        size = max(1, *(len(row["candidates"]) for row in rows))
+        shape = (len(rows), size)
+        index, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+        scores = torch.zeros(shape)
+        known = torch.full((len(rows), len(column)), torch.nan)
+        blocked = torch.zeros(len(rows), len(column), dtype=torch.bool)
+        support, queries = trainer.retriever.support, trainer.queries
+        groups = [support.groups[support.row(c)] for c in column]
+        for i, row in enumerate(rows):
+            length = len(row["candidates"])
+            index[i, :length] = torch.tensor([column[c] for c in row["candidates"]], dtype=torch.long)
+            scores[i, :length] = torch.tensor(row["scores"], dtype=torch.float)
+            mask[i, :length] = True
+            for candidate, score in trainer.table.candidates(row["query"]).items():
+                if candidate in column:
+                    known[i, column[candidate]] = score
+            own = queries.groups[queries.row(row["query"])]
+            blocked[i] = torch.tensor(
+                [c == row["query"] or (g is not None and g == own) for c, g in zip(column, groups, strict=True)]
+            )
+        features = {
+            "query": self.preprocessed("query", [row["query"] for row in rows], self._query_item),
+            "demonstrations": self.preprocessed("demonstration", list(column), self._demonstration_item),
+        }
+        batch: dict[str, Any] = {
+            f"{name}_{key}": value for name, part in features.items() for key, value in part.items()
+        }
+        batch["label"] = {"index": index, "scores": scores, "mask": mask, "known": known, "blocked": blocked}
+        return batch
