@@ -29,13 +29,16 @@ ROOMS = (
     "evaluation",
     "playground",
     "experiment",
+    "bench",
     "pipelines",
     "app",
     "cli",
 )
 #: Modules that are a part of a room, though they lie beside it.
 PARTS = {
+    "_index_faiss": "index",
     "_index_files": "index",
+    "_index_lock": "index",
     "_queries": "retriever",
     "_saved": "retriever",
     "_pipeline_inputs": "pipelines",
@@ -44,7 +47,7 @@ PARTS = {
 #: Rooms that import less than the list lets them.
 NARROWER = {"model_card": set(), "playground": {"errors", "types", "_compat", "data"}}
 #: Who may import the playground, which nothing but a demonstration of the library needs.
-PLAYGROUND_VISITORS = {"experiment", "cli"}
+PLAYGROUND_VISITORS = {"experiment", "bench", "cli"}
 
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 

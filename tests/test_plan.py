@@ -67,10 +67,13 @@ def test_each_line_is_run_whole_and_each_target_by_its_own_line(lines, share, pa
 
 
 @given(calls())
+SAVINGS = ((True, False), (False, True), (True, True))
+
+
 def test_sharing_never_costs_tokens(lines):
     alone = make_plan(lines, share=False, pack=False)
     assert alone.tokens == sum(len(own.ids) for own in lines)
-    counts = [make_plan(lines, share=s, pack=p, least=1).tokens for s, p in ((True, False), (False, True), (True, True))]
+    counts = [make_plan(lines, share=s, pack=p, least=1).tokens for s, p in SAVINGS]
     assert all(count <= alone.tokens for count in counts) and counts[2] <= min(counts[:2])
 
 

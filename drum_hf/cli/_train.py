@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ._processes import joined
 from .options import data_options, load_lvlm, make_settings, model_options, read_table, training_options
+
+if TYPE_CHECKING:
+    from ..types import LVLM
 
 __all__ = ["add", "run"]
 
@@ -22,6 +26,18 @@ def add(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="only say what the LVLM will have to score in all rounds, and how long that takes, from a few pairs that "
         "are scored and kept",
+    )
+    parser.add_argument(
+        "--cascade",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="have the LVLM score this share of the pairs, the best by a cheaper one, and estimate the rest; see "
+        "docs/cost.md for what that costs (default: %(default)s, all of them)",
+    )
+    parser.add_argument(
+        "--cheap-lvlm",
+        help="the cheaper one: folder or Hub id; by default the LVLM with a quarter of its image tokens",
     )
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the trained retriever")
     data_options(parser, required=True)
@@ -47,13 +63,18 @@ def run(args: argparse.Namespace) -> None:
             save_strategy="epoch",
             save_total_limit=2,
             logging_strategy="epoch",
+            cascade_keep=args.cascade,
         )
         retriever = DemoRetriever.from_encoder(
             args.encoder, support=support, strategy="sit+draft", lora=args.lora, device=args.device
         )
+        lvlm, cheap = load_lvlm(args), None
+        if args.cascade < 1.0:
+            cheap = load_lvlm(args, args.cheap_lvlm) if args.cheap_lvlm else _quarter(lvlm)
         trainer = DrumTrainer(
             retriever,
-            lvlm=load_lvlm(args),
+            lvlm=lvlm,
+            cheap_lvlm=cheap,
             train_dataset=queries,
             args=arguments,
             choices=support.label_set if args.task == "classification" else (),
@@ -70,3 +91,10 @@ def run(args: argparse.Namespace) -> None:
         sys.stdout.write(f"{retriever!r}\nsaved to {args.out / 'retriever'}; {len(trainer.table)} scored pairs\n")
         if args.push_to_hub:
             sys.stdout.write(f"uploaded: {retriever.push_to_hub(args.push_to_hub)}\n")
+
+
+def _quarter(lvlm: LVLM) -> LVLM:
+    fewer = getattr(lvlm, "with_fewer_image_tokens", None)
+    if fewer is None:
+        raise ValueError("an endpoint can't show fewer image tokens; give a smaller LVLM by --cheap-lvlm")
+    return fewer(4)

@@ -42,7 +42,15 @@ def model_options(parser: argparse.ArgumentParser, *, lvlm: bool = True, encoder
         group.add_argument("--lvlm-revision", help="branch, tag or commit of the LVLM")
         group.add_argument("--dtype", default="auto", help="of the LVLM: auto, float32, bfloat16, float16")
         group.add_argument(
-            "--batch-size", type=int, default=32, help="LVLM requests in a forward (default: %(default)s)"
+            "--batch-size", type=int, default=64, help="sequences of the LVLM in a forward, at most (%(default)s)"
+        )
+        group.add_argument(
+            "--max-batch-tokens",
+            type=int,
+            help="tokens of the LVLM in a forward, at most; by default what memory holds",
+        )
+        group.add_argument(
+            "--image-cache-dir", metavar="DIR", help="folder for image features that memory has no room for"
         )
         group.add_argument(
             "--endpoint",
@@ -103,19 +111,22 @@ def read_tables(args: argparse.Namespace) -> tuple[TripletTable, TripletTable]:
     return (table, read_table(args.queries, args)) if args.queries else split_table(table)
 
 
-def load_lvlm(args: argparse.Namespace) -> TransformersLVLM | OpenAILVLM:
-    if args.endpoint is not None:
+def load_lvlm(args: argparse.Namespace, name: str | None = None) -> TransformersLVLM | OpenAILVLM:
+    """The LVLM of `--lvlm`, or a local one of another name under the same options."""
+    if name is None and args.endpoint is not None:
         return _connect(args)
-    if args.api_key_env is not None or args.max_requests is not None or args.max_tokens is not None:
+    if name is None and (args.api_key_env, args.max_requests, args.max_tokens) != (None, None, None):
         raise ValueError("--api-key-env, --max-requests and --max-tokens are for an endpoint; give its --endpoint URL")
     from ..lvlm.local import TransformersLVLM
 
     return TransformersLVLM.from_pretrained(
-        args.lvlm,
-        revision=args.lvlm_revision,
+        name or args.lvlm,
+        revision=None if name else args.lvlm_revision,
         dtype=args.dtype,
         device=args.device,
         batch_size=args.batch_size,
+        max_batch_tokens=args.max_batch_tokens,
+        image_cache_dir=args.image_cache_dir,
     )
 
 

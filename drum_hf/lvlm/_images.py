@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,10 @@ logger = logging.getLogger(__name__)
 #: The most that is kept in memory where the user sets no limit, and the share of free memory it may take. Our choice.
 _MOST_KEPT = 4 << 30
 _SHARE_KEPT = 0.25
+#: Numbers in the pixels of the images that pass the vision tower together. Our choice: on the CPU two images of 512 x
+#: 512 pixels, the fastest of one to eight at the shape of SmolVLM-256M's tower; on a GPU eight.
+_PIXELS_AT_ONCE = {"cpu": 2 * 3 * 512 * 512, "other": 8 * 3 * 512 * 512}
+
 #: Ends the key of an image that is one of several of its conversation, in families to which that matters.
 _IN_COMPANY = "+"
 
@@ -55,7 +61,7 @@ class ImageInputs:
 
     Args:
         model, chat: what runs, and the format of its conversations.
-        batch_size: images that pass the vision tower together.
+        batch_size: images that pass the vision tower together, at most.
         limit: bytes of features to keep in memory; None: a quarter of the free memory, at most 4 GiB.
         folder: where features go that memory has no room for; called once, on first need. None: they are dropped.
 
@@ -83,6 +89,7 @@ class ImageInputs:
         self._folder = folder
         self._at: Path | None = None
         self._one_by_one = False
+        self._pixels = 0  # numbers in the pixels of the largest image seen
         self._output_type: Any = None
         self._stacked = False  # the family takes one tensor of features rather than one an image
         self._inner = getattr(model, "model", model)
@@ -210,7 +217,7 @@ class ImageInputs:
                 missing.append(key)
         start = 0
         while start < len(missing):
-            batch = missing[start : start + (1 if self._one_by_one or self._counts else self.batch_size)]
+            batch = missing[start : start + self._at_once]
             made = self._encode([images[key] for key in batch], company=batch[0].endswith(_IN_COMPANY))
             if made is None:
                 self._one_by_one = True  # what comes of several can't be told apart
@@ -220,6 +227,13 @@ class ImageInputs:
                 kept[key] = image
                 self._remember(key, image)
         return kept
+
+    @property
+    def _at_once(self) -> int:
+        if self._one_by_one or self._counts or not self._pixels:
+            return 1
+        most = _PIXELS_AT_ONCE.get(self.model.device.type, _PIXELS_AT_ONCE["other"])
+        return max(1, min(self.batch_size, most // self._pixels))
 
     def _encode(self, images: list[Image], company: bool) -> list[KeptImage] | None:
         """Several images at once through processor and vision tower; None where they come out as one.
@@ -240,6 +254,7 @@ class ImageInputs:
         ids = [own[: len(own) // times] for own in ids]
         taken = {k: v for k, v in out.items() if k in self._tower_takes and isinstance(v, torch.Tensor)}
         inputs = {k: self.on_device(v) for k, v in taken.items()}
+        self._pixels = max(self._pixels, taken["pixel_values"].numel() // (len(images) * times))
         with torch.inference_mode():
             result = self._inner.get_image_features(**inputs, return_dict=True)
         self._output_type = type(result)
@@ -309,6 +324,10 @@ class ImageInputs:
         extra |= {k: v for k, v in self.beside(shown).items() if k in self._model_takes and "grid" in k}
         extra |= {name: [[int(i == self.image_id) for i in own] for own in ids] for name in self.per_token}
         return ids, extra
+
+    def fewer_tokens(self, factor: int) -> ImageInputs:
+        """The same images, joined with this one's memory of them, in a `factor`th of the tokens."""
+        return _FewerTokens(self, factor)
 
     # ---- what is kept ----
 
@@ -393,6 +412,55 @@ class ImageInputs:
             per_token = isinstance(value, list) and key not in inputs
             inputs[key] = stack(value, 0) if per_token else self.on_device(value)
         return inputs
+
+
+class _FewerTokens(ImageInputs):
+    """Another's images with neighbouring features averaged: `factor` tokens become one."""
+
+    def __init__(self, whole: ImageInputs, factor: int) -> None:
+        self.__dict__.update(whole.__dict__)
+        self.whole, self.factor = whole, factor
+        self.kept_ids = {}
+
+    def keep(self, images: Mapping[str, Image]) -> dict[str, KeptImage]:
+        kept = {key: self._joined(image) for key, image in self.whole.keep(images).items()}
+        self._output_type, self._stacked = self.whole._output_type, self.whole._stacked
+        self.kept_ids.update({key: image.ids.count(self.image_id) for key, image in kept.items()})
+        return kept
+
+    def _joined(self, image: KeptImage) -> KeptImage:
+        import torch
+
+        ids: list[int] = []
+        owner: list[int] = []  # of each feature: which token it goes into
+        tokens = -1
+        for token, run in itertools.groupby(image.ids):
+            length = len(list(run))
+            if token != self.image_id:
+                ids += [token] * length
+                continue
+            cells = _cells(length, self.factor)
+            owner += [tokens + 1 + cell for cell in cells]
+            tokens += max(cells) + 1
+            ids += [token] * (max(cells) + 1)
+        index = torch.tensor(owner)
+        sizes = torch.bincount(index)[:, None]
+        outputs = {
+            name: torch.zeros(tokens + 1, values.shape[1], dtype=torch.float32).index_add_(0, index, values.float())
+            for name, values in image.outputs.items()
+        }
+        return KeptImage(
+            tuple(ids), {n: (v / sizes).to(image.outputs[n].dtype) for n, v in outputs.items()}, image.inputs
+        )
+
+
+def _cells(length: int, factor: int) -> list[int]:
+    """Into which token each of `length` features goes: blocks of a square, where both are squares, else stretches."""
+    side, block = math.isqrt(length), math.isqrt(factor)
+    if side * side == length and block * block == factor and side % block == 0:
+        across = side // block
+        return [(i // side // block) * across + (i % side) // block for i in range(length)]
+    return [i // factor for i in range(length)]
 
 
 def _flat(features: Any) -> torch.Tensor:

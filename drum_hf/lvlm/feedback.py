@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from ..data import TripletTable
-from ..types import LVLM, Demonstration, ICLRequest, Query
+from ..types import LVLM, ICLRequest, Query
 from .cached import CachedLVLM
 from .sharding import ALONE, Processes, shard
-from .store import ScoreStore, request_key
+from .store import RequestParts, ScoreStore, request_key
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -70,12 +70,10 @@ class Feedback:
     def _key(self, query_id: str, demonstration_ids: Sequence[str]) -> bytes:
         """Store key of a scored pair, from content hashes alone: no image is decoded."""
         row = self.queries.row(query_id)
-        shown = tuple(
-            Demonstration(d, None, "", "", key=self.support.keys[self.support.row(d)]) for d in demonstration_ids
-        )
+        shown = tuple(self.support.keys[self.support.row(d)] for d in demonstration_ids)
         responses, weights = self._gold(row)
-        asked = Query(None, key=self.queries.query_keys[row])
-        return request_key(ICLRequest(asked, shown, responses, weights, self.choices), self.lvlm.fingerprint)
+        parts = RequestParts(self.queries.query_keys[row], shown, responses, weights, self.choices)
+        return parts.key(self.lvlm.fingerprint)
 
     def _draft_key(self, query_id: str) -> bytes:
         asked = ICLRequest(Query(None, key=self.queries.query_keys[self.queries.row(query_id)]))

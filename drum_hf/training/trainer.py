@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from ..data import TripletTable
 from ..errors import SavedFileError, TooFewDemonstrationsError
+from ..lvlm.cascade import Cascade
 from ..lvlm.feedback import Feedback
 from ..lvlm.sharding import Processes
 from ..lvlm.store import ScoreStore
@@ -56,6 +57,8 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
         pool_ends: how many of a pool count as its best and its worst when lists are sampled; UDR's and EPR's value 5.
         mini_batch_size: gradient caching in chunks of so many items; off by default.
         score_store: SQLite file of every LVLM score; `scores.sqlite` in `output_dir` by default.
+        cascade_keep: share of each query's new pairs that the LVLM itself scores, the best by `cheap_lvlm`; the rest
+            are estimates (see `Cascade`). 1, our choice, scores all and needs no cheaper LVLM.
         label_smoothing_factor etc. are the platform's.
     """
 
@@ -71,6 +74,7 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
     pool_ends: int = dataclasses.field(default=5, metadata={"help": "pool's best and worst for sampling"})
     mini_batch_size: int | None = dataclasses.field(default=None, metadata={"help": "gradient caching chunk"})
     score_store: str | None = dataclasses.field(default=None, metadata={"help": "SQLite file of LVLM scores"})
+    cascade_keep: float = dataclasses.field(default=1.0, metadata={"help": "share of pairs that the LVLM scores"})
 
     def __post_init__(self) -> None:
         for name in ("rounds", "epochs_per_round", "candidates_per_round", "list_size", "pool_ends"):
@@ -78,6 +82,8 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
                 raise ValueError(f"expected {name} of at least 1; got {getattr(self, name)}")
         if not 0.0 <= self.random_share <= 1.0:
             raise ValueError(f"expected random_share between 0 and 1; got {self.random_share}")
+        if not 0.0 < self.cascade_keep <= 1.0:
+            raise ValueError(f"expected cascade_keep above 0 and up to 1; got {self.cascade_keep}")
         if self.list_size < 2:
             raise ValueError(f"expected list_size of at least 2, something to rank; got {self.list_size}")
         if self.dataloader_persistent_workers:
@@ -131,6 +137,7 @@ class DrumTrainer(SentenceTransformerTrainer):
             By default the support set's own rows, each of which never demonstrates itself nor its group.
         args: `DrumTrainingArguments`.
         choices: the closed label set that scores are normalised over (classification); empty for open answers.
+        cheap_lvlm: chooses the pairs worth the LVLM's time, where `args.cascade_keep` is below 1.
         loss: overrides what `args.objective` makes: a loss that reads `ListBatch` labels.
         on_round_end: called with (trainer, finished rounds) once a round's training is over and the retriever's index
             is fresh; for evaluation between rounds. Of several processes each one calls it.
@@ -162,6 +169,7 @@ class DrumTrainer(SentenceTransformerTrainer):
         train_dataset: TripletTable | Dataset | Sequence[dict[str, Any]] | None = None,
         args: DrumTrainingArguments | None = None,
         choices: Sequence[str] = (),
+        cheap_lvlm: LVLM | None = None,
         loss: torch.nn.Module | None = None,
         on_round_end: Callable[[DrumTrainer, int], None] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -173,6 +181,15 @@ class DrumTrainer(SentenceTransformerTrainer):
         self.queries = retriever.support if train_dataset is None else TripletTable.from_dataset(train_dataset)
         store = ScoreStore(args.score_store or Path(args.output_dir) / "scores.sqlite")
         self.feedback = Feedback(lvlm, retriever.support, self.queries, store=store, choices=choices)
+        self.cascade: Cascade | None = None
+        if args.cascade_keep < 1.0:
+            if cheap_lvlm is None:
+                raise ValueError(
+                    f"expected a cheap_lvlm to choose by, with cascade_keep={args.cascade_keep}; give a smaller LVLM, "
+                    "or this one's with_fewer_image_tokens(4)"
+                )
+            cheap = Feedback(cheap_lvlm, retriever.support, self.queries, store=store, choices=choices)
+            self.cascade = Cascade(self.feedback, cheap, keep=args.cascade_keep, seed=args.seed)
         self.table = CandidateTable(self.queries.ids)
         self.processes = Processes.current()
         several, batch = self.processes.count, args.train_batch_size
@@ -276,6 +293,10 @@ class DrumTrainer(SentenceTransformerTrainer):
         if self.table.rounds == 0:
             self._refuse_lonely(mined)
         pairs = _pairs(mined)
+        if self.cascade is not None:
+            self._say("round %d of %d: %d pairs proposed", self.table.rounds + 1, self.args.rounds, len(pairs))
+            self.table.extend(mined, self.cascade.score(pairs, processes=self.processes))
+            return
         plan = price(
             self.feedback,
             pairs,
