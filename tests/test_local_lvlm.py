@@ -17,6 +17,7 @@ from plain import plain_logprobs
 from tiny import tiny_idefics3, tiny_llava, tiny_qwen2_vl
 
 from drum_hf.errors import ChatTemplateError, ContextOverflowError, NonFiniteScoreError
+from drum_hf.lvlm.capabilities import Capabilities
 from drum_hf.lvlm.local import TransformersLVLM
 from drum_hf.lvlm.prompts import build_messages
 from drum_hf.types import LVLM, Demonstration, ICLRequest, Query
@@ -160,7 +161,7 @@ def test_kept_images_are_the_same_whatever_the_cache_holds(lvlm: TransformersLVL
     np.testing.assert_allclose(bare.score(requests), expected, atol=1e-4, rtol=0)
     assert not bare._images.kept and bare._images.kept_bytes == 0
     plain = TransformersLVLM(lvlm.model, lvlm.processor)
-    plain._keeps_images = False  # type: ignore[misc]
+    plain.capabilities = Capabilities(False, False, False)  # type: ignore[misc]
     np.testing.assert_allclose(plain.score(requests), expected, atol=1e-4, rtol=0)
 
 
@@ -173,6 +174,55 @@ def test_each_image_passes_the_vision_tower_once(small: TransformersLVLM) -> Non
     shots = tuple(Demonstration(str(i), im.copy(), "what?", "red") for i, im in enumerate(IMAGES[:3]))
     small.score([ICLRequest(Query(im, "what?"), shots, ("red", "blue")) for im in IMAGES] * 5)
     assert sum(seen) <= len(IMAGES)
+
+
+def test_images_that_memory_has_no_room_for_are_read_from_disk(folder: Path, tmp_path: Path) -> None:
+    requests = [ICLRequest(QUERY, SHOTS[:k], ("red wug",)) for k in range(4)]
+    expected = TransformersLVLM.from_pretrained(folder).score(requests)
+
+    def lvlm() -> TransformersLVLM:
+        return TransformersLVLM.from_pretrained(folder, image_cache_bytes=600, image_cache_dir=tmp_path)
+
+    first = lvlm()
+    np.testing.assert_allclose(first.score(requests), expected, atol=1e-5)
+    encoded = first._images.encoded
+    np.testing.assert_allclose(first.score(requests), expected, atol=1e-5)
+    assert first._images.encoded == encoded and first._images.kept_bytes <= 600
+    (own,) = tmp_path.iterdir()
+    files = sorted(own.glob("*.safetensors"))
+    assert own.name == first.fingerprint and len(files) >= 2 and not list(own.glob("*.part"))
+
+    again = lvlm()
+    np.testing.assert_allclose(again.score(requests), expected, atol=1e-5)
+    assert again._images.encoded < encoded  # what another run has left
+    files[0].write_bytes(files[0].read_bytes()[:-9])
+    files[1].write_bytes(b"no tensors at all")
+    np.testing.assert_allclose(lvlm().score(requests), expected, atol=1e-5)
+
+
+def test_limits_are_found_or_given(folder: Path) -> None:
+    found = TransformersLVLM.from_pretrained(folder)
+    assert 512 <= found.max_batch_tokens <= 4096 and found.batch_size == 64
+    given = TransformersLVLM.from_pretrained(folder, batch_size=2, max_batch_tokens=50)
+    assert (given.batch_size, given.max_batch_tokens) == (2, 50)
+    requests = [ICLRequest(QUERY, SHOTS[:k], (r,)) for k in range(3) for r in ("red", "blue wug")]
+    np.testing.assert_allclose(given.score(requests), found.score(requests), atol=1e-5)
+
+
+def test_a_demonstration_passes_the_decoder_once(small: TransformersLVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    text_model, shapes = small.model.model.text_model, []
+    forward = text_model.forward
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        shapes.append(kwargs["inputs_embeds"].shape[:2])
+        return forward(*args, **kwargs)
+
+    requests = [ICLRequest(Query(None, f"which {word}?"), SHOTS[:2], ("red",)) for word in ("wug", "dax", "word", "a")]
+    small.score(requests)
+    monkeypatch.setattr(text_model, "forward", counting)
+    small.score(requests)
+    (prefix, leaves) = shapes
+    assert prefix[0] == 1 and leaves[0] == len(requests) and prefix[1] > 2 * leaves[1]
 
 
 def test_the_end_of_the_turn_counts_only_on_demand(folder: Path, small: TransformersLVLM) -> None:
