@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from drum_hf.lvlm._plan import Leaf, Line, Node, Plan, Target, make_plan
 
+SAVINGS = ((True, False), (False, True), (True, True))
+
 
 def line(request: int, group: str, tags: list[int], answers: list[tuple[int, tuple[int, ...]]]) -> Line:
     """A line whose token ids are its tags, an image (a negative tag) being the token 1."""
@@ -67,9 +69,6 @@ def test_each_line_is_run_whole_and_each_target_by_its_own_line(lines, share, pa
 
 
 @given(calls())
-SAVINGS = ((True, False), (False, True), (True, True))
-
-
 def test_sharing_never_costs_tokens(lines):
     alone = make_plan(lines, share=False, pack=False)
     assert alone.tokens == sum(len(own.ids) for own in lines)
