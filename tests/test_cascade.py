@@ -108,9 +108,9 @@ def test_fewer_image_tokens(tmp_path_factory):
     images = [sum(t.image is not None for t in (*r.demonstrations, r.query)) for r in requests]
     assert counts.tolist() == [3 * n for n in images]  # four tokens an image became one
     shown = [bool(n) for n in images]
-    before = lvlm._images.encoded
+    before = lvlm._runner.images.encoded
     theirs, ours = less.score(requests), lvlm.score(requests)
-    assert lvlm._images.encoded - before <= 4  # both go by the same features
+    assert lvlm._runner.images.encoded - before <= 4  # both go by the same features
     assert (theirs[shown] != ours[shown]).all() and np.allclose(theirs[~np.array(shown)], ours[~np.array(shown)])
     assert less.fingerprint != lvlm.fingerprint and less.fingerprint == lvlm.with_fewer_image_tokens(4).fingerprint
     assert less.identity["image_tokens_divided_by"] == "4" and "image_tokens_divided_by" not in lvlm.identity

@@ -73,7 +73,7 @@ def test_is_an_lvlm(lvlm: TransformersLVLM) -> None:
 
 def test_images_are_kept_where_that_gives_the_same(lvlm: TransformersLVLM) -> None:
     lvlm.score([ICLRequest(QUERY, SHOTS[:1], ("red",))])
-    assert lvlm.capabilities.image_features and lvlm._keeps_images
+    assert lvlm.capabilities.image_features and lvlm._runner.keeps_images
 
 
 @pytest.mark.parametrize("answers", [("red wug",), ("seven", "blick blick dax", "größe 紅色 🙂 naïve")])
@@ -126,7 +126,11 @@ def test_generate_equals_plain_unbatched_generate(lvlm: TransformersLVLM) -> Non
     for request in requests:
         inputs = apply(lvlm, build_messages(request), add_generation_prompt=True)
         out = lvlm.model.generate(
-            **inputs, max_new_tokens=24, do_sample=False, eos_token_id=lvlm._stop_ids, pad_token_id=lvlm._pad_id
+            **inputs,
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=lvlm._stop_ids,
+            pad_token_id=lvlm.tokenizer.pad_token_id,
         )[0, inputs["input_ids"].shape[1] :]
         expected.append(lvlm.tokenizer.decode(out, skip_special_tokens=True).strip())
     assert lvlm.generate(requests, max_new_tokens=24) == expected
@@ -142,7 +146,7 @@ def test_an_answer_ends_with_its_turn(small: TransformersLVLM) -> None:
         passes.append(len(logits))
         return logits.index_fill(-1, torch.tensor(turn), 1e4)
 
-    assert small._keeps_images  # tried out before the passes are counted
+    assert small._runner.keeps_images  # tried out before the passes are counted
     small.model.lm_head.register_forward_hook(end)
     assert small.generate([ICLRequest(QUERY), ICLRequest(QUERY, SHOTS)], max_new_tokens=9) == ["", ""]
     assert passes == [2]
@@ -159,14 +163,14 @@ def test_kept_images_are_the_same_whatever_the_cache_holds(lvlm: TransformersLVL
     expected = lvlm.score(requests)
     bare = TransformersLVLM(lvlm.model, lvlm.processor, batch_size=2, max_batch_tokens=100, image_cache_bytes=0)
     np.testing.assert_allclose(bare.score(requests), expected, atol=1e-4, rtol=0)
-    assert not bare._images.kept and bare._images.kept_bytes == 0
+    assert not bare._runner.images.kept and bare._runner.images.kept_bytes == 0
     plain = TransformersLVLM(lvlm.model, lvlm.processor)
-    plain.capabilities = Capabilities(False, False, False)  # type: ignore[misc]
+    plain._runner.capabilities = Capabilities(False, False, False)  # type: ignore[misc]
     np.testing.assert_allclose(plain.score(requests), expected, atol=1e-4, rtol=0)
 
 
 def test_each_image_passes_the_vision_tower_once(small: TransformersLVLM) -> None:
-    assert small._keeps_images
+    assert small._runner.keeps_images
     seen = []
     small.model.model.vision_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(len(kwargs["pixel_values"])), with_kwargs=True
@@ -185,16 +189,16 @@ def test_images_that_memory_has_no_room_for_are_read_from_disk(folder: Path, tmp
 
     first = lvlm()
     np.testing.assert_allclose(first.score(requests), expected, atol=1e-5)
-    encoded = first._images.encoded
+    encoded = first._runner.images.encoded
     np.testing.assert_allclose(first.score(requests), expected, atol=1e-5)
-    assert first._images.encoded == encoded and first._images.kept_bytes <= 600
+    assert first._runner.images.encoded == encoded and first._runner.images.kept_bytes <= 600
     (own,) = tmp_path.iterdir()
     files = sorted(own.glob("*.safetensors"))
     assert own.name == first.fingerprint and len(files) >= 2 and not list(own.glob("*.part"))
 
     again = lvlm()
     np.testing.assert_allclose(again.score(requests), expected, atol=1e-5)
-    assert again._images.encoded < encoded  # what another run has left
+    assert again._runner.images.encoded < encoded  # what another run has left
     files[0].write_bytes(files[0].read_bytes()[:-9])
     files[1].write_bytes(b"no tensors at all")
     np.testing.assert_allclose(lvlm().score(requests), expected, atol=1e-5)
@@ -239,7 +243,7 @@ def test_long_work_is_done_in_parts_with_progress(
     requests = [ICLRequest(QUERY, SHOTS[:k], ("red", "blue wug")[: 1 + k % 2]) for k in (0, 1, 2, 3, 1)]
     expected = small.score(requests)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("drum_hf.lvlm.local._ANSWERS_AT_ONCE", 3)
+    monkeypatch.setattr("drum_hf.lvlm._runner._ANSWERS_AT_ONCE", 3)
     np.testing.assert_allclose(small.score(requests, progress=True), expected, atol=1e-4, rtol=0)
     assert "scoring: 100%" in capsys.readouterr().err
 

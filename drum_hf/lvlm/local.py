@@ -12,11 +12,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import inspect
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,37 +22,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._compat import local_name, resolve_name
-from ..errors import ContextOverflowError, NonFiniteScoreError
 from ..types import ICLRequest
 from ._answers import combine_answers, log_softmax, wanted_answers
-from ._engine import Engine, Limits, halving
 from ._fingerprint import Identity, describe
-from ._images import ImageInputs
-from ._plan import MIN_SHARED, Line, Target, make_plan
-from .capabilities import Capabilities, find_capabilities, probe_requests
+from ._runner import Runner, progress_bar
+from .capabilities import Capabilities
 from .processors import load_processor
-from .prompts import Answer, ChatFormat, ImagePosition, Row
+from .prompts import ChatFormat, ImagePosition
 
 if TYPE_CHECKING:
     import torch
-    from tqdm import tqdm
 
 __all__ = ["TransformersLVLM"]
 
 logger = logging.getLogger(__name__)
-
-# Answers tokenized and sorted by length together: enough for full batches, few enough to hold.
-_ANSWERS_AT_ONCE = 4096
-
-#: Tokens a forward pass where the user sets no limit: enough to fill the device, and no more. Our choice; on the CPU
-#: the fastest of 1,024 to 16,384 at the shape of SmolVLM-256M, since activations that are larger leave the caches.
-_MOST_TOKENS = {"cpu": 4_096, "other": 65_536}
-
-#: Share of the free memory that a forward pass may take, by our estimate. Our choice.
-_SHARE_OF_MEMORY = 0.5
-
-# Tokenizers without a limit of their own say 1e30; a context of more than this is such a "no limit".
-_NO_LIMIT = 10_000_000
 
 
 class TransformersLVLM:
@@ -112,18 +93,15 @@ class TransformersLVLM:
         self.tokenizer = self.format.tokenizer
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # any would do: padding is masked
-        self._pad_id = self.tokenizer.pad_token_id or 0
-        self._has_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._limits = Limits(batch_size, max_batch_tokens or _affordable_tokens(model))
-        self._images = ImageInputs(
-            model,
+        self._runner = Runner(
+            self.model,
             self.format,
+            name=self.name,
             batch_size=batch_size,
-            limit=image_cache_bytes,
-            folder=None if image_cache_dir is None else lambda: Path(image_cache_dir) / self.fingerprint,
+            max_batch_tokens=max_batch_tokens,
+            image_cache_bytes=image_cache_bytes,
+            image_folder=None if image_cache_dir is None else lambda: Path(image_cache_dir) / self.fingerprint,
         )
-        self._engine = Engine(model, self._images, self._limits)
-        self._lock = threading.RLock()  # one forward pass at a time: it may carry a hook
 
     @classmethod
     def from_pretrained(
@@ -221,56 +199,17 @@ class TransformersLVLM:
     @property
     def batch_size(self) -> int:
         """Sequences a forward pass, at most."""
-        return self._limits.rows
+        return self._runner.limits.rows
 
     @property
     def max_batch_tokens(self) -> int:
         """Tokens a forward pass, at most; less than was set where memory ran out."""
-        return self._limits.tokens
+        return self._runner.limits.tokens
 
-    @cached_property
+    @property
     def capabilities(self) -> Capabilities:
         """Which savings leave this model's scores as they are; tried out on first use, on two small images."""
-        requests, wanted = probe_requests()
-        if not self._images.can_keep or self.model.get_output_embeddings() is None:
-            reason = "the processor or the model has no interface for features computed apart"
-            reasons = dict.fromkeys(("image_features", "shared_prefix", "packed_answers"), reason)
-            return Capabilities(False, False, False, self._attention, reasons)
-
-        def answers(run: Callable[[list[Row], list[list[Answer]], _Results], None], one_by_one: bool = False) -> Any:
-            parts = [(requests, wanted)]
-            if one_by_one:
-                parts = [([r], [[w]]) for r, ws in zip(requests, wanted, strict=True) for w in ws]
-            found = []
-            for some, asked in parts:
-                rows, placed = self.format.answer_rows(some, asked)
-                results = _Results(some, asked, self.name, strict=False)
-                run(rows, placed, results)
-                found += results.values
-            return found
-
-        tolerance = 1e-4
-        plain = answers(self._run_whole)
-        if self.model.dtype not in (_torch().float32, _torch().float64):
-            # Rounding differs from batch to batch; a saving may differ as much.
-            flat = [values for parts in plain for values in parts]
-            alone = [values for parts in answers(self._run_whole, one_by_one=True) for values in parts]
-            tolerance = max(0.1, 4 * max(float(np.abs(a - b).max()) for a, b in zip(flat, alone, strict=True)))
-
-        def trial(share: bool, pack: bool) -> Any:
-            if not share and not pack:
-                self._images.learn_expansion(
-                    [image for row in self.format.prompt_rows(requests) for image in row.images]
-                )
-            return answers(
-                lambda rows, placed, results: self._run_planned(rows, placed, results, share, pack, least=1)
-            )
-
-        found = find_capabilities(self.model.config.get_text_config(), lambda: plain, trial, tolerance=tolerance)
-        if not found.image_features:
-            self.format.expansions = None
-        logger.info("%s: %s", self.name, found.describe())
-        return found
+        return self._runner.capabilities
 
     def with_fewer_image_tokens(self, factor: int) -> TransformersLVLM:
         """This LVLM looking less closely: `factor` neighbouring image tokens are averaged into one.
@@ -284,37 +223,18 @@ class TransformersLVLM:
         """
         if factor < 2:
             raise ValueError(f"expected a factor of at least 2, got {factor}")
-        if (
-            not self.capabilities.image_features
-            or hasattr(getattr(self.model, "model", self.model), "get_rope_index")
-            or self.format.expansions is not None
-        ):
-            raise ValueError(
-                f"expected a family whose image tokens may be joined, and {type(self.model).__name__} is not one; use "
-                "a smaller LVLM as the cheaper one"
-            )
         other = copy.copy(self)
-        other.name = f"{self.name} with image tokens / {factor}"
-        other._images = self._images.fewer_tokens(factor)
-        other._engine = Engine(self.model, other._images, self._limits)
+        other._runner = self._runner.with_fewer_image_tokens(factor)
+        other.name = other._runner.name
         digest = hashlib.sha256(f"{self.fingerprint}:image tokens / {factor}".encode()).hexdigest()[:32]
         identity = {**self.identity, "image_tokens_divided_by": str(factor)}
-        other.__dict__ |= {"_keeps_images": True, "fingerprint": digest, "_described": (digest, identity)}
+        other.__dict__ |= {"fingerprint": digest, "_described": (digest, identity)}
         return other
-
-    @property
-    def _attention(self) -> str | None:
-        return getattr(self.model.config.get_text_config(), "_attn_implementation", None)
 
     @property
     def context_length(self) -> int | None:
         """Tokens that fit the context, or None where the model states no limit."""
-        limits = [
-            getattr(self.model.config.get_text_config(), "max_position_embeddings", None),
-            getattr(self.tokenizer, "model_max_length", None),
-        ]
-        stated = [int(limit) for limit in limits if limit and limit < _NO_LIMIT]
-        return min(stated) if stated else None
+        return self._runner.context_length
 
     # ---- what the protocol asks for ----
 
@@ -334,7 +254,7 @@ class TransformersLVLM:
             NonFiniteScoreError: the model returned NaN or infinity.
             RowError: a text holds the placeholder that stands for an image.
         """
-        parts = self._logprobs(requests, [wanted_answers(request) for request in requests], progress)
+        parts = self._runner.logprobs(requests, [wanted_answers(request) for request in requests], progress)
         return np.array([combine_answers(r, p) for r, p in zip(requests, parts, strict=True)], dtype=np.float64)
 
     def score_tokens(self, requests: Sequence[ICLRequest], *, progress: bool = False) -> list[np.ndarray]:
@@ -345,7 +265,7 @@ class TransformersLVLM:
         """
         first = [dataclasses.replace(r, responses=r.responses[:1], weights=(), choices=()) for r in requests]
         wanted = [wanted_answers(request) for request in first]
-        return [parts[0] for parts in self._logprobs(requests, wanted, progress)]
+        return [parts[0] for parts in self._runner.logprobs(requests, wanted, progress)]
 
     def label_scores(self, request: ICLRequest) -> np.ndarray:
         """Log-probability of every choice, normalised over the choices.
@@ -359,7 +279,7 @@ class TransformersLVLM:
         if not request.choices:
             raise ValueError(f"expected choices to score, query {request.query.id!r} has none")
         choices = wanted_answers(dataclasses.replace(request, responses=request.choices[:1], weights=()))
-        (parts,) = self._logprobs([request], [choices], progress=False)
+        (parts,) = self._runner.logprobs([request], [choices], progress=False)
         return log_softmax(np.array([part.sum() for part in parts]))
 
     def generate(
@@ -385,22 +305,22 @@ class TransformersLVLM:
             temperature=None,
             top_p=None,
             top_k=None,
-            pad_token_id=self._pad_id,
+            pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self._stop_ids or None,
         )
         answers = [""] * len(rows)
 
         def run(batch: list[int]) -> int:
-            inputs = self._encode([rows[i] for i in batch], new_tokens=max_new_tokens)
-            with self._lock:
+            inputs = self._runner.encode([rows[i] for i in batch], new_tokens=max_new_tokens)
+            with self._runner.lock:
                 out = self.model.generate(**inputs, generation_config=settings)
             new = out[:, inputs["input_ids"].shape[1] :]
             for i, text in zip(batch, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
                 answers[i] = text.strip()
             return len(batch)
 
-        with _bar("generating", len(rows), progress) as bar:
-            self._in_batches(rows, run, bar, new_tokens=max_new_tokens)
+        with progress_bar("generating", len(rows), progress) as bar:
+            self._runner.in_batches(rows, run, bar, new_tokens=max_new_tokens)
         return answers
 
     def count_tokens(self, requests: Sequence[ICLRequest]) -> list[int]:
@@ -409,11 +329,11 @@ class TransformersLVLM:
         counts = [0] * len(rows)
 
         def run(batch: list[int]) -> int:
-            for i, ids in zip(batch, self._expand([rows[j] for j in batch])[0], strict=True):
+            for i, ids in zip(batch, self._runner.expand([rows[j] for j in batch])[0], strict=True):
                 counts[i] = len(ids)
             return len(batch)
 
-        self._in_batches(rows, run)
+        self._runner.in_batches(rows, run)
         return counts
 
     @cached_property
@@ -425,255 +345,3 @@ class TransformersLVLM:
         after = self.tokenizer(self.format.end_of_turn, add_special_tokens=False)["input_ids"]
         stops.update([i for i in after if i in self.format.special_ids][:1])
         return sorted(stops)
-
-    # ---- from rows to tensors ----
-
-    def _expand(self, rows: list[Row]) -> tuple[list[list[int]], dict[str, Any]]:
-        """Ids of each row with its images' tokens in place, and what else the model takes."""
-        if not any(row.images for row in rows):
-            return [row.ids for row in rows], {}
-        return self._images.expand_kept(rows) if self._keeps_images else self._images.expand(rows)
-
-    @cached_property
-    def _keeps_images(self) -> bool:
-        """Whether conversations that are run whole, padded on the left, may take kept features too."""
-        if not self.capabilities.image_features:
-            return False
-        requests, _ = probe_requests()
-        rows = self.format.prompt_rows(requests)
-        plain, kept = self._images.expand(rows), self._images.expand_kept(rows)
-        if plain[0] != kept[0]:
-            return False
-        ours, theirs = (self._logits(self._images.pad(*expanded), 1) for expanded in (kept, plain))
-        tolerance = 1e-4 if self.model.dtype in (_torch().float32, _torch().float64) else 5e-2
-        return _torch().allclose(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance)
-
-    def _encode(self, rows: list[Row], new_tokens: int = 0) -> dict[str, Any]:
-        ids, extra = self._expand(rows)
-        self._check_lengths(rows, ids, new_tokens)
-        return self._images.pad(ids, extra)
-
-    def _check_lengths(self, rows: list[Row], ids: Sequence[Sequence[int]], new_tokens: int = 0) -> None:
-        limit = self.context_length
-        for row, own in zip(rows, ids, strict=True):
-            if limit is not None and len(own) + new_tokens > limit:
-                room = f" and {new_tokens} to generate" if new_tokens else ""
-                raise ContextOverflowError(
-                    f"expected at most {limit} tokens (the context of {self.name}), but the conversation of query "
-                    f"{row.request.query.id!r} with {len(row.request.demonstrations)} demonstrations has "
-                    f"{len(own)}{room}; use fewer shots or smaller images"
-                )
-
-    # ---- running ----
-
-    def _logits(self, inputs: dict[str, Any], keep: int) -> torch.Tensor:
-        """Logits of the last `keep` positions, (rows, keep, vocabulary)."""
-        import torch
-
-        with torch.inference_mode(), self._lock:
-            if self._has_logits_to_keep:
-                return self.model(**inputs, use_cache=False, logits_to_keep=keep).logits
-            return self.model(**inputs, use_cache=False).logits[:, -keep:]
-
-    def _batches(self, rows: list[Row], new_tokens: int) -> Iterator[list[int]]:
-        """Indices of rows, longest first, so that memory runs out early or never."""
-        sizes = [len(row.ids) + len(row.images) * (self._images.tokens_an_image - 1) + new_tokens for row in rows]
-        order = sorted(range(len(rows)), key=lambda i: (bool(rows[i].images), sizes[i]), reverse=True)
-        batch: list[int] = []
-        for i in order:
-            if batch:
-                full = len(batch) == self.batch_size or (len(batch) + 1) * sizes[batch[0]] > self.max_batch_tokens
-                # Processors take batches in which every conversation has images, or none has.
-                if full or bool(rows[batch[0]].images) != bool(rows[i].images):
-                    yield batch
-                    batch = []
-            batch.append(i)
-        if batch:
-            yield batch
-
-    def _in_batches(
-        self, rows: list[Row], run: Callable[[list[int]], int], bar: tqdm | None = None, new_tokens: int = 0
-    ) -> None:
-        """Call `run` on batches of row indices; a batch that doesn't fit the memory is halved, down to one row.
-
-        `run` returns how many answers it has done.
-        """
-        import torch
-
-        def part(batch: list[int]) -> None:
-            done = run(batch)
-            if bar is not None:
-                bar.update(done)
-
-        with torch.inference_mode():
-            if any(row.images for row in rows):
-                _ = self._keeps_images  # also learns how many tokens an image takes, before lengths are estimated
-            for batch in self._batches(rows, new_tokens):
-                halving(batch, part, self._limits)
-
-    def _logprobs(
-        self, requests: Sequence[ICLRequest], wanted: list[list[str]], progress: bool
-    ) -> list[list[np.ndarray]]:
-        """Log-probabilities of the tokens of every wanted answer of every request."""
-        result: list[list[np.ndarray]] = []
-        with _bar("scoring", sum(map(len, wanted)), progress) as bar:
-            start = 0
-            while start < len(requests):
-                stop, answers = start + 1, len(wanted[start])
-                while stop < len(requests) and answers + len(wanted[stop]) <= _ANSWERS_AT_ONCE:
-                    answers += len(wanted[stop])
-                    stop += 1
-                result += self._run_answers(requests[start:stop], wanted[start:stop], bar)
-                start = stop
-        return result
-
-    def _run_answers(
-        self, requests: Sequence[ICLRequest], wanted: list[list[str]], bar: tqdm
-    ) -> list[list[np.ndarray]]:
-        able = self.capabilities
-        rows, placed = self.format.answer_rows(requests, wanted)
-        results = _Results(requests, wanted, self.name, bar)
-        if able.image_features:
-            self._run_planned(rows, placed, results, able.shared_prefix, able.packed_answers)
-        else:
-            self._run_whole(rows, placed, results)
-        return results.values
-
-    def _run_planned(
-        self,
-        rows: list[Row],
-        placed: list[list[Answer]],
-        results: _Results,
-        share: bool,
-        pack: bool,
-        least: int = MIN_SHARED,
-    ) -> None:
-        """With kept images, sharing what may be shared."""
-        with self._lock:
-            keys, pictures = self._images.keyed(rows)
-            kept = self._images.keep(pictures)
-            ids = [self._images.place(row, own, kept) for row, own in zip(rows, keys, strict=True)]
-            self._check_lengths(rows, ids)
-            lines = _lines(rows, placed, ids, keys, self._images)
-            plan = make_plan(lines, share=share, pack=pack, least=least)
-            self._engine.run(plan, pictures, results.read)
-
-    def _run_whole(self, rows: list[Row], placed: list[list[Answer]], results: _Results) -> None:
-        """Every conversation whole and from its pixels, padded on the left."""
-        import torch
-
-        in_row: list[list[Target]] = [[] for _ in rows]
-        for r, answers in enumerate(placed):
-            for a, answer in enumerate(answers):
-                in_row[answer.row].append(Target(r, a, answer.back, tuple(answer.ids)))
-
-        def run(batch: list[int]) -> None:
-            here = [(b, target) for b, i in enumerate(batch) for target in in_row[i]]
-            keep = max(target.start + len(target.ids) for _, target in here)
-            some = [rows[i] for i in batch]
-            ids, extra = self._images.expand(some) if any(row.images for row in some) else ([r.ids for r in some], {})
-            self._check_lengths(some, ids)
-            logits = self._logits(self._images.pad(ids, extra), keep).float()
-            at = [
-                (b, keep - target.start - len(target.ids) + j, t)
-                for b, target in here
-                for j, t in enumerate(target.ids)
-            ]
-            b, position, token = torch.tensor(at, device=logits.device).T
-            picked = (logits[b, position, token] - logits.logsumexp(-1)[b, position]).cpu().numpy().astype(np.float64)
-            done = 0
-            for _, target in here:
-                results.read(target, picked[done : done + len(target.ids)])
-                done += len(target.ids)
-
-        for batch in self._batches(rows, 0):
-            halving(batch, run, self._limits)
-
-
-class _Results:
-    """Log-probabilities of every wanted answer's tokens, as they come in."""
-
-    def __init__(
-        self,
-        requests: Sequence[ICLRequest],
-        wanted: list[list[str]],
-        name: str,
-        bar: tqdm | None = None,
-        strict: bool = True,
-    ) -> None:
-        self.requests, self.wanted, self.name, self.bar, self.strict = requests, wanted, name, bar, strict
-        self.values: list[list[np.ndarray]] = [[np.empty(0)] * len(answers) for answers in wanted]
-
-    def read(self, target: Target, values: np.ndarray) -> None:
-        if self.strict and not np.isfinite(values).all():
-            raise NonFiniteScoreError(
-                f"expected finite log-probabilities, {self.name} gave {values} for the response "
-                f"{self.wanted[target.request][target.answer]!r} of query "
-                f"{self.requests[target.request].query.id!r}; load it with dtype=torch.float32, and check its weights"
-            )
-        own = self.values[target.request]
-        if self.bar is not None and not len(own[target.answer]):
-            self.bar.update(1)
-        own[target.answer] = values
-
-
-def _lines(
-    rows: list[Row],
-    placed: list[list[Answer]],
-    ids: list[list[int]],
-    keys: list[list[str]],
-    images: ImageInputs,
-) -> list[Line]:
-    """Rows with their images in place, as the plan takes them."""
-    number: dict[str, int] = {}
-    lines = []
-    kept = images.kept_ids
-    for row, own, shown in zip(rows, ids, keys, strict=True):
-        whole = np.asarray(own, dtype=np.int64)
-        tags = whole.copy()
-        spots = np.flatnonzero(whole == images.image_id)
-        starts, done = [], 0
-        for key in shown:
-            count = kept[key]
-            starts.append(int(spots[done]))
-            tags[spots[done : done + count]] = -1 - number.setdefault(key, len(number))
-            done += count
-        group = tuple(demonstration.key for demonstration in row.request.demonstrations)
-        lines.append(Line(0, group, whole, tags, shown, starts, []))
-    for r, answers in enumerate(placed):
-        for a, answer in enumerate(answers):
-            line = lines[answer.row]
-            line.request = r
-            line.targets.append(Target(r, a, len(line.ids) - answer.back - len(answer.ids), tuple(answer.ids)))
-    return lines
-
-
-def _affordable_tokens(model: Any) -> int:
-    """Tokens that surely fit a forward pass: keys and values three times over, and the widest activations."""
-    import psutil
-    import torch
-
-    text = model.config.get_text_config()
-    heads = getattr(text, "num_attention_heads", 1)
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kept = 6 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width
-    wide = 8 * text.hidden_size + 4 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
-    a_token = (kept + wide) * model.dtype.itemsize
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        free = psutil.virtual_memory().available
-    most = _MOST_TOKENS.get(model.device.type, _MOST_TOKENS["other"])
-    return max(512, min(most, int(_SHARE_OF_MEMORY * free / a_token)))
-
-
-def _torch() -> Any:
-    import torch
-
-    return torch
-
-
-def _bar(title: str, total: int, shown: bool) -> tqdm:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc=title, unit="answer", disable=not shown)
