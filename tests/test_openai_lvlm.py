@@ -354,6 +354,7 @@ def test_refusals_raise_at_once_with_the_endpoints_message(server, fault, error,
 
 def test_the_key_is_shown_nowhere(server, caplog):
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger="drum_hf")  # whatever a command line has set it to
     lvlm = connect(server)
     server.script = [Reply(500, {"error": f"failed for {KEY}"}), Reply(403, f"your {KEY} is bad")]
     with pytest.raises(EndpointError) as caught:

@@ -311,7 +311,8 @@ class ImageInputs:
         """What the processor gives beside pixels, such as grids, of these images in order."""
         import torch
 
-        names = images[0].inputs if images else ()
+        # What comes by tiles has no one entry an image, unless all images are one tile each.
+        names = [name for name in (images[0].inputs if images else ()) if all(name in i.inputs for i in images)]
         return {name: torch.cat([image.inputs[name] for image in images]) for name in names}
 
     def expand_kept(self, rows: list[Row]) -> tuple[list[list[int]], dict[str, Any]]:
