@@ -47,6 +47,7 @@ setup(
         "peft>=0.17",
         "psutil>=5.9",
         "Pillow>=10",
+        "PyYAML>=6",
         "pyarrow>=15",
         "requests>=2.28",
         "safetensors>=0.4.5",

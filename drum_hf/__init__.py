@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .retriever import DemoRetriever
     from .training import DrumTrainer, DrumTrainingArguments
     from .training.losses import ListwiseLVLMLoss
+    from .tuning import ICLTuner, ICLTuningArguments
     from .types import Demonstration, Query, Retrieval
 
 __version__ = "0.1.0.dev0"
@@ -35,6 +36,8 @@ __all__ = [
     "DrumTrainer",
     "DrumTrainingArguments",
     "ICLEvaluator",
+    "ICLTuner",
+    "ICLTuningArguments",
     "JointEncoder",
     "ListwiseLVLMLoss",
     "OpenAILVLM",
@@ -56,6 +59,8 @@ _MODULES = {
     "DrumTrainer": "training",
     "DrumTrainingArguments": "training",
     "ICLEvaluator": "evaluation.evaluator",
+    "ICLTuner": "tuning",
+    "ICLTuningArguments": "tuning",
     "JointEncoder": "encoder",
     "ListwiseLVLMLoss": "training.losses",
     "OpenAILVLM": "lvlm.openai",

@@ -1,4 +1,4 @@
-"""The two files of a saved `DemoIndex`: its vectors, and the ids, groups and parameters that belong to them."""
+"""The two files of a saved `DemoIndex`: its tensors, and the ids, groups and parameters that belong to them."""
 
 from __future__ import annotations
 
@@ -7,58 +7,111 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ._index_faiss import CODES
 from .errors import SavedFileError
 
-_FORMAT_VERSION = 1
+#: 1 held float32 vectors alone and the sizes of the batches that a graph is built from; 2 holds the graph.
+_FORMAT_VERSION = 2
 VECTORS, META = "vectors.safetensors", "index.json"
 _ENTRIES: dict[str, type] = dict.fromkeys(("kind", "vectors_sha256"), str)
 _ENTRIES |= dict.fromkeys(("dimension", "hnsw_m", "ef_construction", "ef_search"), int)
-_ENTRIES |= dict.fromkeys(("ids", "groups", "batches"), list)
+_ENTRIES |= dict.fromkeys(("ids", "groups"), list)
+#: What either version has beside these.
+_MORE: dict[int, dict[str, type]] = {
+    1: {"batches": list},
+    2: {"storage": str} | dict.fromkeys(("pq_bytes", "nprobe", "refine"), int),
+}
+#: Rows read at once, so that a large file is never in memory beside the index that is made of it.
+_BLOCK = 1 << 16
 
 
-def write(directory: str | os.PathLike[str], vectors: np.ndarray, entries: dict[str, Any]) -> None:
-    """Write float32 vectors of shape (n, dimension), and what belongs to them as JSON.
+def write(
+    directory: str | os.PathLike[str], vectors: np.ndarray, state: Mapping[str, np.ndarray], entries: dict[str, Any]
+) -> None:
+    """Write stored vectors of shape (n, dimension), further tensors, and what belongs to them as JSON.
 
     Each file is written aside and renamed, so that a killed save leaves whole files; should it leave a new one beside
-    an old one, `read` says so.
+    an old one, `reading` says so.
     """
     from safetensors.numpy import save_file
 
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    meta = {"format_version": _FORMAT_VERSION, "vectors_sha256": _checksum(vectors), **entries}
+    tensors = {"vectors": vectors, **state}
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(np.ascontiguousarray(tensors[name]).data)
+    meta = {"format_version": _FORMAT_VERSION, "vectors_sha256": digest.hexdigest(), **entries}
     with _replacing(folder / VECTORS) as path:
-        save_file({"vectors": vectors}, path)
+        save_file(tensors, path)
     with _replacing(folder / META) as path:
         path.write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
-def read(directory: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str, Any]]:
-    """Vectors and entries that `write` wrote, checked against one another."""
+class Saved:
+    """What `write` wrote, checked; tensors are read when they are asked for."""
+
+    def __init__(self, meta: dict[str, Any], file: Any) -> None:
+        self.meta, self._file = meta, file
+
+    @property
+    def version(self) -> int:
+        return self.meta["format_version"]
+
+    def vectors(self) -> np.ndarray:
+        """All stored vectors: (n, dimension)."""
+        return self._file.get_tensor("vectors")
+
+    def blocks(self, name: str = "vectors") -> Iterator[np.ndarray]:
+        """The rows of a tensor, some at a time."""
+        tensor = self._file.get_slice(name)
+        rows = tensor.get_shape()[0]
+        for start in range(0, rows, _BLOCK):
+            yield tensor[start : min(start + _BLOCK, rows)]
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The further tensors, by name."""
+        return {name: self._file.get_tensor(name) for name in self._file.keys() if name != "vectors"}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def reading(directory: str | os.PathLike[str]) -> Iterator[Saved]:
+    """What `write` wrote, its parts checked against one another."""
+    from safetensors import SafetensorError, safe_open
+
     folder = Path(directory)
     meta = _read_meta(folder / META)
-    ids, groups, rows = meta["ids"], meta["groups"], sum(meta["batches"])
-    vectors = _read_vectors(folder / VECTORS, len(ids), meta["dimension"])
-    if _checksum(vectors) != meta["vectors_sha256"]:
-        raise broken(folder / VECTORS, f"its content is not what {META} was saved with")
-    if len(groups) != len(ids) or rows != len(ids) or len(set(ids)) != len(ids):
-        fault = f"{len(ids)} ids ({len(set(ids))} unique) stand beside {len(groups)} groups and {rows} rows"
-        raise broken(folder / META, fault)
-    return vectors, meta
+    path, ids, groups = folder / VECTORS, meta["ids"], meta["groups"]
+    try:
+        file = safe_open(path, framework="numpy")
+    except FileNotFoundError as error:
+        raise broken(path, "the file is missing") from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise broken(path, f"the file is truncated or not safetensors ({error})") from error
+    with file:
+        saved = Saved(meta, file)
+        _check_vectors(path, file, meta)
+        digest = hashlib.sha256()
+        for name in sorted(file.keys()):
+            for block in saved.blocks(name):
+                digest.update(np.ascontiguousarray(block).data)
+        if digest.hexdigest() != meta["vectors_sha256"]:
+            raise broken(path, f"its content is not what {META} was saved with")
+        rows = sum(meta["batches"]) if saved.version == 1 else len(ids)
+        if len(groups) != len(ids) or rows != len(ids) or len(set(ids)) != len(ids):
+            fault = f"{len(ids)} ids ({len(set(ids))} unique) stand beside {len(groups)} groups and {rows} rows"
+            raise broken(folder / META, fault)
+        yield saved
 
 
 def broken(path: Path, fault: str) -> SavedFileError:
     return SavedFileError(f"{path}: {fault}; restore the folder from where it was saved, or build the index anew")
-
-
-def _checksum(vectors: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(vectors).data).hexdigest()
 
 
 @contextlib.contextmanager
@@ -82,34 +135,28 @@ def _read_meta(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise broken(path, f"the file can't be read as JSON ({error})") from error
     version = meta.get("format_version") if isinstance(meta, dict) else None
-    if version != _FORMAT_VERSION:
+    if not isinstance(version, int) or version not in _MORE:
         raise SavedFileError(
-            f"{path}: expected format version {_FORMAT_VERSION}, got {version!r}; update drum-hf, or build "
-            "the index anew"
+            f"{path}: expected format version {_FORMAT_VERSION} or an older one, got {version!r}; update drum-hf, or "
+            "build the index anew"
         )
     sound = (
-        all(type(meta.get(key)) is expected for key, expected in _ENTRIES.items())
+        all(type(meta.get(key)) is expected for key, expected in (_ENTRIES | _MORE[version]).items())
         and all(isinstance(id, str) for id in meta["ids"])
         and all(group is None or isinstance(group, str) for group in meta["groups"])
-        and all(type(size) is int and size >= 0 for size in meta["batches"])
+        and all(type(size) is int and size >= 0 for size in meta.get("batches", []))
     )
     if not sound:
         raise broken(path, "an entry is missing or has another type than DemoIndex.save wrote")
     return meta
 
 
-def _read_vectors(path: Path, rows: int, dimension: int) -> np.ndarray:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        vectors = load_file(path).get("vectors")
-    except FileNotFoundError as error:
-        raise broken(path, "the file is missing") from error
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise broken(path, f"the file is truncated or not safetensors ({error})") from error
-    if vectors is None or vectors.dtype != np.float32 or vectors.shape != (rows, dimension):
-        came = "none" if vectors is None else f"{vectors.dtype} of shape {vectors.shape}"
-        fault = f"expected a float32 tensor 'vectors', with the {rows} ids of dimension {dimension} that {META} lists"
-        raise broken(path, f"{fault}; got {came}")
-    return vectors
+def _check_vectors(path: Path, file: Any, meta: dict[str, Any]) -> None:
+    wanted = CODES.get(meta.get("storage", "float32"), np.float32)
+    names = {np.float32: "F32", np.float16: "F16", np.uint8: "U8"}
+    shape = [len(meta["ids"]), meta["dimension"]]
+    tensor = file.get_slice("vectors") if "vectors" in file.keys() else None  # noqa: SIM118
+    if tensor is None or tensor.get_dtype() != names[wanted] or tensor.get_shape() != shape:
+        came = "none" if tensor is None else f"{tensor.get_dtype()} of shape {tensor.get_shape()}"
+        fault = f"expected a {names[wanted]} tensor 'vectors', with the {shape[0]} ids of dimension {shape[1]} that"
+        raise broken(path, f"{fault} {META} lists; got {came}")

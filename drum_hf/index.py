@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import threading
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from . import _index_files
-from ._compat import require_faiss
+from ._index_faiss import KINDS, STORAGES, Flat, Graph, Kind, Lists, Storage, rebuilt
+from ._index_lock import SharedLock
 from .errors import (
     DimensionMismatchError,
     DuplicateIdError,
@@ -26,7 +25,8 @@ from .errors import (
 
 __all__ = ["DemoIndex"]
 
-_OPTIONS = ("kind", "hnsw_m", "ef_construction", "ef_search")  # as they are saved
+#: As they are saved, and what a save of format version 1 means that lacks them.
+_OPTIONS = {"hnsw_m": 32, "ef_construction": 200, "ef_search": 128, "pq_bytes": 64, "nprobe": 32, "refine": 128}
 
 #: Two float32 dot products of unit vectors that differ by less may be one number, summed in another order.
 _ROUNDING = 2e-6
@@ -36,42 +36,6 @@ _SLACK = 8
 _MAX_FETCH = 2048
 #: Floats in one block of host work (64 MiB).
 _BLOCK = 1 << 24
-
-
-class _SharedLock:
-    """Many readers or one writer; a waiting writer goes before new readers."""
-
-    def __init__(self) -> None:
-        self._turn = threading.Condition()
-        self._readers = 0
-        self._writers = 0  # waiting or writing
-        self._writing = False
-
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        with self._turn:
-            self._turn.wait_for(lambda: not self._writers)
-            self._readers += 1
-        try:
-            yield
-        finally:
-            with self._turn:
-                self._readers -= 1
-                self._turn.notify_all()
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        with self._turn:
-            self._writers += 1
-            self._turn.wait_for(lambda: not self._readers and not self._writing)
-            self._writing = True
-        try:
-            yield
-        finally:
-            with self._turn:
-                self._writing = False
-                self._writers -= 1
-                self._turn.notify_all()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,21 +50,32 @@ class _Excluded:
 
 
 class DemoIndex:
-    """Nearest neighbours by cosine, exact (`flat`) or approximate (`hnsw`), with exclusion by id and by group.
+    """Nearest neighbours by cosine, exact (`flat`) or approximate, with exclusion by id and by group.
 
     Vectors are scaled to unit length on the way in, so that a score is a dot product in [-1, 1]; higher is nearer.
-    Searches may run in several threads at once; adding, removing and compacting wait for them.
+    Scores are those of the vectors as they are stored. Searches may run in several threads at once; adding, removing
+    and compacting wait for them.
 
     Args:
         dimension: width of the vectors.
-        kind: "flat" compares every row and is exact; "hnsw" walks a graph: for hundreds of thousands of rows.
+        kind: "flat" compares every row and is exact; "hnsw" walks a graph: for hundreds of thousands of rows; "ivfpq"
+            looks through some lists of short codes and then compares the most promising rows: quicker to build, slower
+            to search. It compares every row until there are 9,984 to learn lists and codes from.
+        storage: of the vectors: "float32", "float16" (half the memory), or "int8" (a quarter: 256 steps in each
+            dimension, over the range of the first rows added; add a representative batch first).
         hnsw_m: neighbours a node of the graph keeps (FAISS's value).
         ef_construction: breadth of the search that builds the graph (our choice).
         ef_search: breadth of the search at query time, raised to the length of the list where that is more (our
             choice: recall@10 is 1.00 at 64 on data of intrinsic dimension 32; structureless data needs 1,024).
+        pq_bytes: length of the codes of `ivfpq`, lowered until it divides the dimension (our choice).
+        nprobe: lists that `ivfpq` looks through (our choice); it makes 4 sqrt(n) of them, the low end of FAISS's
+            advice, and at most one for each 39 rows.
+        refine: rows that `ivfpq` compares by their stored vectors for each query, at least (our choice).
+
+    `ef_search`, `nprobe` and `refine` may be set at any time.
 
     Raises:
-        ValueError: an unknown kind, or a number below 1 (below 2 for `hnsw_m`).
+        ValueError: an unknown kind or storage, or a number below 1 (below 2 for `hnsw_m`).
         DependencyError: FAISS is missing, or installed twice.
 
     Example:
@@ -117,39 +92,48 @@ class DemoIndex:
         self,
         dimension: int,
         *,
-        kind: Literal["flat", "hnsw"] = "flat",
+        kind: Kind = "flat",
+        storage: Storage = "float32",
         hnsw_m: int = 32,
         ef_construction: int = 200,
         ef_search: int = 128,
+        pq_bytes: int = 64,
+        nprobe: int = 32,
+        refine: int = 128,
     ) -> None:
-        if kind not in ("flat", "hnsw"):
-            raise ValueError(f"kind is 'flat' or 'hnsw', got {kind!r}")
-        ones = {"dimension": dimension, "ef_construction": ef_construction, "ef_search": ef_search}
-        for name, value in {**ones, "hnsw_m": hnsw_m}.items():
-            least = 1 if name in ones else 2
+        for name, given, known in (("kind", kind, KINDS), ("storage", storage, STORAGES)):
+            if given not in known:
+                raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, got {given!r}")
+        numbers = {"hnsw_m": hnsw_m, "ef_construction": ef_construction, "ef_search": ef_search}
+        numbers |= {"pq_bytes": pq_bytes, "nprobe": nprobe, "refine": refine}
+        for name, value in {"dimension": dimension, **numbers}.items():
+            least = 2 if name == "hnsw_m" else 1
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
                 raise ValueError(f"{name} is a whole number of at least {least}, got {value!r}")
         self._dimension = int(dimension)
-        self.kind = kind
+        self.kind, self.storage = kind, storage
         self.hnsw_m, self.ef_construction, self.ef_search = int(hnsw_m), int(ef_construction), int(ef_search)
-        self._lock = _SharedLock()
-        self._clear()
+        self.pq_bytes, self.nprobe, self.refine = int(pq_bytes), int(nprobe), int(refine)
+        self._lock = SharedLock()
+        self._structure = self._make()
+        self._forget()
 
-    def _clear(self) -> None:
-        faiss = require_faiss()
-        if self.kind == "flat":
-            self._faiss = faiss.IndexFlatIP(self._dimension)
-        else:
-            self._faiss = faiss.IndexHNSWFlat(self._dimension, self.hnsw_m, faiss.METRIC_INNER_PRODUCT)
-            self._faiss.hnsw.efConstruction = self.ef_construction
+    def _make(self) -> Flat:
+        if self.kind == "hnsw":
+            sizes = {"neighbours": self.hnsw_m, "breadth": self.ef_construction}
+            return Graph(self._dimension, self.storage, **sizes)
+        if self.kind == "ivfpq":
+            return Lists(self._dimension, self.storage, code_bytes=self.pq_bytes)
+        return Flat(self._dimension, self.storage)
+
+    def _forget(self) -> None:
         self._row_ids: list[str] = []
         self._rows: dict[str, int] = {}  # living ids only
         self._alive = np.zeros(0, bool)
         self._group_of_row = np.zeros(0, np.int64)  # 0: no group
         self._group_numbers: dict[str, int] = {}  # from 1
         self._group_sizes: list[int] = [0]
-        # FAISS shuffles each batch before it links it: the same graph needs the same batches.
-        self._batches: list[int] = []
+        self._living_bits: np.ndarray | None = None  # what FAISS may propose; None: all rows
 
     # What it holds
 
@@ -177,17 +161,19 @@ class DemoIndex:
         return id in self._rows
 
     def __repr__(self) -> str:
-        return f"DemoIndex({len(self)} x {self._dimension}, kind={self.kind!r})"
+        return f"DemoIndex({len(self)} x {self._dimension}, kind={self.kind!r}, storage={self.storage!r})"
 
     def vectors(self, ids: Sequence[str] | None = None) -> np.ndarray:
         """The stored unit vectors: float32 of shape (len(ids), dimension), all of them in order where `ids` is None.
+
+        Of unit length to within what `storage` keeps of them.
 
         Raises:
             MissingIdError: an id is not in the index.
         """
         with self._lock.reading():
             rows = list(self._rows.values()) if ids is None else self._find(ids)
-            return self._storage()[rows]
+            return self._structure.vectors(rows)
 
     def reconstruct(self, id: str) -> np.ndarray:
         """One stored unit vector: float32 of shape (dimension,); as `vectors`."""
@@ -198,11 +184,12 @@ class DemoIndex:
     def add(self, ids: Sequence[str], vectors: Any, groups: Sequence[str | None] | None = None) -> None:
         """Add rows; all of them, or none where one is refused.
 
-        The graph of `hnsw` is built by one thread, so that the same rows always give the same graph.
+        The graph of `hnsw` is built by one thread, so that the same rows always give the same graph; lists and codes
+        of `ivfpq` are learned by one thread from a fixed seed.
 
         Args:
             ids: unique strings.
-            vectors: shape (len(ids), dimension), any length but zero; stored as float32 unit vectors.
+            vectors: shape (len(ids), dimension), any length but zero; stored as unit vectors.
             groups: each row's group or None; rows of one group can be excluded together.
 
         Raises:
@@ -231,10 +218,12 @@ class DemoIndex:
                 f"expected ids that are new and unique, but {_first(twice)} came twice or are in the index; "
                 "remove() the old rows first, or give the new ones other ids"
             )
-        if not ids:
-            return
-        with _one_thread() if self.kind == "hnsw" else contextlib.nullcontext():
-            self._faiss.add(unit)
+        if ids:
+            self._structure.add(unit)
+            self._note(ids, groups)
+
+    def _note(self, ids: list[str], groups: Sequence[str | None]) -> None:
+        """Take down whose the newest rows are."""
         numbers = np.empty(len(ids), np.int64)
         for i, (id, group) in enumerate(zip(ids, groups, strict=True)):
             self._rows[id] = len(self._row_ids) + i
@@ -243,13 +232,17 @@ class DemoIndex:
         self._row_ids += ids
         self._alive = np.concatenate([self._alive, np.ones(len(ids), bool)])
         self._group_of_row = np.concatenate([self._group_of_row, numbers])
-        self._batches.append(len(ids))
+        self._mark_living()
+
+    def _mark_living(self) -> None:
+        whole = len(self._rows) == len(self._row_ids)
+        self._living_bits = None if whole else np.packbits(self._alive, bitorder="little")
 
     def remove(self, ids: Sequence[str]) -> None:
         """Remove rows; all of them, or none where one is missing.
 
-        `hnsw` keeps a removed row as a waypoint that no search returns, until more than half of the rows are such
-        and the graph is built anew (`compact`).
+        `hnsw` and `ivfpq` keep a removed row, as a waypoint that no search returns, until more than half of the rows
+        are such and the index is built anew (`compact`).
 
         Raises:
             MissingIdError: an id is not in the index.
@@ -262,26 +255,26 @@ class DemoIndex:
                 del self._rows[self._row_ids[row]]
                 self._group_sizes[self._group_of_row[row]] -= 1
             self._alive[rows] = False
-            if self.kind == "flat":
-                self._faiss.remove_ids(np.asarray(rows, np.int64))  # the rest close up, in order
+            if self._structure.remove(np.asarray(rows, np.int64)):
                 self._row_ids = list(self._rows)
                 self._rows = {id: row for row, id in enumerate(self._row_ids)}
                 self._group_of_row = self._group_of_row[self._alive]
                 self._alive = np.ones(len(self._rows), bool)
-                self._batches = [len(self._rows)]
             elif 2 * len(self._rows) < len(self._row_ids):
                 self._compact()
+            self._mark_living()
 
     def compact(self) -> None:
-        """Build the graph of `hnsw` anew without its removed rows; nothing to do where none was removed."""
+        """Build the index anew without its removed rows; nothing to do where none was removed."""
         with self._lock.writing():
             if len(self._rows) < len(self._row_ids):
                 self._compact()
 
     def _compact(self) -> None:
-        ids, groups, unit = list(self._rows), self._groups(), self._storage()[self._alive]
-        self._clear()
-        self._add(ids, unit, groups)
+        ids, groups = list(self._rows), self._groups()
+        self._structure = rebuilt(self._structure, np.flatnonzero(self._alive))
+        self._forget()
+        self._note(ids, groups)
 
     # Searching it
 
@@ -295,8 +288,9 @@ class DemoIndex:
     ) -> tuple[list[list[str]], list[np.ndarray]]:
         """The k nearest rows of each query, nearest first.
 
-        A query gets fewer than k only where its exclusions leave fewer. On `flat` the result is exact, rows of equal
-        score come in the order they were added, and a query's result does not depend on the others of its batch.
+        A query gets fewer than k only where its exclusions leave fewer. On `flat` the result is exact for the vectors
+        as they are stored, rows of equal score come in the order they were added, and a query's result does not depend
+        on the others of its batch.
 
         Args:
             vectors: shape (q, dimension), any length but zero.
@@ -337,11 +331,13 @@ class DemoIndex:
 
     def _by_faiss(self, queries: np.ndarray, wanted: np.ndarray, excluded: _Excluded, found: list) -> list[int]:
         """Fill `found` from FAISS; returns the queries that it could not answer for certain."""
-        total, left = len(self._row_ids), []
-        fetch = np.minimum(wanted + excluded.counts + _SLACK, total)
+        structure, total = self._structure, len(self._row_ids)
+        left: list[int] = []
+        breadth, least = {"hnsw": (self.ef_search, 0), "ivfpq": (self.nprobe, self.refine)}.get(self.kind, (0, 0))
+        least = 0 if structure.exact else least
+        fetch = np.minimum(np.maximum(wanted + _SLACK, least) + excluded.counts, total)
         # Queries that lose as many rows, to a power of two, go together: one large group must not slow all others.
         sizes = np.ceil(np.log2(fetch)).astype(int)
-        storage = self._storage()
         for size in np.unique(sizes[wanted > 0]):
             members = np.flatnonzero((sizes == size) & (wanted > 0))
             length = int(fetch[members].max())
@@ -350,15 +346,15 @@ class DemoIndex:
                 continue
             step = max(1, _BLOCK // (length * self._dimension))
             for part in np.split(members, range(step, len(members), step)):
-                raw, rows = self._faiss.search(queries[part], length, params=self._parameters(length))
-                scores = np.einsum("qfd,qd->qf", storage[rows], queries[part])
+                raw, rows = structure.propose(queries[part], length, living=self._living_bits, breadth=breadth)
+                scores = np.einsum("qfd,qd->qf", structure.vectors(rows), queries[part])
                 scores[self._is_excluded(part, rows, excluded) | (rows < 0)] = -np.inf
                 # FAISS's own order of ties depends on heaps and on blocks of the matrix product.
                 order = np.lexsort((rows, -scores))
                 rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
                 last = scores[np.arange(len(part)), wanted[part] - 1]
                 sure = np.isfinite(last)
-                if self.kind == "flat" and length < total:
+                if structure.exact and length < total:
                     sure &= last > raw[:, -1] + _ROUNDING
                 for i, query in enumerate(part.tolist()):
                     if sure[i]:
@@ -371,11 +367,14 @@ class DemoIndex:
         self, queries: np.ndarray, wanted: np.ndarray, excluded: _Excluded, left: list[int], found: list
     ) -> None:
         """Fill `found` for the queries `left` by comparing every row on the host."""
-        storage = self._storage()
-        step = max(1, _BLOCK // len(storage))
+        structure, total = self._structure, len(self._row_ids)
+        step, height = max(1, _BLOCK // total), max(1, _BLOCK // self._dimension)
         for start in range(0, len(left), step):
             part = left[start : start + step]
-            products = queries[part] @ storage.T
+            products = np.empty((len(part), total), np.float32)
+            for top in range(0, total, height):
+                rows = slice(top, min(top + height, total))
+                np.matmul(queries[part], structure.vectors(rows).T, out=products[:, rows])
             products[:, ~self._alive] = -np.inf
             for query, row in zip(part, products, strict=True):
                 row[excluded.rows[query]] = -np.inf
@@ -383,17 +382,9 @@ class DemoIndex:
                     row[np.isin(self._group_of_row, excluded.groups[query])] = -np.inf
                 last = np.partition(row, -wanted[query])[-wanted[query]]
                 near = np.flatnonzero(row >= last - _ROUNDING)
-                scores = np.einsum("fd,d->f", storage[near], queries[query])
+                scores = np.einsum("fd,d->f", structure.vectors(near), queries[query])
                 order = np.lexsort((near, -scores))[: wanted[query]]
                 found[query] = near[order], scores[order]
-
-    def _parameters(self, length: int) -> Any:
-        if self.kind == "flat":
-            return None
-        faiss = require_faiss()
-        whole = len(self._rows) == len(self._row_ids)
-        options = {} if whole else {"sel": faiss.IDSelectorBatch(np.flatnonzero(self._alive))}
-        return faiss.SearchParametersHNSW(efSearch=max(self.ef_search, length), **options)
 
     def _excluded(
         self,
@@ -427,18 +418,19 @@ class DemoIndex:
     # Files
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `vectors.safetensors` and `index.json`; removed rows are not in them (`hnsw` is compacted first)."""
-        self.compact()
-        with self._lock.reading():
-            vectors = self._storage()[self._alive]
-            entries = {
-                "dimension": self._dimension,
-                **{name: getattr(self, name) for name in _OPTIONS},
-                "batches": [*self._batches] if self.kind == "hnsw" and self._alive.all() else [len(vectors)],
-                "ids": list(self._rows),
-                "groups": self._groups(),
-            }
-        _index_files.write(directory, vectors, entries)
+        """Write `vectors.safetensors` and `index.json`; removed rows are not in them (the index is compacted first).
+
+        The graph of `hnsw`, and lists and codes of `ivfpq`, are among the tensors, so that loading builds nothing.
+        """
+        while True:
+            self.compact()
+            with self._lock.reading():
+                if self._living_bits is not None:  # rows were removed in between
+                    continue
+                options = {name: getattr(self, name) for name in ("kind", "storage", *_OPTIONS)}
+                entries = {"dimension": self._dimension, **options, "ids": self._row_ids, "groups": self._groups()}
+                _index_files.write(directory, self._structure.codes(), self._structure.state(), entries)
+                return
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> DemoIndex:
@@ -447,16 +439,30 @@ class DemoIndex:
         Raises:
             SavedFileError: a file is missing or altered, does not fit the other, or has an unknown format version.
         """
-        vectors, saved = _index_files.read(directory)
-        try:
-            index = cls(saved["dimension"], **{name: saved[name] for name in _OPTIONS})
-        except ValueError as error:
-            raise _index_files.broken(Path(directory, _index_files.META), str(error)) from error
-        start = 0
-        for size in saved["batches"]:
-            rows = slice(start, start := start + size)
-            index._add(saved["ids"][rows], vectors[rows], saved["groups"][rows])
+        with _index_files.reading(directory) as saved:
+            meta = saved.meta
+            options = {name: meta.get(name, default) for name, default in _OPTIONS.items()}
+            try:
+                kind, storage = meta["kind"], meta.get("storage", "float32")
+                index = cls(meta["dimension"], kind=kind, storage=storage, **options)
+            except ValueError as error:
+                raise _index_files.broken(Path(directory, _index_files.META), str(error)) from error
+            ids, groups = meta["ids"], meta["groups"]
+            if saved.version == 1:  # held no graph, but the batches that it was built from
+                index._add_batches(ids, groups, meta["batches"], saved.vectors())
+            else:
+                try:
+                    index._structure.restore(saved.blocks(), saved.state())
+                except ValueError as error:
+                    raise _index_files.broken(Path(directory, _index_files.VECTORS), str(error)) from error
+                index._note(ids, groups)
         return index
+
+    def _add_batches(self, ids: list[str], groups: list[str | None], sizes: list[int], vectors: np.ndarray) -> None:
+        start = 0
+        for size in sizes:
+            rows = slice(start, start := start + size)
+            self._add(ids[rows], vectors[rows], groups[rows])
 
     # Helpers
 
@@ -465,16 +471,7 @@ class DemoIndex:
             return {**self.__dict__, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=_SharedLock())
-
-    def _storage(self) -> np.ndarray:
-        """A view of every row that FAISS holds, removed ones of `hnsw` too; valid until the next change."""
-        faiss = require_faiss()
-        flat = self._faiss if self.kind == "flat" else faiss.downcast_index(self._faiss.storage)
-        size = flat.ntotal * self._dimension
-        if not size:
-            return np.zeros((0, self._dimension), np.float32)
-        return faiss.rev_swig_ptr(flat.get_xb(), size).reshape(-1, self._dimension)
+        self.__dict__.update(state, _lock=SharedLock())
 
     def _groups(self) -> list[str | None]:
         names = [None, *self._group_numbers]
@@ -508,15 +505,23 @@ class DemoIndex:
                 f"expected vectors of shape (n, {self._dimension}), got {array.shape}; the index and the encoder must "
                 "be of one model: build the index anew where the encoder changed"
             )
-        norms = np.sqrt(np.einsum("nd,nd->n", array, array, dtype=np.float64))
-        bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0.0))
-        if len(bad):
-            who = [f"query {i}" if ids is None or i >= len(ids) else ids[i] for i in bad[:4].tolist()]
+        unit = np.empty_like(array)
+        height = max(1, _BLOCK // self._dimension)
+        bad: list[int] = []
+        for start in range(0, len(array), height):
+            rows = slice(start, start + height)
+            wide = array[rows].astype(np.float64)
+            norms = np.sqrt(np.einsum("nd,nd->n", wide, wide))
+            wrong = ~np.isfinite(norms) | (norms == 0.0)
+            bad += (np.flatnonzero(wrong) + start).tolist()
+            unit[rows] = wide / np.where(wrong, 1.0, norms)[:, None]
+        if bad:
+            who = [f"query {i}" if ids is None or i >= len(ids) else ids[i] for i in bad[:4]]
             raise NonFiniteEmbeddingError(
                 f"expected finite vectors that are not zero, but {len(bad)} of {len(array)} hold NaN or infinity or "
                 f"are zero, the first {_first(who)}; check those rows' images, and the encoder's precision"
             )
-        return (array / norms[:, None]).astype(np.float32)
+        return unit
 
 
 def _strings(ids: Sequence[str], name: str) -> list[str]:
@@ -545,15 +550,3 @@ def _per_query(entries: Sequence[str | Collection[str] | None] | None, count: in
 def _pairs(numbers: list[list[int]], stride: int) -> np.ndarray:
     pairs = (query * stride + number for query, several in enumerate(numbers) for number in several)
     return np.fromiter(pairs, np.int64)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """FAISS links the nodes of a graph in an order that depends on its threads."""
-    faiss = require_faiss()
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)

@@ -1,4 +1,4 @@
-"""The card of a saved retriever: plain data in, the text of its README.md out."""
+"""The cards of a saved retriever and of a tuned LVLM: plain data in, the text of their README.md out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["render_card"]
+__all__ = ["render_card", "render_tuned_card"]
 
 _PIPELINE_TAGS = {
     "icl-vqa": "visual-question-answering",
@@ -68,6 +68,66 @@ def render_card(data: Mapping[str, Any]) -> str:
     ]
     version = f" {data['version']}" if data.get("version") else ""
     return "\n\n".join(section for section in sections if section) + f"\n\nSaved by drum-hf{version}.\n"
+
+
+def render_tuned_card(data: Mapping[str, Any]) -> str:
+    """The text of README.md of an LVLM that was tuned on in-context conversations.
+
+    Every entry may be missing; what is missing is not mentioned.
+
+    Args:
+        data: plain values: `repo_id`; `base_model`, `base_revision`, `base_is_local` (no link then, and no metadata,
+            for folders are nobody else's business); `adapter` (bool: LoRA, or whole weights); `training` (name ->
+            value); `mix`: rows as dicts, such as sources and their counts; `limits` (texts).
+
+    Example:
+        >>> card = render_tuned_card({"repo_id": "me/smol-icl", "base_model": "me/smol", "adapter": True})
+        >>> print(card[: card.index("tags")])
+        ---
+        library_name: peft
+        pipeline_tag: image-text-to-text
+        base_model: me/smol
+        base_model_relation: adapter
+        <BLANKLINE>
+    """
+    import yaml
+
+    adapter, base = bool(data.get("adapter")), data.get("base_model")
+    if base and data.get("base_is_local"):
+        shown = base if base.startswith("playground/") else re.split(r"[\\/]", base.rstrip("\\/"))[-1]
+    else:
+        shown = base
+    meta: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
+    meta["pipeline_tag"] = "image-text-to-text"
+    if base and not data.get("base_is_local"):
+        meta |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
+    meta["tags"] = ["drum-hf", "in-context-learning", "icl-tuning", "vision-language"]
+    name = data.get("repo_id") or "path/to/this/folder"
+    commit = f", revision={data['base_revision']!r}" if data.get("base_revision") else ""
+    loading = f'"{shown or "the base model"}"{commit}, adapter="{name}"' if adapter else f'"{name}"'
+    code = f"from drum_hf import TransformersLVLM\n\nlvlm = TransformersLVLM.from_pretrained({loading})"
+    what = "A vision-language model tuned on in-context conversations, so that it uses the demonstrations it is shown."
+    lines = [what, ""]
+    if shown:
+        at = f" at `{data['base_revision']}`" if data.get("base_revision") else ""
+        linked = _text(shown) if data.get("base_is_local") else _linked(shown)
+        lines.append(f"- **Base**: {linked}{at}")
+    lines.append(f"- **Trained**: {'LoRA adapters on' if adapter else 'weights of'} decoder and projector")
+    limits = [
+        "What it learnt is to use demonstrations of the kinds it was tuned on; measure it on yours.",
+        *(data.get("limits") or ()),
+    ]
+    sections = [
+        f"---\n{yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)}---",
+        f"# {_text(str(data.get('repo_id') or 'A tuned vision-language model').rpartition('/')[2])}",
+        "\n".join(lines),
+        f"## How to use\n\n```bash\npip install drum-hf\n```\n\n```python\n{code}\n```",
+        _training(data),
+        _results({"results": data.get("mix")}).replace("## Results", "## Conversations"),
+        "## Limits\n\n" + "\n".join(f"- {_text(limit)}" for limit in limits),
+        f"## Citation\n\n{_CITATIONS}",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def _front_matter(data: Mapping[str, Any]) -> str:

@@ -16,7 +16,13 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("index", help="build a retriever over a support set, look into one, or change one")
     parser.add_argument("retriever", help="folder of the retriever")
     parser.add_argument(
-        "--kind", choices=("flat", "hnsw"), default="flat", help="of a new parser (default: %(default)s)"
+        "--kind", choices=("flat", "hnsw", "ivfpq"), default="flat", help="of a new retriever (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--storage",
+        choices=("float32", "float16", "int8"),
+        default="float32",
+        help="of a new retriever's vectors (default: %(default)s)",
     )
     parser.add_argument("--strategy", choices=("si", "st", "sit", "sit+draft"), default="sit+draft")
     parser.add_argument("--add", metavar="TABLE", help="add these demonstrations")
@@ -41,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
             support=read_table(args.data, args),
             strategy=args.strategy,
             index_kind=args.kind,
+            index_options={"storage": args.storage},
             device=args.device,
         )
         retriever.save_pretrained(folder)

@@ -53,6 +53,10 @@ class ListCollator:
     def __init__(self, trainer: DrumTrainer) -> None:
         self.trainer = trainer
         self.preprocessed = Preprocessed(trainer.retriever.encoder)
+        self._image_numbers = {
+            "query": [_number(key) for key in trainer.queries.image_keys],
+            "demonstrations": [_number(key) for key in trainer.retriever.support.image_keys],
+        }
 
     def _query_item(self, query_id: str) -> dict[str, Any]:
         query = self.trainer.query(query_id)
@@ -95,8 +99,19 @@ class ListCollator:
             "query": self.preprocessed("query", [row["query"] for row in rows], self._query_item),
             "demonstrations": self.preprocessed("demonstration", list(column), self._demonstration_item),
         }
+        shown = {
+            "query": [queries.row(row["query"]) for row in rows],
+            "demonstrations": [support.row(candidate) for candidate in column],
+        }
+        for side, numbers in self._image_numbers.items():
+            features[side]["image_key"] = torch.tensor([numbers[row] for row in shown[side]])
         batch: dict[str, Any] = {
             f"{name}_{key}": value for name, part in features.items() for key, value in part.items()
         }
         batch["label"] = {"index": index, "scores": scores, "mask": mask, "known": known, "blocked": blocked}
         return batch
+
+
+def _number(image_key: str) -> int:
+    """An image's key as an int64, by which a step knows pictures that it need not encode twice."""
+    return int(image_key[:15], 16) if image_key else 0

@@ -15,7 +15,6 @@ import torch
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from torch import Tensor, nn
 from torch.nn.functional import softplus
-from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "ContrastiveLVLMLoss",
@@ -211,8 +210,9 @@ class _LVLMLoss(CachedLossMixin, nn.Module):
                 # adds 0, and the temperature's gradient at backward time, scaled as every other one is
                 loss = loss + (self.log_temperature - self.log_temperature.detach()) * self._temperature_slope
             return loss
-        if isinstance(self.model, DistributedDataParallel) and (joined := _joined(features)) is not None:
-            # The last forward before a backward tells it which parameters a step uses; so there must be but one.
+        if (joined := _joined(features)) is not None:
+            # One forward: an image that both sides show is encoded once, and under DDP, which takes the last forward
+            # before a backward to tell it which parameters a step uses, there must be but one.
             sizes = [len(column["present"]) for column in features]
             columns = self.model(joined)["sentence_embedding"].split(sizes)
         else:

@@ -1,0 +1,84 @@
+"""`drum-hf tune`: teach an LVLM to use demonstrations."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ._processes import joined
+from .options import write_json
+
+__all__ = ["add", "run"]
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the verb and its options."""
+    parser = commands.add_parser(
+        "tune", help="tune an LVLM on in-context conversations, so that it uses demonstrations"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        required=True,
+        metavar="YAML",
+        help="LVLM, sources, mix and arguments; docs/icl-tuning.md",
+    )
+    parser.add_argument("--out", type=Path, default=Path("icl-tuning"), help="folder of the result (%(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only say what the mix is made of, how many tokens it has, and whether every conversation fits",
+    )
+    parser.add_argument("--merged", action="store_true", help="write whole models, with the adapter in their weights")
+    parser.add_argument("--device", choices=("cpu",), help="cpu, where a GPU would be used")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the mix's make-up and the losses")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry it out."""
+    with joined() as processes:
+        from ..tuning import ICLTuner, TuningConfig
+        from ..tuning.sampling import Mixed
+
+        config = TuningConfig.load(args.config)
+        more = {"hub_model_id": args.push_to_hub} if args.push_to_hub else {}
+        more |= {"use_cpu": True} if args.device == "cpu" else {}
+        arguments = config.arguments(args.out / "training", **more)
+        mix, test = config.mixes()
+        held = None if test is None or config.evaluation is None else Mixed(test, config.evaluation.conversations)
+        tuner = ICLTuner(
+            config.model,
+            arguments,
+            train_dataset=mix,
+            eval_dataset=held,
+            revision=config.revision,
+            dtype=config.dtype,
+        )
+        found = tuner.check()
+        if processes.is_main:
+            sys.stdout.write(f"{found}\n")
+        if args.dry_run:
+            write_json(args.json if processes.is_main else None, {"data": found.to_dict()})
+            return
+        before = tuner.evaluate() if tuner.eval_dataset is not None else {}
+        output = tuner.train(resume_from_checkpoint=args.resume or None)
+        after = tuner.evaluate() if tuner.eval_dataset is not None else {}
+        if not processes.is_main:
+            return
+        tuner.save_pretrained(args.out, merged=args.merged)
+        losses = {
+            "train": output.training_loss,
+            "eval_before": before.get("eval_loss"),
+            "eval": after.get("eval_loss"),
+        }
+        write_json(args.json, {"data": found.to_dict(), "loss": losses, "steps": output.global_step})
+        sys.stdout.write(f"tuned for {output.global_step} steps; loss {output.training_loss:.4f}\n")
+        if after:
+            sys.stdout.write(f"held out: loss {before['eval_loss']:.4f} before, {after['eval_loss']:.4f} after\n")
+        sys.stdout.write(f"saved to {args.out}\n")
+        if args.push_to_hub:
+            sys.stdout.write(f"uploaded: {tuner.push_to_hub()}\n")

@@ -1,0 +1,394 @@
+"""`ICLTuner`: a platform trainer that teaches an LVLM to use demonstrations."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from datasets import Dataset
+from torch.nn import functional
+from transformers import Trainer, TrainerCallback, set_seed
+
+from .._compat import local_name, resolve_name
+from ..data.episodes import Conversation, Mix, MixReport, check_disjoint
+from ..lvlm.local import TransformersLVLM
+from ..lvlm.processors import load_processor
+from ..model_card import render_tuned_card
+from .arguments import ICLTuningArguments
+from .collator import MASKED, ConversationCollator, ConversationFormat
+from .modules import add_lora, freeze_vision
+from .sampling import Conversations, LengthSampler, as_conversations, describe
+
+__all__ = ["ICLTuner", "TuningData"]
+
+logger = logging.getLogger(__name__)
+
+#: From how many conversations on a check shows its progress.
+_BAR_FROM = 1000
+
+Data: TypeAlias = Mix | Sequence[Conversation] | Sequence[Mapping[str, Any]] | Dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningData:
+    """What was found when every conversation was looked at before training.
+
+    Attributes:
+        report: the make-up of the conversations.
+        lengths: tokens of each, in order.
+        answer_tokens: tokens that the loss falls on, in all.
+        max_length: tokens that a conversation may have, or None.
+    """
+
+    report: MixReport
+    lengths: list[int]
+    answer_tokens: int
+    max_length: int | None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all conversations."""
+        return sum(self.lengths)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without the single lengths."""
+        return {
+            **self.report.to_dict(),
+            "tokens": self.tokens,
+            "answer_tokens": self.answer_tokens,
+            "longest": max(self.lengths),
+            "max_length": self.max_length,
+        }
+
+    def __str__(self) -> str:
+        limit = "no limit" if self.max_length is None else f"{self.max_length:,} fit"
+        return (
+            f"{self.report}\n{self.tokens:,} tokens, {self.answer_tokens:,} of them answers; the longest conversation "
+            f"has {max(self.lengths):,} ({limit}): nothing is cut"
+        )
+
+
+class ICLTuner(Trainer):
+    """Tunes an LVLM on in-context conversations, so that it learns to use what its context shows.
+
+    The loss falls on every answer of a conversation, so that turn k trains k - 1 shots; instructions are masked. By
+    default LoRA adapters on decoder and projector are trained, with `args.full` all of their weights; the vision tower
+    is frozen. Logits are computed where answers stand and nowhere else.
+
+    Every conversation is looked at before training starts (`check`): one that does not fit the context, or whose
+    images and slots differ in number, is an error that names it.
+
+    Args:
+        model: folder or Hub id ("playground/lvlm" ships with the package), or a model, which is tuned in place.
+        args: `ICLTuningArguments`.
+        processor: of a model that is given as such.
+        train_dataset: a `Mix`, drawn as its curriculum says while training goes on; or conversations, or rows of chat
+            messages as `read_messages` takes them, passed `num_train_epochs` times.
+        eval_dataset: conversations or rows, whose loss is the evaluation; or several of them by name.
+        revision, dtype, trust_remote_code, model_kwargs: for loading a model by name; weights are loaded in float32
+            where all are trained, and as they were saved where adapters are.
+        callbacks, optimizers: the platform's.
+
+    Resuming (`train(resume_from_checkpoint=True)`) goes on in the same conversations, bit for bit.
+
+    Source: "Towards Multimodal In-Context Learning for Vision & Language Models" (arXiv 2403.12736); numbers of
+    `ICLTuningArguments` are our choice.
+
+    Raises:
+        ChatTemplateError: the processor has no chat template, or one that loses texts or images.
+        ValueError: the model's decoder and vision tower can't be told apart, or no end of a mix is known.
+    """
+
+    args: ICLTuningArguments
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Any,
+        args: ICLTuningArguments | None = None,
+        *,
+        train_dataset: Data | None = None,
+        eval_dataset: Any = None,
+        processor: Any = None,
+        revision: str | None = None,
+        dtype: Any = None,
+        trust_remote_code: bool = False,
+        model_kwargs: Mapping[str, Any] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        args = args or ICLTuningArguments(output_dir="icl-tuning-output")
+        if isinstance(model, (str, os.PathLike)):
+            model, processor, name = _load(
+                model, processor, args.full, revision, dtype, trust_remote_code, dict(model_kwargs or {})
+            )
+        else:
+            if processor is None:
+                raise ValueError("expected the processor of a model that is given as such; pass processor=")
+            name = local_name(getattr(model, "name_or_path", "") or type(model).__name__)
+        #: What is tuned: folder or Hub id, and the commit it was at.
+        self.base_model: str = name
+        self.base_revision: str | None = getattr(model.config, "_commit_hash", None)
+        # The template is tried, the padding token set and the context measured as when the LVLM is used.
+        lvlm = TransformersLVLM(
+            model, processor, name=name, image_position=_position(args.image_position), system=args.system
+        )
+        limits = [limit for limit in (args.max_length, lvlm.context_length) if limit is not None]
+        self.format = ConversationFormat(lvlm.format, loss_on=args.loss_on, max_length=min(limits, default=None))
+        set_seed(args.seed)  # adapters begin by chance
+        if args.full:
+            freeze_vision(model)
+        else:
+            model = add_lora(
+                model,
+                rank=args.lora_rank,
+                alpha=args.lora_alpha,
+                dropout=args.lora_dropout,
+                target_modules=args.target_modules,
+                base=name,
+                revision=self.base_revision,
+            )
+        train: Any = None
+        if train_dataset is not None:
+            batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+            train = as_conversations(train_dataset, args.conversations or _at_least_1(args.max_steps * batch))
+            if train.in_order:
+                args.num_train_epochs = 1.0
+        evaluated: Any = eval_dataset
+        if isinstance(eval_dataset, Mapping):
+            evaluated = {key: as_conversations(value) for key, value in eval_dataset.items()}
+        elif eval_dataset is not None:
+            evaluated = as_conversations(eval_dataset)
+        self._checked: dict[int, TuningData] = {}
+        collate: Any = ConversationCollator(self.format)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate,
+            train_dataset=train,
+            eval_dataset=evaluated,
+            processing_class=processor,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = True  # `compute_loss` divides by the number of answers' tokens itself
+
+    # ---- before training ----
+
+    def check(self, dataset: Conversations | None = None) -> TuningData:
+        """Look at every conversation, and find it fit to train on.
+
+        Pictures are opened once each for their sizes, and don't pass the processor.
+
+        Args:
+            dataset: default: the training conversations.
+
+        Raises:
+            ContextOverflowError: a conversation does not fit; the message names it.
+            RowError, ImageError, ChatTemplateError: a conversation can't be used; the message names it.
+        """
+        talks: Any = self.train_dataset if dataset is None else dataset
+        if talks is None:
+            raise ValueError("expected conversations to check, came none; pass train_dataset=")
+        if id(talks) not in self._checked:
+            self._checked[id(talks)] = self._check(talks)
+        return self._checked[id(talks)]
+
+    def _check(self, talks: Conversations) -> TuningData:
+        from tqdm.auto import tqdm
+
+        numbers: Any = range(len(talks))
+        if len(talks) >= _BAR_FROM:
+            numbers = tqdm(numbers, desc="checking conversations", unit="conversation")
+        sizes: dict[str, tuple[int, int]] = {}
+        lengths, seen, answers = [], [], 0
+        for number in numbers:
+            talk = talks.talk(number, images=False)
+            keys = [turn.image_key for turn in talk.turns if turn.image_key]
+            if not sizes.keys() >= set(keys):
+                shown = talks.talk(number)
+                sizes.update(zip(keys, (image.size for image in shown.images), strict=True))
+            tokens = self.format(talk, [sizes[key] for key in keys], describe(number, talk))
+            lengths.append(len(tokens.ids))
+            answers += tokens.answer_tokens
+            seen.append(talk)
+        return TuningData(MixReport.of(seen), lengths, answers, self.format.max_length)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`, once every conversation has been checked.
+
+        Raises:
+            LeakError: a picture to evaluate on is trained on, and `args.on_leak` is "raise".
+            ContextOverflowError, RowError, ImageError, ChatTemplateError: see `check`.
+        """
+        found = self.check()
+        train: Any = self.train_dataset
+        given: Any = self.eval_dataset
+        evaluated = given if isinstance(given, dict) else {"": given}
+        for dataset in evaluated.values():
+            if dataset is not None:
+                self.check(dataset)
+                check_disjoint(train.origin, dataset.origin, on_leak=self.args.on_leak)
+        if self.is_world_process_zero():
+            logger.info("tuning %s on %s", self.base_model, found)
+        return super().train(*args, **kwargs)
+
+    # ---- the platform's hooks ----
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        talks: Any = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.args.train_sampling_strategy
+        return LengthSampler(
+            self.check(talks).lengths if strategy == "group_by_length" else None,
+            len(talks),
+            batch_size=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            shuffle=not talks.in_order and strategy != "sequential",
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return LengthSampler(None, len(eval_dataset), batch_size=1, shuffle=False, seed=0)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Mean cross-entropy of the answers' tokens, over all of an optimizer step's.
+
+        Logits are asked for only at positions that predict a labelled token of some row.
+        """
+        labels = inputs["labels"]
+        given = {key: value for key, value in inputs.items() if key != "labels"}
+        predicting = (labels[:, 1:] != MASKED).any(dim=0).nonzero().flatten()
+        outputs = model(**given, logits_to_keep=predicting, use_cache=False)
+        targets = labels[:, predicting + 1]
+        loss = functional.cross_entropy(
+            outputs.logits.float().flatten(0, 1),
+            targets.flatten(),
+            ignore_index=MASKED,
+            reduction="sum",
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+        if num_items_in_batch is None:
+            loss = loss / (targets != MASKED).sum()
+        else:
+            loss = loss / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes  # the platform averages gradients over processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir or ".")
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
+            (folder / "README.md").write_text(self._card(), encoding="utf-8")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card of the tuned LVLM into the output folder; what the platform would say is left out."""
+        if self.is_world_process_zero():
+            (Path(self.args.output_dir or ".") / "README.md").write_text(self._card(), encoding="utf-8")
+
+    # ---- what comes out ----
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, merged: bool = False) -> None:
+        """Write the adapter (or, where all weights were trained, the model), the processor and a model card.
+
+        `TransformersLVLM.from_pretrained(base, adapter=folder)` reads an adapter; a merged or fully tuned model is
+        read as any other, `TransformersLVLM.from_pretrained(folder)`.
+
+        Args:
+            merged: write the whole model with the adapter in its weights.
+        """
+        if not merged or self.args.full:
+            self._save(os.fspath(folder))
+            return
+        self._merged().save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
+        (Path(folder) / "README.md").write_text(self._card(adapter=False), encoding="utf-8")
+
+    def lvlm(self, **kwargs: Any) -> TransformersLVLM:
+        """The LVLM as it is tuned by now, in a copy that further training leaves alone.
+
+        Args:
+            kwargs: for `TransformersLVLM`.
+        """
+        kwargs = {"image_position": _position(self.args.image_position), "system": self.args.system, **kwargs}
+        name = kwargs.pop("name", f"{self.base_model} tuned for {self.state.global_step} steps")
+        return TransformersLVLM(self._merged(), self.processing_class, name=name, **kwargs)
+
+    def _merged(self) -> Any:
+        model: Any = copy.deepcopy(self.accelerator.unwrap_model(self.model))
+        model = model if self.args.full else model.merge_and_unload()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        return model
+
+    def _card(self, adapter: bool | None = None) -> str:
+        losses = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
+        training: dict[str, Any] = {
+            "steps": self.state.global_step,
+            "loss_on": f"{self.args.loss_on} answers" if self.args.loss_on == "all" else "last answer",
+            "learning_rate": self.args.learning_rate,
+            "seed": self.args.seed,
+        }
+        if not self.args.full:
+            training |= {"LoRA_rank": self.args.lora_rank, "LoRA_alpha": self.args.lora_alpha}
+        if losses:
+            training["evaluation_loss"] = losses[-1]
+        found = self._checked.get(id(self.train_dataset))
+        rows: list[dict[str, Any]] = []
+        if found is not None:
+            training |= {"conversations": found.report.conversations, "turns": found.report.turns}
+            sources = found.report.counts["source"]
+            rows = [{"source": source or "unnamed", "conversations": n} for source, n in sources.items()]
+        is_local = os.path.isdir(resolve_name(self.base_model))
+        return render_tuned_card(
+            {
+                "repo_id": self.hub_model_id if self.args.push_to_hub else self.args.hub_model_id,
+                "base_model": self.base_model,
+                "base_is_local": is_local,
+                "base_revision": self.base_revision,
+                "adapter": not self.args.full if adapter is None else adapter,
+                "training": training,
+                "mix": rows,
+            }
+        )
+
+
+def _load(
+    name: str | os.PathLike[str],
+    processor: Any,
+    full: bool,
+    revision: str | None,
+    dtype: Any,
+    trust_remote_code: bool,
+    model_kwargs: dict[str, Any],
+) -> tuple[Any, Any, str]:
+    from transformers import AutoModelForImageTextToText
+
+    hub: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        hub["revision"] = revision
+    place = resolve_name(name)
+    # Steps this small would vanish in half precision.
+    dtype = dtype or (torch.float32 if full else "auto")
+    model: Any = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype, **hub, **model_kwargs)
+    processor = processor or load_processor(place, model.config, **hub)
+    return model, processor, local_name(name)
+
+
+def _position(name: str) -> Any:
+    return name
+
+
+def _at_least_1(count: int) -> int | None:
+    return count if count > 0 else None
