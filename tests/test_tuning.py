@@ -53,7 +53,11 @@ def copies(count: int, seed: int, turns: int = 4) -> list[Conversation]:
     """Conversations, each about one of eight words: the first answer is a guess, the others copies of it."""
     rng = np.random.default_rng(seed)
     words = [COPIED[int(rng.integers(len(COPIED)))] for _ in range(count)]
-    return [talk(*((picture(32, 32), "which word?", w) for _ in range(turns)), source="copies") for w in words]
+    noise = rng.integers(0, 256, (count, turns, 32, 32, 3), dtype=np.uint8)  # the same ones whenever it is called
+    return [
+        talk(*((Image.fromarray(one), "which word?", word) for one in shown), source="copies")
+        for word, shown in zip(words, noise, strict=True)
+    ]
 
 
 SQUARE, WIDE, TALL, SMALL = picture(32, 32), picture(90, 30), picture(40, 64), picture(9, 7)
@@ -123,7 +127,7 @@ def test_the_loss_falls_on_every_answer_and_its_end_and_on_nothing_else(lvlm, ba
             assert text.endswith(answer) and text.removesuffix(answer) in ("", ":", "]"), (text, answer)
             # the first token is needed: the template's own whitespace, or what the answer begins in
             first, rest = tokenizer.decode(said[:1]), squeezed(tokenizer.decode(said[1:]))
-            assert not rest.endswith(answer) or not first.strip()
+            assert not rest.endswith(answer) or first[-1:].isspace()
             # and nothing but the prompt stands before it
         assert squeezed(tokenizer.decode(ids[(labels == MASKED) & (mask == 1)])).count("blick") == 0
 
@@ -197,15 +201,16 @@ def test_decoder_and_projector_are_trained_and_the_vision_tower_is_frozen(lvlm, 
                         parameter.add_(0.01)
         model(**batch).loss.backward()
         got = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-        assert got == {n for n, p in model.named_parameters() if p.requires_grad} - _unused(model)
-        assert any(n.replace("base_model.model.", "").startswith(tuple(projector)) for n in got)
+        assert got == {n for n, p in model.named_parameters() if p.requires_grad}
+        homes = tuple(modules_of(projector, parameters))
+        assert any(n.replace("base_model.model.", "").startswith(homes) for n in got)
         names = [n.replace("base_model.model.", "") for n in got]
         assert all(parts.get(n.split(".lora_")[0].rpartition(".")[0] if full else n) != "vision" for n in names)
 
 
-def _unused(model: Any) -> set[str]:
-    """Weights that no conversation here reaches: what separates image rows of tiled images."""
-    return {n for n, _ in model.named_parameters() if n.endswith("image_newline")}
+def modules_of(projector: list[str], parameters: list[str]) -> set[str]:
+    """What the projector's weights are called by: peft names an adapter of a bare matrix after the module it is in."""
+    return {name.rpartition(".")[0] if name in parameters else name for name in projector}
 
 
 # ---- before training ----
@@ -309,7 +314,9 @@ def test_the_sampler_gives_each_once_in_batches_of_like_length(lengths, batch_si
         if not shuffle:  # a curriculum's order holds but for a window
             assert sorted(stretch) == list(range(start, min(start + size, len(lengths))))
         batches = [stretch[at : at + batch_size] for at in range(0, len(stretch), batch_size)]
-        full = sorted((b for b in batches if len(b) == batch_size), key=lambda b: lengths[b[0]], reverse=True)
+        full = sorted(
+            (b for b in batches if len(b) == batch_size), key=lambda b: [lengths[i] for i in b], reverse=True
+        )
         flat = [lengths[i] for b in full for i in b]
         assert flat == sorted(flat, reverse=True)  # no batch could be of liker length
     sampler.set_epoch(1)
@@ -335,7 +342,7 @@ def test_the_loss_is_the_mean_over_answers_of_all_logits(idefics, tmp_path):
 
 
 def test_it_learns_to_copy_what_its_context_shows(idefics, tmp_path):
-    steps = {"max_steps": 60, "per_device_train_batch_size": 8, "lr_scheduler_type": "constant"}
+    steps = {"max_steps": 90, "per_device_train_batch_size": 8, "lr_scheduler_type": "constant"}
     tuned = tuner(idefics, tmp_path, copies(256, 1), copies(32, 2), full=True, **steps)
     before = {n: p.clone() for n, p in tuned.model.named_parameters()}
     tuned.train()
@@ -367,7 +374,7 @@ def test_a_run_that_is_taken_up_again_ends_bit_for_bit_where_it_would_have(idefi
     frozen = {n: p.clone() for n, p in whole.model.named_parameters() if not p.requires_grad}
     assert frozen
     whole.train()
-    again = tuner(idefics, tmp_path, curriculum_mix(), **{**saving, "seed": 42})
+    again = tuner(idefics, tmp_path, curriculum_mix(), **saving)
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     assert again.state.global_step == whole.state.global_step == 6
     for (name, one), (_, other) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):

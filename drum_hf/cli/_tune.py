@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 from ._processes import joined
@@ -40,14 +41,15 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Carry it out."""
-    with joined() as processes:
+    with joined() as processes, tempfile.TemporaryDirectory() as nowhere:
         from ..tuning import ICLTuner, TuningConfig
         from ..tuning.sampling import Mixed
 
         config = TuningConfig.load(args.config)
         more = {"hub_model_id": args.push_to_hub} if args.push_to_hub else {}
         more |= {"use_cpu": True} if args.device == "cpu" else {}
-        arguments = config.arguments(args.out / "training", **more)
+        # The platform makes the folder at once; a dry run leaves none behind.
+        arguments = config.arguments(Path(nowhere) if args.dry_run else args.out / "training", **more)
         mix, test = config.mixes()
         held = None if test is None or config.evaluation is None else Mixed(test, config.evaluation.conversations)
         tuner = ICLTuner(
