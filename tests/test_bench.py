@@ -131,7 +131,7 @@ def test_synthetic_vectors_have_the_dimension_they_state():
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(drum_hf.bench.retrieve, "_ROUNDS", 1)
-    monkeypatch.setattr(drum_hf.bench.retrieve, "SWEEPS", {"hnsw": ("ef_search", (10, 300))})
+    monkeypatch.setattr(drum_hf.bench.retrieve, "SWEEPS", {"hnsw": ({"ef_search": 10}, {"ef_search": 300})})
 
 
 def test_exact_neighbours_are_numpys(tmp_path):

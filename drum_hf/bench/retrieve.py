@@ -20,10 +20,13 @@ from .vectors import PlaygroundVectors, SyntheticVectors
 
 __all__ = ["SWEEPS", "Setup", "best_point", "exact_neighbours", "measure_index", "measure_retrieval"]
 
-#: What is varied at search time: kind -> (option, its values).
-SWEEPS: dict[str, tuple[str, tuple[int, ...]]] = {
-    "hnsw": ("ef_search", (16, 32, 64, 128, 256, 512, 1024)),
-    "ivfpq": ("nprobe", (1, 2, 4, 8, 16, 32, 64, 128, 256)),
+#: What is varied at search time, by kind: options of `DemoIndex`, from quick to thorough.
+SWEEPS: dict[str, tuple[dict[str, int], ...]] = {
+    "hnsw": tuple({"ef_search": n} for n in (16, 32, 64, 128, 256, 512, 1024)),
+    "ivfpq": (
+        *({"nprobe": n} for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)),
+        *({"nprobe": n, "refine": r} for n, r in ((32, 512), (64, 512), (128, 1024), (256, 2048), (256, 4096))),
+    ),
 }
 #: Rows asked for.
 DEPTH = 10
@@ -88,7 +91,7 @@ def measure_retrieval(
             if (takes := setup.megabytes(size, vectors.dimension)) > limit_mb:
                 yield row | {"skipped": f"its vectors alone take {takes:,.0f} MiB of the {limit_mb:,.0f} allowed"}
                 continue
-            kept = Path(cache, f"measured-{_digest([row, rows, SWEEPS, _defaults()])}.json")
+            kept = Path(cache, f"measured-{_digest([row, rows, SWEEPS.get(setup.kind), _defaults()])}.json")
             if kept.exists():
                 yield json.loads(kept.read_text(encoding="utf-8"))
                 continue
@@ -112,7 +115,7 @@ def measure_index(
 
     Returns:
         `build_seconds` (of one core), `memory_mb` (what the process grew by, ids included) and `points`: for each
-        value of the option that is swept its `recall_at_10`, and of the time for one query `p50_ms` and `p95_ms`.
+        setting that is swept its `recall_at_10`, and of the time for one query `p50_ms` and `p95_ms`.
     """
     require_faiss().omp_set_num_threads(1)
     queries, nearest = vectors.asked(), np.load(exact)
@@ -126,12 +129,11 @@ def measure_index(
         seconds += time.process_time() - start
     del block
     memory = resident_mb() - first
-    option, values = SWEEPS.get(setup.kind, (None, (0,)))
     points = []
-    for value in values:
-        if option is not None:
+    for setting in SWEEPS.get(setup.kind, ({},)):
+        for option, value in setting.items():
             setattr(index, option, value)
-        points.append(({option: value} if option else {}) | _ask(index, queries, nearest))
+        points.append(setting | _ask(index, queries, nearest))
     return {"build_seconds": round(seconds, 1), "memory_mb": round(memory), "points": points}
 
 
