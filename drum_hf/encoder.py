@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -129,7 +129,7 @@ class JointEncoder(Transformer):
     def weights(self) -> dict[str, float]:
         """Weight of each part, by name; they sum to 1."""
         with torch.no_grad():
-            values = self._log_shares(torch.ones(1, 3, dtype=torch.bool, device=self.log_weights.device))[0]
+            values = self._log_shares(self._has_weight(self.log_weights.device)[None])[0]
             return dict(zip(PARTS, values.double().exp().tolist(), strict=True))
 
     @weights.setter
@@ -150,11 +150,12 @@ class JointEncoder(Transformer):
         with torch.no_grad():
             self.log_weights.copy_(torch.tensor([value if math.isfinite(value) else 0.0 for value in values]))
 
+    def _has_weight(self, device: torch.device | None = None) -> torch.Tensor:
+        return torch.tensor(self._used, device=device)
+
     def _log_shares(self, present: torch.Tensor) -> torch.Tensor:
-        """Log of each part's share in its row: (B, 3) float32, -inf where the part is absent or has no weight."""
-        used = torch.tensor(self._used, device=present.device)
-        log_weights = self.log_weights.float().expand(len(present), 3)
-        return log_weights.masked_fill(~(present & used), -math.inf).log_softmax(dim=1)
+        """Log of the share in its row of each part that is present and has weight: (B, 3) float32, -inf elsewhere."""
+        return self.log_weights.float().where(present, -math.inf).log_softmax(dim=1)
 
     # What sentence-transformers asks of a module
 
@@ -189,7 +190,7 @@ class JointEncoder(Transformer):
         if prompt:
             items = [item._replace(prompt=prompt + item.prompt if item.prompt else None) for item in items]
         present = torch.tensor([[part is not None for part in item] for item in items], dtype=torch.bool)
-        usable = present & torch.tensor(self._used)
+        usable = present & self._has_weight()
         if not bool(usable.any(dim=1).all()):
             row = int((~usable.any(dim=1)).nonzero()[0])
             used = [part for part, weight in self.weights.items() if weight]
@@ -210,16 +211,13 @@ class JointEncoder(Transformer):
 
     def _pixels(self, images: list[Image | None]) -> torch.Tensor:
         rows = [row for row, image in enumerate(images) if image is not None]
-        size = self.config.vision_config.image_size
-        pixels = torch.zeros(len(images), self.config.vision_config.num_channels, size, size)
         if rows:
             shown = [image if image.mode == "RGB" else image.convert("RGB") for image in images if image is not None]
             # Said outright: a picture of 1 or 3 pixels' height would be taken for channels.
             values = self.processor.image_processor(shown, return_tensors="pt", input_data_format="channels_last")
-            if len(rows) == len(images):
-                return values["pixel_values"]
-            pixels[rows] = values["pixel_values"].to(pixels.dtype)
-        return pixels
+            return _spread(values["pixel_values"], torch.tensor(rows), len(images))
+        size = self.config.vision_config.image_size
+        return torch.zeros(len(images), self.config.vision_config.num_channels, size, size)
 
     def _tokens(self, texts: list[str | None], max_length: int | None) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.tokenizer
@@ -227,9 +225,8 @@ class JointEncoder(Transformer):
         limit = min(max_length or longest, longest)
         ids = torch.full((len(texts), longest), tokenizer.pad_token_id or 0, dtype=torch.long)
         mask = torch.zeros_like(ids)
-        rows = [row for row, text in enumerate(texts) if text is not None]
-        if rows:
-            given = [text for text in texts if text is not None]
+        given = [text for text in texts if text is not None]
+        if given:
             tokens = tokenizer(
                 given,
                 padding="longest",
@@ -240,6 +237,8 @@ class JointEncoder(Transformer):
                 return_tensors="pt",
             )
             width = tokens["input_ids"].shape[1]
+            there = [text is not None for text in texts]
+            rows = slice(None) if all(there) else there
             ids[rows, :width], mask[rows, :width] = tokens["input_ids"], tokens["attention_mask"]
             if width == limit and not self._warned_of_cut:
                 self._warn_of_cut(given, tokens["attention_mask"].sum(dim=1) == limit, limit)
@@ -269,35 +268,40 @@ class JointEncoder(Transformer):
         Where `features` holds `image_key`, (B,) int64, rows of equal key are taken to show the same image, which is
         then encoded once.
         """
-        present = features["present"]
+        present = features["present"] & self._has_weight(features["present"].device)
+        images = self._rows(self._encode_images, features, present[:, :1])
+        texts = self._rows(self._encode_texts, features, present[:, 1:])
+        units = F.normalize(torch.cat([images, texts], dim=1), dim=2)
         shares = self._log_shares(present).mul(0.5).exp()  # in logs: the slope of a square root at 0 is infinite
-        vectors = shares.new_zeros(len(present), len(PARTS), self._width)
-        rows = [present[:, part].nonzero()[:, 0] for part in range(len(PARTS))]
-        if self._used[0] and len(rows[0]):
-            pixels = features["pixel_values"]
-            keys, places = features.get("image_key"), rows[0]
-            if keys is not None:
-                places, shown = _distinct(keys[rows[0]])
-                places = rows[0][places]
-            pixels = pixels if len(places) == len(pixels) else pixels[places]
-            pooled = self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)).pooler_output
-            pooled = pooled if keys is None else pooled[shown]
-            vectors = vectors.index_put((rows[0], torch.zeros_like(rows[0])), _unit(pooled))
-        text_rows = torch.cat(rows[1:])
-        if len(text_rows):
-            part = torch.cat([torch.full_like(rows[1], 1), torch.full_like(rows[2], 2)])
-            ids = features["input_ids"][text_rows, part - 1]
-            mask = features["text_mask"][text_rows, part - 1]
-            if self._whole_length:
-                pooled = self.model.get_text_features(input_ids=ids).pooler_output
-            else:
-                width = int(mask.sum(dim=1).max())
-                pooled = self.model.get_text_features(
-                    input_ids=ids[:, :width], attention_mask=mask[:, :width]
-                ).pooler_output
-            vectors = vectors.index_put((text_rows, part), _unit(pooled))
-        features["sentence_embedding"] = F.normalize((vectors * shares[:, :, None]).flatten(1), dim=1)
+        features["sentence_embedding"] = (units * shares[:, :, None]).flatten(1)  # of unit length, as squares sum to 1
         return features
+
+    def _rows(
+        self, encode: Callable[..., torch.Tensor], features: dict[str, Any], there: torch.Tensor
+    ) -> torch.Tensor:
+        """What a tower makes of the parts that are there (B, K): (B, K, projection) float32, zeros for the others."""
+        places = there.flatten().nonzero()[:, 0]
+        if len(places):
+            pooled = _spread(encode(features, places).float(), places, there.numel())
+        else:
+            pooled = torch.zeros(there.numel(), self._width, device=there.device)
+        return pooled.view(*there.shape, self._width)
+
+    def _encode_images(self, features: dict[str, Any], places: torch.Tensor) -> torch.Tensor:
+        keys = features.get("image_key")
+        if keys is not None:
+            first, which = _distinct(keys[places])
+            places = places[first]
+        pixels = _taken(features["pixel_values"], places).to(self.model.dtype)
+        pooled = self.model.get_image_features(pixel_values=pixels).pooler_output
+        return pooled if keys is None else pooled[which]
+
+    def _encode_texts(self, features: dict[str, Any], places: torch.Tensor) -> torch.Tensor:
+        ids, mask = (_taken(features[name].flatten(0, 1), places) for name in ("input_ids", "text_mask"))
+        if self._whole_length:
+            return self.model.get_text_features(input_ids=ids).pooler_output
+        width = int(mask.sum(dim=1).max())
+        return self.model.get_text_features(input_ids=ids[:, :width], attention_mask=mask[:, :width]).pooler_output
 
     # Files
 
@@ -548,7 +552,8 @@ def encode_items(
                 count += len(chunk)
                 bar.update(len(chunk))
     finally:
-        encoder.train(training)  # `encode` leaves the model in evaluation mode
+        if training:
+            encoder.train()  # `encode` leaves the model in evaluation mode
     return np.concatenate(done) if done else np.zeros((0, encoder.get_embedding_dimension() or 0), np.float32)
 
 
@@ -577,8 +582,16 @@ def _parse(item: Any, row: int) -> _Item:
 _EXPECTED = "a text, a PIL image, or {'image': PIL image or None, 'text': [prompt, response]}"
 
 
-def _unit(pooled: torch.Tensor) -> torch.Tensor:
-    return F.normalize(pooled.float(), dim=1)
+def _taken(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The rows at these places, in order; no copy where that is all of them."""
+    return rows if len(places) == len(rows) else rows[places]
+
+
+def _spread(values: torch.Tensor, places: torch.Tensor, size: int) -> torch.Tensor:
+    """`size` rows: the values at these places, in order, and zeros elsewhere; no copy where that is all of them."""
+    if len(places) == size:
+        return values
+    return values.new_zeros(size, *values.shape[1:]).index_put((places,), values)
 
 
 def _distinct(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -212,7 +212,9 @@ def test_compare_alternates_and_takes_the_median(monkeypatch):
 def test_encode_is_measured_on_the_same_items(small_batches):
     pictures, rows = playground_rows(0)
     items = [{"image": pictures[place], "text": list(texts)} for place, *texts in rows]
+    threads = torch.get_num_threads()
     measured = measure_encode("playground", items[:8], batch_size=4, repeats=1, device="cpu")
+    assert torch.get_num_threads() == threads
     assert set(measured) >= {"shape", "items", "batch_size", "forward_overhead", "encode_overhead", "forward_share"}
     assert (measured["items"], measured["batch_size"]) == (8, 4) and 0 < measured["forward_share"] < 1.5
     with pytest.raises(ValueError, match="clip-vit-b-32"):
