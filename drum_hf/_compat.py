@@ -15,11 +15,11 @@ _EXTRAS = {"matplotlib": "plot", "bm25s": "bm25", "gradio": "app"}
 
 _MODELS = os.path.join(os.path.dirname(__file__), "playground", "models")
 #: Name of each model that ships with the package -> its folder.
-_SHIPPED = {f"playground/{model}": os.path.join(_MODELS, model) for model in ("clip", "lvlm")}
+_SHIPPED = {f"playground/{model}": os.path.join(_MODELS, model) for model in ("clip", "lvlm", "lvlm-base")}
 
 
 def resolve_name(name: str | os.PathLike[str]) -> str:
-    """Folder of "playground/clip" or "playground/lvlm"; any other name or path is returned as it is.
+    """Folder of a model that ships ("playground/clip", "playground/lvlm"); any other name or path as it is.
 
     A folder of one's own that is called so is reached by "./playground/clip".
     """

@@ -33,6 +33,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--shots", type=int, default=4, help="demonstrations in the context (default: %(default)s)")
     parser.add_argument("--by-shots", type=ints, help="further numbers of demonstrations, such as 1,2,8")
+    parser.add_argument(
+        "--icl-tuning",
+        action="store_true",
+        help="instead: the playground's LVLM before and after ICL tuning, side by side on in-context benchmarks",
+    )
     data_options(parser, required=False)
     parser._option_string_actions["--task"].choices = (*TASKS, "all")
     model_options(parser)
@@ -42,6 +47,9 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Carry it out."""
+    if args.icl_tuning:
+        _compare_tuning(args)
+        return
     from .._compat import require
     from ..evaluation.report import format_table
     from ..experiment import run_experiment
@@ -83,3 +91,23 @@ def run(args: argparse.Namespace) -> None:
     for task in tasks:
         folder = args.out if len(tasks) == 1 else args.out / task
         sys.stdout.write(f"{task}: {folder / 'report.html'} · trained retriever: {folder / 'retriever'}\n")
+
+
+def _compare_tuning(args: argparse.Namespace) -> None:
+    """Base and tuned LVLM on the playground's in-context benchmarks."""
+    from ..lvlm.local import TransformersLVLM
+    from ..lvlm.store import ScoreStore
+    from ..playground.benchmarks import compare_lvlms, format_comparison
+
+    if args.data:
+        raise ValueError(
+            "expected --icl-tuning without --data: it compares the playground's own LVLMs; drum-hf tune tunes yours"
+        )
+    args.out.mkdir(parents=True, exist_ok=True)
+    names = {"base": "playground/lvlm-base", "tuned": "playground/lvlm"}
+    lvlms = {key: TransformersLVLM.from_pretrained(name) for key, name in names.items()}
+    found = compare_lvlms(lvlms, seed=args.world_seed, store=ScoreStore(args.out / "scores.sqlite"))
+    results = {"icl_tuning": found | {"lvlms": names, "command": "drum-hf " + " ".join(sys.argv[1:])}}
+    write_json(args.out / "icl_tuning.json", results)
+    write_json(args.json, results)
+    sys.stdout.write(format_comparison(found) + "\n")

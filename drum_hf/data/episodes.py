@@ -32,18 +32,20 @@ from ._episode_readers import (
 )
 from ._episode_settings import EpisodeSettings
 from ._episode_split import check_disjoint, split_concepts
-from ._episode_tables import ConceptRow, ConceptTable
-from ._episode_types import Conversation, Turn
+from ._episode_tables import ConceptRow, ConceptTable, Contents
+from ._episode_types import Conversation, Form, Turn
 
 __all__ = [
     "ConceptRow",
     "ConceptTable",
+    "Contents",
     "Conversation",
     "ConversationList",
     "Curriculum",
     "DEFAULT_CURRICULUM",
     "EpisodeSettings",
     "Episodes",
+    "Form",
     "Mix",
     "MixReport",
     "SEED_HELD_OUT",

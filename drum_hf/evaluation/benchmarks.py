@@ -46,10 +46,12 @@ __all__ = [
     "VL_ICL_TASKS",
     "concept_binding",
     "count_induction",
+    "join_benchmarks",
     "letter_match",
     "lettered_prompt",
     "made_up_words",
     "name_match",
+    "numbers_of_shots",
     "operator_induction",
     "read_smmile",
     "read_vl_icl",
@@ -137,6 +139,9 @@ class EpisodeBenchmark(Benchmark):
         question: what every turn asks.
         words: names that stand for the classes, drawn anew for every episode; None for the labels themselves.
         prompt: makes a turn's text from the question and the names in order, with "letters".
+        answer_format: how answers are worded, from {answer} (the name or letter) and {label} (what is seen).
+            "{label}: {answer}" has the LVLM say what it sees first, which a small one needs; then every class of the
+            episode with every answer is an option, so that nothing is given away (our choice).
         name: in results.
 
     Attributes:
@@ -171,6 +176,7 @@ class EpisodeBenchmark(Benchmark):
         question: str = "What is in the picture?",
         words: Sequence[str] | None = None,
         prompt: Callable[[str, Sequence[str]], str] = lettered_prompt,
+        answer_format: str = "{answer}",
         name: str = "episodes",
     ) -> None:
         wanted = numbers_of_shots(shots, queries)
@@ -184,6 +190,7 @@ class EpisodeBenchmark(Benchmark):
         self.table = _labelled(table)
         self.ways, self.order, self.question, self.prompt = ways, order, question, prompt
         self._letters = options == "letters"
+        self._format = _answer_format(answer_format)
         self._seed = seed
         self._words = None if words is None else list(dict.fromkeys(words))
         if self._words is not None and len(self._words) < ways:
@@ -196,7 +203,7 @@ class EpisodeBenchmark(Benchmark):
         super().__init__(
             name,
             [self._item(e, shown, turn) for shown in wanted for e in episodes for turn in range(orders)],
-            scorer=letter_match if self._letters else name_match,
+            scorer=letter_match if self._letters and answer_format == "{answer}" else name_match,
             max_new_tokens=8 if self._letters else 16,
             settings={
                 "ways": ways,
@@ -206,6 +213,7 @@ class EpisodeBenchmark(Benchmark):
                 "options": options,
                 "order": order,
                 "question": question,
+                "answer_format": answer_format,
                 "made_up_names": words is not None,
                 "table": self.table.fingerprint,
             },
@@ -268,15 +276,14 @@ class EpisodeBenchmark(Benchmark):
         if self.order == "shuffled":
             places = self._rng(episode.number, _DEMONSTRATIONS, shots).permutation(len(shown))
             shown = [shown[i] for i in places]
+        said = {label: self._format(label, answer) for label, answer in answers.items()}
         return BenchmarkItem(
             id=f"{episode.number}",
             shots=shots,
-            gold=answers[episode.classes[0]],
-            options=tuple(answers[label] for label in order),
-            shown=tuple(answers[label] for label, _ in shown),
-            build=functools.partial(
-                self._request, text, episode.query, [(row, answers[label]) for label, row in shown]
-            ),
+            gold=said[episode.classes[0]],
+            options=tuple(dict.fromkeys(self._format(seen, answers[label]) for seen in order for label in order)),
+            shown=tuple(said[label] for label, _ in shown),
+            build=functools.partial(self._request, text, episode.query, [(row, said[label]) for label, row in shown]),
         )
 
     def _request(self, text: str, query: int, shown: Sequence[tuple[int, str]]) -> ICLRequest:
@@ -295,6 +302,18 @@ class EpisodeBenchmark(Benchmark):
         return ICLRequest(asked, demonstrations)
 
 
+def _answer_format(text: str) -> Callable[[str, str], str]:
+    """(label, answer) -> the answer as it is worded.
+
+    Raises:
+        ValueError: the format has another field, or none for the answer.
+    """
+    fields = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
+    if "answer" not in fields or fields - {"answer", "label"}:
+        raise ValueError(f"expected answer_format with {{answer}}, and {{label}} where it is wanted, came {text!r}")
+    return lambda label, answer: text.format(label=label, answer=answer)
+
+
 def concept_binding(
     table: TripletTable | datasets.Dataset | Iterable[Mapping[str, Any]] | Iterable[tuple[Image, str]],
     *,
@@ -304,6 +323,7 @@ def concept_binding(
     seed: int = 0,
     words: Sequence[str] | None = None,
     question: str = "What is this?",
+    answer_format: str = "{answer}",
     name: str = "concept_binding",
 ) -> EpisodeBenchmark:
     """Fast concept binding (Tsimpoukelli et al., 2021; VL-ICL's open_mi): classes under made-up names.
@@ -311,7 +331,7 @@ def concept_binding(
     The names are drawn anew for every episode, so that only its demonstrations say what they mean.
 
     Args:
-        table, ways, shots, queries, seed, question, name: as in `EpisodeBenchmark`.
+        table, ways, shots, queries, seed, question, answer_format, name: as in `EpisodeBenchmark`.
         words: the names to draw from, such as words that the LVLM's tokenizer knows; None for `made_up_words(512)`.
 
     Raises:
@@ -326,5 +346,34 @@ def concept_binding(
         options="names",
         question=question,
         words=made_up_words(512) if words is None else words,
+        answer_format=answer_format,
         name=name,
+    )
+
+
+def join_benchmarks(name: str, benchmarks: Sequence[Benchmark]) -> Benchmark:
+    """Several benchmarks as one, whose accuracy is the mean over all of their episodes.
+
+    Args:
+        name: in results.
+        benchmarks: of different names, whose answers one rule judges.
+
+    Raises:
+        ValueError: there is none, two have one name, or their rules differ.
+    """
+    names = [part.name for part in benchmarks]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"expected benchmarks of different names, came {names}")
+    first = benchmarks[0]
+    if any(part.scorer is not first.scorer for part in benchmarks):
+        raise ValueError(f"expected benchmarks whose answers are judged alike, came {', '.join(names)}")
+    items = [dataclasses.replace(i, id=f"{part.name}/{i.id}") for part in benchmarks for i in part.items]
+    order = {shots: place for place, shots in enumerate(dict.fromkeys(item.shots for item in items))}
+    return Benchmark(
+        name,
+        sorted(items, key=lambda item: order[item.shots]),
+        scorer=first.scorer,
+        max_new_tokens=max(part.max_new_tokens for part in benchmarks),
+        settings={"parts": {part.name: part.settings for part in benchmarks}},
+        skipped=[row for part in benchmarks for row in part.skipped],
     )

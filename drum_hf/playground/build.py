@@ -1,4 +1,4 @@
-"""Train the playground's two models from seeds: ``python -m drum_hf.playground.build [--out DIR] [--work-dir DIR]``.
+"""Train the playground's models from seeds: ``python -m drum_hf.playground.build [--out DIR] [--work-dir DIR]``.
 
 Runs on a CPU. Every stage checkpoints into the work directory, so a stopped build goes on where it was.
 """
@@ -9,54 +9,64 @@ import argparse
 import copy
 import json
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from .curriculum import MAX_TURNS, ConversationMaker, build_lvlm, train_dialogue, train_induction, train_pairs
-from .pretraining import (
-    PATCH,
-    PIXELS,
-    Pool,
-    build_clip,
-    probe,
-    render_pool,
-    start_tower,
-    train_clip,
-    train_tower,
-    train_vision,
-)
+from ..data.episodes import Conversation
+from .conversations import DEMANDING, EVERYDAY, ORDINARY, Album, Chat
+from .curriculum import Encoder, build_lvlm, train_chat, train_induction, train_pairs
+from .pretraining import Pool, build_clip, probe, render_pool, train_clip, train_vision
+from .tower import patch_states, render_groups, render_pairs, start_tower, train_tower
+from .tuning import VARIANTS, tune
 
 logger = logging.getLogger(__name__)
 
-#: What ships. `--quick` (tests) runs every stage for a few steps.
+#: What ships: pictures, and steps of each stage. `--quick` (tests) runs every stage for a few steps.
 STEPS = {
     "scenes": 32_000,
     "digits": 8_000,
+    "pairs": 12_000,
+    "groups": 12_000,
     "vision": 3_000,
     "clip": 700,
-    "tower": 500,
-    "induction": 800,
-    "pairs": 800,
-    "dialogue": 2_400,
-    "long": 900,
+    "tower": 1_500,
+    "induction": 1_200,
+    "bare pairs": 800,
+    "chat": 1_600,
+    "more chat": 1_600,
+    "last chat": 1_300,
+    "tuning": 1_600,
 }
-QUICK = dict.fromkeys(STEPS, 3) | {"scenes": 1_500, "digits": 1_200}
+QUICK = dict.fromkeys(STEPS, 3) | {"scenes": 4_000, "digits": 1_500, "pairs": 400, "groups": 600}
 
 
-def _pool(work: Path, seed: int, steps: dict[str, int]) -> Pool:
+def _kept(work: Path, name: str, render: Callable[[], Pool]) -> Pool:
+    """A pool from the work directory, where it was rendered before."""
     from safetensors.torch import load_file, save_file
 
-    pixels, facts = work / "pool.safetensors", work / "pool.json"
+    pixels, facts = work / f"{name}.safetensors", work / f"{name}.json"
     if pixels.exists() and facts.exists():
         shown = json.loads(facts.read_text())
         return Pool(load_file(pixels)["pixels"], shown["values"], shown["frames"])
-    pool = render_pool(seed, steps["scenes"], steps["digits"])
+    pool = render()
     save_file({"pixels": pool.pixels}, pixels)
     facts.write_text(json.dumps({"values": pool.values, "frames": pool.frames}))
     return pool
+
+
+def render_all(work: Path, *, seed: int, steps: dict[str, int]) -> tuple[Pool, Pool, Pool]:
+    """Scenes and digits, pairs of digits, groups of objects."""
+    work.mkdir(parents=True, exist_ok=True)
+    return (
+        _kept(work, "pool", lambda: render_pool(seed, steps["scenes"], steps["digits"])),
+        _kept(work, "pairs", lambda: render_pairs(seed, steps["pairs"])),
+        _kept(work, "groups", lambda: render_groups(seed, steps["groups"])),
+    )
 
 
 @torch.no_grad()
@@ -80,38 +90,54 @@ def train_encoder(work: Path, *, seed: int, steps: dict[str, int], pool: Pool) -
     return clip, processor, tower, report
 
 
-def train_lvlm(
-    work: Path, source: Any, *, seed: int, steps: dict[str, int], pool: Pool
+def _chat(
+    album: Album, shares: dict[str, float], seed: int, most: int, turns: int, stream: int
+) -> Callable[[int, int], list[Conversation]]:
+    """Draws a step's conversations: 1 to `most` turns each, the same for all, about `turns` in all."""
+    chats = {n: Chat(album, turns=(n, n), shares=shares, seed=seed) for n in range(1, most + 1)}
+
+    def draw(seed: int, step: int) -> list[Conversation]:
+        n = int(np.random.default_rng([seed, stream, step]).integers(1, most + 1))
+        return [chats[n].draw(1000 * step + i, images=False) for i in range(max(6, turns // n))]
+
+    return draw
+
+
+def train_base(
+    work: Path, source: Any, album: Album, pools: Sequence[Pool], *, seed: int, steps: dict[str, int]
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """The LVLM: text warm-up, a tower after `source`, then conversations over the frozen tower's states."""
+    """The base LVLM: text warm-up, a tower after `source`, then ordinary chat over the frozen tower's states."""
     model, processor = build_lvlm(seed)
     tower = model.model.vision_model.requires_grad_(False)
-    maker = ConversationMaker(processor.tokenizer, pool)
-    report: dict[str, Any] = {}
-    report["induction"] = train_induction(model, seed=seed, steps=steps["induction"], checkpoint=work / "induction.pt")
-    report["pairs"] = train_pairs(model, maker, seed=seed, steps=steps["pairs"], checkpoint=work / "pairs.pt")
-
+    encoder = Encoder(processor.tokenizer, album)
+    report: dict[str, Any] = {
+        "induction": train_induction(model, seed=seed, steps=steps["induction"], checkpoint=work / "induction.pt"),
+        "bare pairs": train_pairs(
+            model, encoder, seed=seed, steps=steps["bare pairs"], checkpoint=work / "bare-pairs.pt"
+        ),
+    }
     start_tower(tower, source)
     tower.requires_grad_(True)
-    report["tower"] = train_tower(tower, source, pool, seed=seed, steps=steps["tower"], checkpoint=work / "tower.pt")
+    report["tower"] = train_tower(tower, pools, seed=seed, steps=steps["tower"], checkpoint=work / "tower.pt")
     tower.requires_grad_(False)
-    mask = torch.ones(500, PIXELS // PATCH, PIXELS // PATCH, dtype=torch.bool)
-    states = _in_chunks(lambda x: tower(pixel_values=x, patch_attention_mask=mask[: len(x)]).last_hidden_state, pool)
-    report["tower"]["probes"] = probe(states.flatten(1), pool)
-
-    for stage, turns, batch, rate in (("dialogue", (1, 6), 24, 1e-3), ("long", (2, MAX_TURNS), 10, 5e-4)):
-        report[stage] = train_dialogue(
+    seen = [patch_states(tower, pool) for pool in pools]
+    report["tower"]["probes"] = probe(seen[0].float().flatten(1), pools[0])
+    states = torch.cat(seen)
+    stages: dict[str, dict[str, Any]] = {
+        "chat": {"draw": _chat(album, EVERYDAY, seed, 6, 84, 5), "learning_rate": 1e-3},
+        "more chat": {"draw": _chat(album, DEMANDING, seed + 1, 10, 84, 6), "learning_rate": 8e-4, "early": 0.5},
+        "last chat": {"draw": _chat(album, ORDINARY, seed + 2, 10, 84, 7), "learning_rate": 8e-4, "rehearse": True},
+    }
+    for name, how in stages.items():
+        report[name] = train_chat(
             model,
-            maker,
-            states.half(),
-            name=f"LVLM {stage}",
+            encoder,
+            states=states,
             seed=seed,
-            steps=steps[stage],
-            checkpoint=work / f"{stage}.pt",
-            turns=turns,
-            batch=batch,
-            learning_rate=rate,
-            local=stage == "long",
+            steps=steps[name],
+            checkpoint=work / f"{name.replace(' ', '-')}.pt",
+            name=f"LVLM {name}",
+            **how,
         )
     return model, processor, report
 
@@ -129,15 +155,29 @@ def ship(model: Any, processor: Any, folder: Path) -> None:
 
 
 def build(out: Path, work: Path, *, seed: int = 7, steps: dict[str, int] | None = None) -> dict[str, Any]:
-    """Train both models and save them under `out` as `clip/` and `lvlm/`; returns the figures of every stage."""
+    """Train all models and save them under `out` as `clip/`, `lvlm-base/` and `lvlm/`; returns the stages' figures.
+
+    Both LVLMs have had the same number of steps: the base's last ones were ordinary chat, the other's ICL tuning.
+    """
     steps = steps or STEPS
-    work.mkdir(parents=True, exist_ok=True)
-    pool = _pool(work, seed, steps)
-    clip, clip_processor, tower, report = train_encoder(work, seed=seed, steps=steps, pool=pool)
-    lvlm, lvlm_processor, learned = train_lvlm(work, tower, seed=seed, steps=steps, pool=pool)
+    pools = render_all(work, seed=seed, steps=steps)
+    clip, clip_processor, tower, report = train_encoder(work, seed=seed, steps=steps, pool=pools[0])
+    album = Album(pools)
+    base, processor, learned = train_base(work, tower, album, pools, seed=seed, steps=steps)
     report |= learned
     ship(clip, clip_processor, out / "clip")
-    ship(lvlm, lvlm_processor, out / "lvlm")
+    ship(base, processor, work / "start")
+    for name, variant in (("lvlm-base", "base"), ("lvlm", "tuned")):
+        began = time.perf_counter()
+        tuner = tune(
+            work / "start", album, VARIANTS[variant], work / "ablation" / variant, steps=steps["tuning"], seed=seed
+        )
+        ship(tuner.lvlm().model, processor, out / name)
+        losses = [entry["loss"] for entry in tuner.state.log_history if "loss" in entry]
+        report[f"tuning, {VARIANTS[variant].about}"] = {
+            "loss": losses[-1] if losses else tuner.state.log_history[-1]["train_loss"],
+            "seconds": time.perf_counter() - began,
+        }
     report["training_seconds"] = round(sum(figures["seconds"] for figures in report.values()))
     facts = {"seed": seed, "steps": steps} | report
     (out / "build.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import string
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -14,8 +15,12 @@ from .scenes import ATTRIBUTES, DIGITS, FRAMES
 __all__ = [
     "CAPTION_PROMPTS",
     "CLASSIFY_PROMPTS",
+    "COUNT_PROMPTS",
+    "PAIR_PROMPTS",
     "QUESTIONS",
+    "RESULT_PROMPT",
     "caption_for_pretraining",
+    "chat_words",
     "private_words",
     "vocabulary",
 ]
@@ -31,6 +36,16 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 }
 CLASSIFY_PROMPTS = ("which digit is this?", "classify the handwritten digit.")
 CAPTION_PROMPTS = ("describe the picture.", "write a caption.")
+#: What can be asked of two digits, in plain words ...
+PAIR_PROMPTS: dict[str, tuple[str, ...]] = {
+    "digits": ("which digits are these?", "read both digits."),
+    "+": ("add the digits.", "what is the sum of the digits?"),
+    "-": ("subtract the digits.", "what is the difference of the digits?"),
+    "x": ("multiply the digits.", "what is the product of the digits?"),
+}
+#: ... and where only demonstrations tell what is done with them.
+RESULT_PROMPT = "what is the result?"
+COUNT_PROMPTS = ("how many {value} things are there?", "count the {value} things.")
 
 _UNFORTUNATE = frozenset({"nazi", "homo", "puta", "kike", "dago", "lolo", "zero", "nine", "sofa", "tomi"})
 
@@ -64,6 +79,24 @@ def caption_for_pretraining(values: Mapping[str, str], frame: str, rng: np.rando
     if rng.random() < 0.3:
         parts.insert(int(rng.integers(len(parts) + 1)), str(rng.choice(private_words())))
     return " ".join(parts)
+
+
+def _words_of(texts: Iterable[str]) -> set[str]:
+    return {
+        word for text in texts for word in re.split(rf"[\s{re.escape(string.punctuation)}]+", text.lower()) if word
+    }
+
+
+@functools.cache
+def chat_words() -> tuple[str, ...]:
+    """Whole words that only the LVLM's tokenizer knows: of arithmetic, of counting and of multiple choice."""
+    texts = [w for ws in PAIR_PROMPTS.values() for w in ws] + [
+        RESULT_PROMPT,
+        *COUNT_PROMPTS,
+        "Answer with the letter.",
+    ]
+    texts += [str(number) for number in range(82)] + ["Answer with the option's letter. How many things are there?"]
+    return tuple(sorted(_words_of(t.format(value="") if "{" in t else t for t in texts) - set(vocabulary())))
 
 
 @functools.cache

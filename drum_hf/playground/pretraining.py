@@ -1,8 +1,4 @@
-"""The playground's vision side: a pool of rendered pictures, a tiny CLIP, and a vision tower for the LVLM.
-
-The CLIP is contrastive on captions with random parts left out. The LVLM's tower (Idefics3's, which has no class token)
-starts from the CLIP's blocks and learns to give the same patch states, so that it too knows shapes from colours.
-"""
+"""The playground's encoder: rendered pictures, and a tiny CLIP on captions with parts left out."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +51,13 @@ def shrink(image: Image.Image) -> np.ndarray:
     return np.asarray(image.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
-def render_pool(seed: int, scenes: int, digits: int) -> Pool:
-    """Render the training pictures. Takes about 1.3 ms a picture on one core."""
-    rng = np.random.default_rng([seed, 1])
+def render_pool(seed: int | Sequence[int], scenes: int, digits: int, digits_from: np.ndarray | None = None) -> Pool:
+    """Render scenes and digits (of the training rows, unless others are given): 1.3 ms a picture on one core."""
+    rng = np.random.default_rng([*np.atleast_1d(seed), 1])
     pixels = np.empty((scenes + digits, 3, PIXELS, PIXELS), dtype=np.uint8)
     values: list[dict[str, str]] = []
     frames = [str(f) for f in rng.choice(sorted(FRAMES), scenes + digits)]
-    rows = np.arange(len(digit_images()[1]))[TRAINING_DIGITS]
+    rows = np.arange(len(digit_images()[1]))[TRAINING_DIGITS] if digits_from is None else digits_from
     for i in tqdm(range(scenes + digits), desc="rendering the training pictures", unit="picture", mininterval=2):
         if i < scenes:
             shown = {name: str(rng.choice(options)) for name, options in ATTRIBUTES.items()}
@@ -76,8 +72,10 @@ def render_pool(seed: int, scenes: int, digits: int) -> Pool:
     return Pool(torch.from_numpy(pixels), values, frames)
 
 
-def build_tokenizer(special_tokens: dict[str, str], extra: tuple[str, ...] = (), **kwargs: Any):
-    """A WordPiece tokenizer over `vocabulary()`; unknown words are spelt letter by letter, so nothing is lost."""
+def build_tokenizer(
+    special_tokens: dict[str, str], extra: tuple[str, ...] = (), words_too: tuple[str, ...] = (), **kwargs: Any
+):
+    """A WordPiece tokenizer over `vocabulary()` and more words; others are spelt by letters, so nothing is lost."""
     import string
 
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -85,7 +83,7 @@ def build_tokenizer(special_tokens: dict[str, str], extra: tuple[str, ...] = (),
 
     words = [*special_tokens.values(), *extra]
     letters = string.ascii_lowercase + string.digits
-    words += [w for w in vocabulary() if w not in words]
+    words += [w for w in (*vocabulary(), *words_too) if w not in words]
     words += [c for c in letters if c not in words] + [f"##{c}" for c in letters]
     backend = Tokenizer(models.WordPiece({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -200,7 +198,7 @@ def train_steps(
     return report | {"seconds": time.perf_counter() - began}
 
 
-def _shifted(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+def shifted(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """Move a batch by up to one pixel each way, the edge repeated: a cheap augmentation."""
     dy, dx = rng.integers(0, 3, 2)
     padded = nn.functional.pad(pixels, (1, 1, 1, 1), mode="replicate")
@@ -237,7 +235,7 @@ def train_vision(model, pool: Pool, *, seed: int, steps: int, checkpoint: Path, 
     def step_loss(step: int):
         rng = np.random.default_rng([seed, 8, step])
         rows = rng.choice(len(pool), batch, replace=False)
-        seen = model.vision_model(pixel_values=_shifted(pool.normalised(rows), rng)).pooler_output
+        seen = model.vision_model(pixel_values=shifted(pool.normalised(rows), rng)).pooler_output
         loss, figures = torch.zeros(()), {}
         for head, (name, _, numbers) in zip(heads, prompts, strict=True):
             goal = torch.from_numpy(numbers[rows])
@@ -269,7 +267,7 @@ def train_clip(model, processor, pool: Pool, *, seed: int, steps: int, checkpoin
         out = model(
             input_ids=text.input_ids,
             attention_mask=text.attention_mask,
-            pixel_values=_shifted(pool.normalised(rows), rng),
+            pixel_values=shifted(pool.normalised(rows), rng),
         )
         target = torch.arange(len(rows))
         logits = out.logits_per_image
@@ -292,36 +290,6 @@ def train_clip(model, processor, pool: Pool, *, seed: int, steps: int, checkpoin
         return loss, figures
 
     return train_steps("tiny CLIP", model, step_loss, steps, learning_rate=7e-4, checkpoint=checkpoint)
-
-
-def start_tower(tower: nn.Module, image_tower: nn.Module) -> None:
-    """Copy a CLIP tower's patch embedding, positions (class token's left out) and blocks into an Idefics3 tower."""
-    source = image_tower.state_dict()
-    target = tower.state_dict()
-    for name in target:
-        if name == "embeddings.patch_embedding.bias":
-            target[name].zero_()
-        elif name == "embeddings.position_embedding.weight":
-            target[name].copy_(source[name][1:])
-        else:
-            target[name].copy_(source[name])
-    tower.load_state_dict(target)
-
-
-def train_tower(tower: nn.Module, image_tower: Any, pool: Pool, *, seed: int, steps: int, checkpoint: Path):
-    """Teach an Idefics3 tower to give a CLIP tower's (post-normed) patch states."""
-    mask = torch.ones(128, PIXELS // PATCH, PIXELS // PATCH, dtype=torch.bool)
-
-    def step_loss(step: int):
-        rng = np.random.default_rng([seed, 3, step])
-        pixels = _shifted(pool.normalised(rng.choice(len(pool), len(mask), replace=False)), rng)
-        with torch.no_grad():
-            states = image_tower.post_layernorm(image_tower(pixel_values=pixels).last_hidden_state[:, 1:])
-        got = tower(pixel_values=pixels, patch_attention_mask=mask).last_hidden_state
-        loss = nn.functional.mse_loss(got, states)
-        return loss, {"mse": loss.item(), "variance": states.var().item()}
-
-    return train_steps("LVLM vision tower", tower, step_loss, steps, learning_rate=1e-3, checkpoint=checkpoint)
 
 
 @torch.no_grad()

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-__all__ = ["ATTRIBUTES", "DIGITS", "FRAMES", "SIZE", "digit_images", "render_digit", "render_scene"]
+__all__ = ["ATTRIBUTES", "DIGITS", "FRAMES", "SIZE", "digit_images", "render_digit", "render_group", "render_scene"]
 
 #: Side of a rendered picture in pixels. The playground models' processors resize it to 32.
 SIZE = 96
@@ -74,6 +74,8 @@ _CENTRES = {
     "lower": (0.5, 0.70),
 }
 _FRAME_WIDTH = 0.0625
+#: Where the objects of a group stand.
+CELLS = ((0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73))
 
 
 def _jitter(colour: tuple[int, int, int], rng: np.random.Generator, spread: float = 12.0) -> tuple[int, int, int]:
@@ -174,6 +176,32 @@ def render_scene(values: Mapping[str, str], frame: str, rng: np.random.Generator
     for i in range(count):
         cx = (0.5 + (i - (count - 1) / 2) * 0.19 + rng.uniform(-0.01, 0.01)) * side
         draw.ellipse((cx - dot, top - dot, cx + dot, top + dot), fill=(12, 12, 12), outline=(245, 245, 245), width=2)
+    return _finish(canvas, rng)
+
+
+def render_group(
+    objects: Sequence[Mapping[str, str] | None], background: str, rng: np.random.Generator
+) -> Image.Image:
+    """Draw up to four objects on a background, without a frame.
+
+    Args:
+        objects: for each of `CELLS`, None where it is empty, or an object's shape and colour.
+        background: a value of that attribute.
+        rng: small variations come from it.
+
+    Returns:
+        RGB picture of `SIZE` x `SIZE` pixels.
+    """
+    side = SIZE * _SUPERSAMPLING
+    under = _jitter(_BACKGROUNDS[background], rng)
+    canvas = Image.new("RGB", (side, side), under)
+    draw = ImageDraw.Draw(canvas)
+    for (x, y), thing in zip(CELLS, objects, strict=True):
+        if thing is not None:
+            centre = ((x + rng.uniform(-0.03, 0.03)) * side, (y + rng.uniform(-0.03, 0.03)) * side)
+            radius = 0.165 * rng.uniform(0.92, 1.08) * side
+            colour = _jitter(_COLOURS[thing["colour"]], rng)
+            _draw_shape(draw, thing["shape"], centre, radius, colour, under, rng.uniform(-0.2, 0.2))
     return _finish(canvas, rng)
 
 

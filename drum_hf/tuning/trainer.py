@@ -165,6 +165,8 @@ class ICLTuner(Trainer):
         elif eval_dataset is not None:
             evaluated = as_conversations(eval_dataset)
         self._checked: dict[int, TuningData] = {}
+        # The platform turns it off for training, in the configuration that would be saved.
+        self._use_cache: bool = getattr(model.config, "use_cache", True)
         collate: Any = ConversationCollator(self.format)
         super().__init__(
             model=model,
@@ -286,7 +288,13 @@ class ICLTuner(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        config: Any = self.accelerator.unwrap_model(self.model).config
+        trained = config.use_cache
+        config.use_cache = self._use_cache
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            config.use_cache = trained
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
@@ -328,6 +336,7 @@ class ICLTuner(Trainer):
     def _merged(self) -> Any:
         model: Any = copy.deepcopy(self.accelerator.unwrap_model(self.model))
         model = model if self.args.full else model.merge_and_unload()
+        model.config.use_cache = self._use_cache
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         return model
