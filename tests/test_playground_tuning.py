@@ -210,6 +210,10 @@ def test_every_way_of_tuning_trains(album, tmp_path, variant):
     torch.manual_seed(0)
     tuner = tune("playground/lvlm-base", album, VARIANTS[variant], tmp_path, steps=2)
     assert tuner.state.global_step == 2 and np.isfinite(tuner.state.log_history[-1]["train_loss"])
+    if VARIANTS[variant].full:  # the platform trains without a cache, which is no reason to save a model that has none
+        tuner.save_pretrained(tmp_path / "saved")
+        assert json.loads((tmp_path / "saved" / "config.json").read_text()).get("use_cache", True)
+        assert tuner.lvlm().model.config.use_cache
 
 
 def test_the_ablation_keeps_what_it_has(tmp_path, caplog):
@@ -224,3 +228,19 @@ def test_the_ablation_keeps_what_it_has(tmp_path, caplog):
     assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
     with pytest.raises(SystemExit):
         main(["--variants", "nothing"])
+
+
+def test_the_demo_sets_the_base_beside_the_tuned(tmp_path, monkeypatch, capsys):
+    import drum_hf.playground.benchmarks as benchmarks
+    from drum_hf.cli import main
+
+    whole = benchmarks.compare_lvlms
+    small = {"queries": 5, "questions": 30}
+    monkeypatch.setattr(benchmarks, "compare_lvlms", lambda lvlms, **how: whole(lvlms, **how | small))
+    main(["demo", "--icl-tuning", "--out", str(tmp_path / "out"), "--json", str(tmp_path / "a.json")])
+    found = json.loads((tmp_path / "a.json").read_text())["icl_tuning"]
+    named = ("base_few_shot", "tuned_few_shot", "base_zero_shot", "tuned_zero_shot", "trivial_baseline")
+    assert all(0 <= found[name] <= 1 for name in named)
+    assert set(found["by_benchmark"]["names"]["8"]) >= {"base", "tuned", "trivial"}
+    assert "ordinary questions" in capsys.readouterr().out
+    assert main(["demo", "--icl-tuning", "--data", str(tmp_path)]) == 2

@@ -106,7 +106,8 @@ def _compare_tuning(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     names = {"base": "playground/lvlm-base", "tuned": "playground/lvlm"}
     lvlms = {key: TransformersLVLM.from_pretrained(name) for key, name in names.items()}
-    found = compare_lvlms(lvlms, seed=args.world_seed, store=ScoreStore(args.out / "scores.sqlite"))
+    store = ScoreStore(args.out / "scores.sqlite")
+    found = compare_lvlms(lvlms, seed=args.world_seed, questions=2_000, store=store)
     results = {"icl_tuning": found | {"lvlms": names, "command": "drum-hf " + " ".join(sys.argv[1:])}}
     write_json(args.out / "icl_tuning.json", results)
     write_json(args.json, results)
