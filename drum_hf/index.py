@@ -70,7 +70,7 @@ class DemoIndex:
         pq_bytes: length of the codes of `ivfpq`, lowered until it divides the dimension (our choice).
         nprobe: lists that `ivfpq` looks through (our choice); it makes 4 sqrt(n) of them, the low end of FAISS's
             advice, and at most one for each 39 rows.
-        refine: rows that `ivfpq` compares by their stored vectors for each query, at least (our choice).
+        refine: rows that `ivfpq` compares by their stored vectors for each query, at least (our choice); up to 2,048.
 
     `ef_search`, `nprobe` and `refine` may be set at any time.
 
@@ -335,7 +335,9 @@ class DemoIndex:
         left: list[int] = []
         breadth, least = {"hnsw": (self.ef_search, 0), "ivfpq": (self.nprobe, self.refine)}.get(self.kind, (0, 0))
         least = 0 if structure.exact else least
-        fetch = np.minimum(np.maximum(wanted + _SLACK, least) + excluded.counts, total)
+        # More than FAISS may be asked for are compared one and all: for what is wanted, not for what is refined.
+        refined = np.minimum(least + excluded.counts, _MAX_FETCH)
+        fetch = np.minimum(np.maximum(wanted + _SLACK + excluded.counts, refined), total)
         # Queries that lose as many rows, to a power of two, go together: one large group must not slow all others.
         sizes = np.ceil(np.log2(fetch)).astype(int)
         for size in np.unique(sizes[wanted > 0]):

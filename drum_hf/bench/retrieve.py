@@ -25,7 +25,7 @@ SWEEPS: dict[str, tuple[dict[str, int], ...]] = {
     "hnsw": tuple({"ef_search": n} for n in (16, 32, 64, 128, 256, 512, 1024)),
     "ivfpq": (
         *({"nprobe": n} for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)),
-        *({"nprobe": n, "refine": r} for n, r in ((32, 512), (64, 512), (128, 1024), (256, 2048), (256, 4096))),
+        *({"nprobe": n, "refine": r} for n, r in ((32, 512), (64, 512), (128, 1024), (256, 2048))),
     ),
 }
 #: Rows asked for.
