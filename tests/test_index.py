@@ -242,6 +242,20 @@ def test_approximate_kinds_find_nearly_all_and_exactly_all_at_full_breadth(kind,
     np.testing.assert_array_equal(np.stack(widest[1]), np.stack(exact[1]))
 
 
+def test_refining_more_than_faiss_may_be_asked_for_does_not_compare_every_row(monkeypatch, learns_early):
+    index = filled(900, kind="ivfpq", refine=800, nprobe=1000)
+    monkeypatch.setattr(drum_hf.index, "_MAX_FETCH", 128)
+    compared = []
+    by_product = DemoIndex._by_product
+    monkeypatch.setattr(
+        DemoIndex, "_by_product", lambda self, *given: (compared.extend(given[3]), by_product(self, *given))[1]
+    )
+    found = index.search(index.vectors()[:20], 10)[0]
+    assert compared == [] and all(len(row) == 10 for row in found)
+    index.search(index.vectors()[:3], 200)
+    assert compared == [0, 1, 2]  # what is wanted is compared, however much it is
+
+
 def test_ivfpq_learns_when_there_are_enough_rows_and_again_when_they_have_quadrupled(monkeypatch):
     monkeypatch.setattr(drum_hf._index_faiss, "_LEAST", 300)
     index, learned = DemoIndex(16, kind="ivfpq", pq_bytes=7), []
