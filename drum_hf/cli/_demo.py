@@ -36,7 +36,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--icl-tuning",
         action="store_true",
-        help="instead: the playground's LVLM before and after ICL tuning, side by side on in-context benchmarks",
+        help="instead: the playground's LVLM without and with ICL tuning, side by side on in-context benchmarks",
     )
     data_options(parser, required=False)
     parser._option_string_actions["--task"].choices = (*TASKS, "all")
@@ -95,17 +95,17 @@ def run(args: argparse.Namespace) -> None:
 
 def _compare_tuning(args: argparse.Namespace) -> None:
     """Base and tuned LVLM on the playground's in-context benchmarks."""
-    from ..lvlm.local import TransformersLVLM
     from ..lvlm.store import ScoreStore
     from ..playground.benchmarks import compare_lvlms, format_comparison
 
-    if args.data:
+    if args.data or args.endpoint or args.lvlm != "playground/lvlm":
         raise ValueError(
-            "expected --icl-tuning without --data: it compares the playground's own LVLMs; drum-hf tune tunes yours"
+            "expected --icl-tuning without --data, --lvlm and --endpoint: it compares the playground's own LVLMs; "
+            "drum-hf tune tunes yours"
         )
     args.out.mkdir(parents=True, exist_ok=True)
     names = {"base": "playground/lvlm-base", "tuned": "playground/lvlm"}
-    lvlms = {key: TransformersLVLM.from_pretrained(name) for key, name in names.items()}
+    lvlms = {key: load_lvlm(args, name) for key, name in names.items()}
     store = ScoreStore(args.out / "scores.sqlite")
     found = compare_lvlms(lvlms, seed=args.world_seed, questions=2_000, store=store)
     results = {"icl_tuning": found | {"lvlms": names, "command": "drum-hf " + " ".join(sys.argv[1:])}}

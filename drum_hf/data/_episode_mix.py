@@ -41,7 +41,7 @@ class Source:
         name: unique in the mix; noted in its conversations.
         conversations: `Episodes`, drawn as the curriculum says; or a sequence, drawn as it is.
         weight: how much of it, beside the other sources.
-        kind: "episode" or "replay"; where left out, what its conversations say.
+        kind: "episode" or "replay"; where left out, what its conversations say, or what makes them does by `kind`.
 
     Raises:
         ValueError: the weight is not a number above 0, or the kind is unknown.
@@ -57,7 +57,7 @@ class Source:
         if not 0 < self.weight < math.inf:
             raise ValueError(f"expected a weight above 0 of source {self.name!r}, came {self.weight!r}; leave it out")
         if isinstance(self.conversations, Drawable):
-            kind = self.kind or "episode"
+            kind = self.kind or getattr(self.conversations, "kind", "episode")
         elif not isinstance(self.conversations, Sequence):
             came = type(self.conversations).__name__
             raise TypeError(f"expected Episodes or a sequence of conversations as source {self.name!r}, came {came}")

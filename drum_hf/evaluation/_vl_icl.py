@@ -49,6 +49,7 @@ def _cut(prediction: str) -> str:
     return text
 
 
+@functools.cache
 def vl_icl_match(task: str) -> Scorer:
     """VL-ICL's rule for all tasks but matching_mi: equality, ignoring case, after the answer is cut.
 

@@ -30,7 +30,7 @@ from ._benchmark import (
 )
 from ._smmile import read_smmile
 from ._synthetic import count_induction, made_up_words, operator_induction
-from ._vl_icl import VL_ICL_TASKS, read_vl_icl, vl_icl_match, yes_no_match
+from ._vl_icl import VL_ICL_TASKS, read_vl_icl, side_by_side, vl_icl_match, yes_no_match
 
 if TYPE_CHECKING:
     import datasets
@@ -55,6 +55,7 @@ __all__ = [
     "operator_induction",
     "read_smmile",
     "read_vl_icl",
+    "side_by_side",
     "vl_icl_match",
     "yes_no_match",
 ]
@@ -204,7 +205,7 @@ class EpisodeBenchmark(Benchmark):
             name,
             [self._item(e, shown, turn) for shown in wanted for e in episodes for turn in range(orders)],
             scorer=letter_match if self._letters and answer_format == "{answer}" else name_match,
-            max_new_tokens=8 if self._letters else 16,
+            max_new_tokens=(8 if self._letters else 16) if answer_format == "{answer}" else 32,
             settings={
                 "ways": ways,
                 "shots": list(wanted),

@@ -16,7 +16,7 @@ from ..lvlm.store import ScoreStore
 from .benchmarks import compare_lvlms
 from .build import QUICK, STEPS, render_all
 from .conversations import Album
-from .tuning import VARIANTS, tune
+from .tuning import VARIANTS, tune, tuning_folder
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +25,12 @@ def evaluate_variant(
     name: str, start: Path, album: Album, work: Path, *, steps: int, seed: int, world: int, queries: int
 ) -> dict[str, Any]:
     """Tune one variant and ask the benchmarks; from the work directory where that was done before."""
-    kept = work / f"{name}-{steps}-{world}-{queries}.json"
+    folder = work / tuning_folder(name, start, steps=steps, seed=seed)
+    kept = folder.with_name(f"{folder.name}-world-{world}-{queries}.json")
     if kept.exists():
         return json.loads(kept.read_text())
-    tuner = tune(start, album, VARIANTS[name], work / name, steps=steps, seed=seed)
-    store = ScoreStore(work / f"{name}.sqlite")
+    tuner = tune(start, album, VARIANTS[name], folder, steps=steps, seed=seed)
+    store = ScoreStore(folder / "scores.sqlite")
     found = compare_lvlms({name: tuner.lvlm()}, seed=world, queries=queries, store=store)
     kept.write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         "--work-dir", type=Path, default=Path("playground-build"), help="of the build, which has been run before"
     )
     parser.add_argument("--start", type=Path, help="folder of the LVLM to tune (default: the build's)")
-    parser.add_argument("--steps", type=int, default=STEPS["tuning"], help="of every variant (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1_600, help="of every variant (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=7, help="of tuning (default: %(default)s)")
     parser.add_argument("--world-seed", type=int, default=201, help="of the benchmarks (default: %(default)s)")
     parser.add_argument("--queries", type=int, default=120, help="episodes a benchmark (default: %(default)s)")
@@ -69,12 +70,16 @@ def main(argv: list[str] | None = None) -> None:
     unknown = [name for name in names if name not in VARIANTS]
     if unknown:
         parser.error(f"expected variants among {', '.join(VARIANTS)}, came {', '.join(unknown)}")
+    start = args.start or args.work_dir / "start"
+    if not start.is_dir():
+        parser.error(
+            f"expected an LVLM in {start}; run python -m drum_hf.playground.build first, or pass --start FOLDER"
+        )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     album = Album(render_all(args.work_dir, seed=7, steps=QUICK if args.quick else STEPS))
     work = args.work_dir / "ablation"
     work.mkdir(parents=True, exist_ok=True)
     how = {"steps": args.steps, "seed": args.seed, "world": args.world_seed, "queries": args.queries}
-    start = args.start or args.work_dir / "start"
     results = {name: evaluate_variant(name, start, album, work, **how) for name in names}
     if args.json is not None:
         args.json.write_text(json.dumps(results, indent=1) + "\n")

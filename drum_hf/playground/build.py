@@ -22,7 +22,7 @@ from .conversations import DEMANDING, EVERYDAY, ORDINARY, Album, Chat
 from .curriculum import Encoder, build_lvlm, train_chat, train_induction, train_pairs
 from .pretraining import Pool, build_clip, probe, render_pool, train_clip, train_vision
 from .tower import patch_states, render_groups, render_pairs, start_tower, train_tower
-from .tuning import VARIANTS, tune
+from .tuning import VARIANTS, tune, tuning_folder
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +63,13 @@ def render_all(work: Path, *, seed: int, steps: dict[str, int]) -> tuple[Pool, P
     """Scenes and digits, pairs of digits, groups of objects."""
     work.mkdir(parents=True, exist_ok=True)
     return (
-        _kept(work, "pool", lambda: render_pool(seed, steps["scenes"], steps["digits"])),
-        _kept(work, "pairs", lambda: render_pairs(seed, steps["pairs"])),
-        _kept(work, "groups", lambda: render_groups(seed, steps["groups"])),
+        _kept(
+            work,
+            f"pool-{seed}-{steps['scenes']}-{steps['digits']}",
+            lambda: render_pool(seed, steps["scenes"], steps["digits"]),
+        ),
+        _kept(work, f"pairs-{seed}-{steps['pairs']}", lambda: render_pairs(seed, steps["pairs"])),
+        _kept(work, f"groups-{seed}-{steps['groups']}", lambda: render_groups(seed, steps["groups"])),
     )
 
 
@@ -157,7 +161,8 @@ def ship(model: Any, processor: Any, folder: Path) -> None:
 def build(out: Path, work: Path, *, seed: int = 7, steps: dict[str, int] | None = None) -> dict[str, Any]:
     """Train all models and save them under `out` as `clip/`, `lvlm-base/` and `lvlm/`; returns the stages' figures.
 
-    Both LVLMs have had the same number of steps: the base's last ones were ordinary chat, the other's ICL tuning.
+    Both LVLMs have had the same number of steps: the base's last ones were ordinary chat, the other's ICL tuning. The
+    seconds of tuning are those of the last run, where it was taken up again.
     """
     steps = steps or STEPS
     pools = render_all(work, seed=seed, steps=steps)
@@ -169,9 +174,8 @@ def build(out: Path, work: Path, *, seed: int = 7, steps: dict[str, int] | None 
     ship(base, processor, work / "start")
     for name, variant in (("lvlm-base", "base"), ("lvlm", "tuned")):
         began = time.perf_counter()
-        tuner = tune(
-            work / "start", album, VARIANTS[variant], work / "ablation" / variant, steps=steps["tuning"], seed=seed
-        )
+        folder = work / "ablation" / tuning_folder(variant, work / "start", steps=steps["tuning"], seed=seed)
+        tuner = tune(work / "start", album, VARIANTS[variant], folder, steps=steps["tuning"], seed=seed)
         ship(tuner.lvlm().model, processor, out / name)
         losses = [entry["loss"] for entry in tuner.state.log_history if "loss" in entry]
         report[f"tuning, {VARIANTS[variant].about}"] = {

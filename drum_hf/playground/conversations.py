@@ -12,7 +12,8 @@ Episodes teach a private rule in context, drawn anew for every conversation:
 - `operators`: a number stands for what one of +, - and x makes of two digits;
 - `counts`: a number stands for how many things have a value, or for all things.
 
-No episode shows a value of `HELD_OUT`, and no world of `worlds.py` is used.
+No episode shows a value of `HELD_OUT` (but for those of `operators`, which show every digit), and no world of
+`worlds.py` is used.
 """
 
 from __future__ import annotations
@@ -261,8 +262,9 @@ class Chat:
 class PlaygroundEpisodes:
     """Episodes of one kind, drawn as settings say; see the module.
 
-    `copied` says how often the last answer was shown before (by default as chance has it), `distractors` how many
-    turns ask for another attribute, `difficulty` how many sites, ways and functions there are at most.
+    Of the settings, `shots` holds for all. In sites, digits, names and letters, `copied` is how often the last turn is
+    made to bring back an earlier one (others may by chance); in sites, `distractors` is how often a turn that brings
+    nothing back draws its attribute anew; `difficulty` bounds sites, ways and what counts count.
 
     Args:
         album: the pictures.
@@ -343,8 +345,12 @@ class PlaygroundEpisodes:
             return _contents(self.album, self.differ, (("operator", symbol) for symbol in OPERATORS))
         if self.rule == "counts":
             return _contents(self.album, self.groups, (("count", rule) for rule in COUNTED))
-        values = {(name, value) for name, own in self.values_of.items() for value in own}
-        return _contents(self.album, {row for rows in self.cells.values() for row in rows}, values)
+        digits, scenes = ("digit",), tuple(ATTRIBUTES)
+        names = {"digits": digits, "sites": scenes, "captions": scenes}.get(self.rule, (*scenes, *digits))
+        rows = {row for (name, _, _), own in self.cells.items() if name in names for row in own}
+        if self.rule == "captions":
+            return _contents(self.album, rows, (("site", site) for site in self.album.sites))
+        return _contents(self.album, rows, ((name, value) for name in names for value in self.values_of[name]))
 
     def _sites(self, draw: _Draw, turns: int, settings: EpisodeSettings, names: tuple[str, ...]) -> None:
         """Answers "value word". Half of the conversations bring back mostly what was said last, as any talk does."""

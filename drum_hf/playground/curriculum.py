@@ -116,7 +116,8 @@ class Encoder:
         self.slot = [fake, tag, *[self.image_token] * IMAGE_TOKENS, fake]
         self.pad = tokenizer.pad_token_id
         self.words = np.array([self.ids(word)[0] for word in private_words()])
-        self.values = np.array([self.ids(value)[0] for value in {v for own in album.values_of.values() for v in own}])
+        values = sorted({v for own in album.values_of.values() for v in own})
+        self.values = np.array([self.ids(value)[0] for value in values])
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -201,7 +202,7 @@ def _far_pairs(rng: np.random.Generator, encoder: Encoder, gap: int) -> tuple[np
     """6 sequences of 12 such pairs with up to `gap` random tokens before each; labels on words that were shown."""
     bare, told = (rows[:6].reshape(6, -1, 2)[:, :12] for rows in _pairs(rng, encoder))
     length = 12 * (gap + 2)
-    ids = rng.integers(0, len(encoder.words), (6, length)) + encoder.words.min()
+    ids = rng.choice(encoder.words, (6, length))
     labels = np.full_like(ids, -100)
     for row in range(6):
         at = 0

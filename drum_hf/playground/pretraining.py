@@ -47,7 +47,10 @@ class Pool:
 
 
 def shrink(image: Image.Image) -> np.ndarray:
-    """What the playground's image processors do before normalising: bicubic to 32 x 32; (3, 32, 32) uint8."""
+    """What the playground's image processors do to square pictures before normalising: bicubic; (3, 32, 32) uint8.
+
+    A wide picture the LVLM's processor first shrinks to 32 across, which blurs it a little more.
+    """
     return np.asarray(image.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..evaluation._vl_icl import side_by_side
+from ..evaluation.benchmarks import side_by_side
 from .pretraining import PATCH, PIXELS, TRAINING_DIGITS, WIDTH, Pool, shifted, shrink, train_steps
 from .scenes import ATTRIBUTES, CELLS, DIGITS, FRAMES, digit_images, render_digit, render_group
 

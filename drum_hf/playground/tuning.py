@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from ..data.episodes import Curriculum, Mix, Source, Stage
 from ..tuning import ICLTuner, ICLTuningArguments
 from .conversations import Album, Chat, PlaygroundEpisodes
 
-__all__ = ["CURRICULUM", "RULES", "VARIANTS", "Variant", "make_mix", "tune"]
+__all__ = ["CURRICULUM", "RULES", "VARIANTS", "Variant", "make_mix", "tune", "tuning_folder"]
 
 #: Rule -> how much of it.
 RULES = {
@@ -81,6 +82,12 @@ def make_mix(album: Album, variant: Variant, *, seed: int = 7) -> Mix:
     if not variant.replay:
         stages = tuple(dataclasses.replace(stage, replay=None) for stage in stages)
     return Mix(sources, Curriculum(stages), seed=seed)
+
+
+def tuning_folder(variant: str, start: Path, *, steps: int, seed: int) -> str:
+    """Name of the folder of one tuning, so that no other is taken for it."""
+    weights = hashlib.sha256((start / "model.safetensors").read_bytes()).hexdigest()
+    return f"{variant}-{steps}-steps-seed-{seed}-of-{weights[:8]}"
 
 
 def tune(base: str | Path, album: Album, variant: Variant, out: Path, *, steps: int, seed: int = 7) -> ICLTuner:
