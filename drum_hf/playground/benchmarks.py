@@ -60,34 +60,18 @@ def make_benchmarks(seed: int, *, queries: int = 120, shots: int | Sequence[int]
     each = -(-queries // len(HELD_OUT))
     for name, values in HELD_OUT.items():
         table = [(_picture(name, value, rng), value) for value in values for _ in range(max(shots) + each)]
-        question = asked[name][0]
-        names.append(
-            concept_binding(
-                table,
-                ways=2,
-                shots=shots,
-                queries=each,
-                seed=seed,
-                words=words,
-                question=question,
-                answer_format=SEEN_FIRST,
-                name=name,
-            )
-        )
-        letters.append(
-            EpisodeBenchmark(
-                table,
-                ways=2,
-                shots=shots,
-                queries=each,
-                seed=seed,
-                words=words,
-                question=question,
-                prompt=lettered,
-                answer_format=SEEN_FIRST,
-                name=name,
-            )
-        )
+        how: dict[str, Any] = {
+            "ways": 2,
+            "shots": shots,
+            "queries": each,
+            "seed": seed,
+            "words": words,
+            "question": asked[name][0],
+            "answer_format": SEEN_FIRST,
+            "name": name,
+        }
+        names.append(concept_binding(table, **how))
+        letters.append(EpisodeBenchmark(table, prompt=lettered, **how))
     digits = [
         (random_digit(int(row), rng), DIGITS[digit_images()[1][row]])
         for row in rng.choice(NEW_DIGITS, 300, replace=False)
