@@ -29,6 +29,7 @@ from ._pipeline_inputs import as_inputs, pairs, read_query
 from ._pipeline_models import DEFAULT_LVLM, UnnamedLVLM, find_processor, find_retriever, no_teacher, teacher_of
 from .errors import RowError
 from .lvlm.local import TransformersLVLM
+from .selection import Selector, TokenBudget, get_selector
 from .types import Demonstration, ICLRequest, Query
 
 if TYPE_CHECKING:
@@ -62,6 +63,10 @@ class ICLPipeline(Pipeline):
         num_shots: demonstrations a query; 0 for none. 4 unless told.
         order: whether the most useful demonstration stands last, nearest the query ("best_last", UDR's order and the
             default), or first ("best_first").
+        selector: chooses the demonstrations from the best-ranked candidates together: a name for
+            [`get_selector`][drum_hf.selection.get_selector], such as "mmr", or a selector. "budget" is as many, of
+            `num_shots`, as fit this LVLM's context beside an answer of `max_new_tokens`. None, the default: the
+            best-ranked themselves.
         draft: whether the LVLM first answers without demonstrations and the retriever reads that answer with the query
             (DRUM's draft response). "auto", the default: if the retriever gives responses any weight. An input that
             brings its own `draft` needs no such pass.
@@ -184,6 +189,7 @@ class ICLPipeline(Pipeline):
         self,
         num_shots: int | None = None,
         order: Order | None = None,
+        selector: str | Selector | None = None,
         draft: bool | Literal["auto"] | None = None,
         max_new_tokens: int | None = None,
         prompt: str | None = None,
@@ -199,13 +205,21 @@ class ICLPipeline(Pipeline):
             )
         if order not in (None, "best_last", "best_first"):
             raise ValueError(f'expected order "best_last" or "best_first", came {order!r}')
+        if selector is not None and selector != "budget":
+            selector = get_selector(selector)
         if draft not in (None, "auto", True, False):
             raise ValueError(f'expected draft "auto", True or False, came {draft!r}')
         if max_new_tokens is not None and max_new_tokens < 1:
             raise ValueError(f"expected max_new_tokens of at least 1, came {max_new_tokens}")
         if prompt is not None and not isinstance(prompt, str):
             raise TypeError(f"expected a prompt as text, came {type(prompt).__name__}")
-        forward = {"num_shots": num_shots, "order": order, "draft": draft, "max_new_tokens": max_new_tokens}
+        forward = {
+            "num_shots": num_shots,
+            "order": order,
+            "selector": selector,
+            "draft": draft,
+            "max_new_tokens": max_new_tokens,
+        }
         return (
             _given({"prompt": prompt, "timeout": timeout}),
             _given(forward),
@@ -246,6 +260,7 @@ class ICLPipeline(Pipeline):
         *,
         num_shots: int = 4,
         order: Order = "best_last",
+        selector: str | Selector | None = None,
         draft: bool | Literal["auto"] = "auto",
         max_new_tokens: int | None = None,
         **task_parameters: Any,
@@ -257,7 +272,11 @@ class ICLPipeline(Pipeline):
         if self.retriever is not None and num_shots:
             asked = self._with_drafts(queries, draft, max_new_tokens)
             step = -1 if order == "best_last" else 1
-            for i, found in enumerate(self.retriever(asked, k=num_shots)):
+            if selector == "budget":
+                selector = TokenBudget(self.lvlm, reserve=max_new_tokens, order=order)
+            # any callable may stand in for a retriever: it is told of a selector only where there is one
+            chosen: dict[str, Any] = {} if selector is None else {"selector": selector}
+            for i, found in enumerate(self.retriever(asked, k=num_shots, **chosen)):
                 shots[i] = found.demonstrations[::step]
                 shown[i] = found.to_dict()["demonstrations"][::step]
         requests = [ICLRequest(query, seen) for query, seen in zip(queries, shots, strict=True)]

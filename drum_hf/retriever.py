@@ -18,6 +18,7 @@ from ._queries import Queries, SizedItems, as_item, as_query, in_chunks, name_qu
 from .data import TripletTable, load_table
 from .errors import ColumnError, DimensionMismatchError, SavedFileError
 from .index import DemoIndex
+from .selection import Candidates, Selector, TopN, choose, get_selector
 from .types import LVLM, Demonstration, ICLRequest, Query, Retrieval
 
 if TYPE_CHECKING:
@@ -264,7 +265,12 @@ class DemoRetriever:
 
     @overload
     def __call__(
-        self, queries: Query | Demonstration | Mapping[str, Any], k: int | None = ..., *, exclude_self: bool = ...
+        self,
+        queries: Query | Demonstration | Mapping[str, Any],
+        k: int | None = ...,
+        *,
+        exclude_self: bool = ...,
+        selector: str | Selector | None = ...,
     ) -> Retrieval: ...
 
     @overload
@@ -274,15 +280,26 @@ class DemoRetriever:
         k: int | None = ...,
         *,
         exclude_self: bool = ...,
+        selector: str | Selector | None = ...,
     ) -> list[Retrieval]: ...
 
     @overload
     def __call__(
-        self, queries: Queries | datasets.Dataset, k: int | None = ..., *, exclude_self: bool = ...
+        self,
+        queries: Queries | datasets.Dataset,
+        k: int | None = ...,
+        *,
+        exclude_self: bool = ...,
+        selector: str | Selector | None = ...,
     ) -> Iterator[Retrieval]: ...
 
     def __call__(
-        self, queries: Any, k: int | None = None, *, exclude_self: bool = True
+        self,
+        queries: Any,
+        k: int | None = None,
+        *,
+        exclude_self: bool = True,
+        selector: str | Selector | None = None,
     ) -> Retrieval | list[Retrieval] | Iterator[Retrieval]:
         """The k demonstrations that each query needs most, most useful first.
 
@@ -295,53 +312,68 @@ class DemoRetriever:
                 a batch at a time while the results are drawn.
             k: how many; None: `top_k`. A query gets fewer where its exclusions leave fewer.
             exclude_self: leave out the query's own id and group.
+            selector: chooses the k from the best-ranked candidates together: a name for
+                [`get_selector`][drum_hf.selection.get_selector], such as "mmr", or a selector; most useful first is
+                then its order. It may choose fewer. None: the best-ranked themselves.
 
         Returns:
             A Retrieval; a list of them; or a generator of them.
 
         Raises:
             ColumnError, RowError, ImageError: a query can't be used.
-            ValueError: k is below 1.
+            ValueError: k is below 1, or the selector is unknown or chose what it may not.
             TooFewDemonstrationsError: k is more than the support set holds.
         """
         k = self.top_k if k is None else k
+        selector = None if selector is None else get_selector(selector)
         if isinstance(queries, (Query, Demonstration, Mapping)):
-            return self._retrieve([queries], k, exclude_self)[0]
+            return self._retrieve([queries], k, exclude_self, selector)[0]
         if isinstance(queries, (list, tuple)):
-            return self._retrieve(queries, k, exclude_self) if queries else []
+            return self._retrieve(queries, k, exclude_self, selector) if queries else []
         if isinstance(queries, (str, bytes)) or not isinstance(queries, Iterable):
             raise ColumnError(
                 f"expected a query (a dict with 'image' and 'prompt', or a Query), or several, came "
                 f"{type(queries).__name__}"
             )
-        return self._retrieve_lazily(queries, k, exclude_self)
+        return self._retrieve_lazily(queries, k, exclude_self, selector)
 
-    def _retrieve(self, queries: Queries, k: int, exclude_self: bool) -> list[Retrieval]:
+    def _retrieve(self, queries: Queries, k: int, exclude_self: bool, selector: Selector | None) -> list[Retrieval]:
         made = [as_query(query) for query in queries]
         with self._lock:  # index and support of one moment
-            ids, scores = self.retrieve_ids(made, k, exclude_self=exclude_self)
+            ids, scores = self.retrieve_ids(made, k, exclude_self=exclude_self, selector=selector)
             support = self._support
         return [
             Retrieval(query.id, tuple(support.demonstrations(found)), tuple(map(float, values)))
             for query, found, values in zip(made, ids, scores, strict=True)
         ]
 
-    def _retrieve_lazily(self, queries: Queries, k: int, exclude_self: bool) -> Iterator[Retrieval]:
+    def _retrieve_lazily(
+        self, queries: Queries, k: int, exclude_self: bool, selector: Selector | None
+    ) -> Iterator[Retrieval]:
         for chunk in in_chunks(queries, self.batch_size):
-            yield from self._retrieve(chunk, k, exclude_self)
+            yield from self._retrieve(chunk, k, exclude_self, selector)
 
     def retrieve_ids(
-        self, queries: Queries, k: int | None = None, *, exclude_self: bool = True
+        self,
+        queries: Queries,
+        k: int | None = None,
+        *,
+        exclude_self: bool = True,
+        selector: str | Selector | None = None,
     ) -> tuple[list[list[str]], list[np.ndarray]]:
-        """As a call, but ids and scores alone: no image of a demonstration is read.
+        """As a call, but ids and scores alone: no image of a demonstration is read, unless a selector wants it.
 
         Args:
             queries: any iterable, read once, a few batches at a time.
-            k, exclude_self: as in a call.
+            k, exclude_self, selector: as in a call.
 
         Returns:
             For each query its demonstrations' ids, most useful first, and a float32 array of their scores in [-1, 1].
         """
+        k = self.top_k if k is None else k
+        selector = None if selector is None else get_selector(selector)
+        if selector is not None and not isinstance(selector, TopN):
+            return self._select(queries, k, exclude_self, selector)
         ids: list[str | None] = []
         groups: list[str | None] = []
 
@@ -353,8 +385,33 @@ class DemoRetriever:
             vectors = self._encode_queries(queries, note)
             if not len(vectors):
                 return [], []
-            k = self.top_k if k is None else k
             return self.index.search(vectors, k, exclude_ids=ids, exclude_groups=groups)
+
+    def _select(
+        self, queries: Queries, k: int, exclude_self: bool, selector: Selector
+    ) -> tuple[list[list[str]], list[np.ndarray]]:
+        if k < 1:
+            raise ValueError(f"k is at least 1, got {k}; for no demonstrations, do not search")
+        ids: list[list[str]] = []
+        scores: list[np.ndarray] = []
+        for chunk in in_chunks(queries, self.batch_size):
+            asked: list[Query] = []
+            with self._lock:  # index and support of one moment
+                vectors = self._encode_queries(chunk, asked.append)
+                found = self.index.search(
+                    vectors,
+                    max(k, min(selector.pool, len(self))),
+                    exclude_ids=[query.id if exclude_self else None for query in asked],
+                    exclude_groups=[query.group if exclude_self else None for query in asked],
+                )
+                for query, vector, ranked, values in zip(asked, vectors, *found, strict=True):
+                    candidates = Candidates(
+                        query, ranked, values, self.index.vectors(ranked), vector, self._support, tuple(self.weights)
+                    )
+                    rows = choose(selector, candidates, k)
+                    ids.append([ranked[row] for row in rows])
+                    scores.append(values[rows])
+        return ids, scores
 
     def encode_queries(self, queries: Queries) -> np.ndarray:
         """Embed queries: float32 of shape (number of queries, dimension), rows of unit length."""

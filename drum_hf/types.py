@@ -120,7 +120,7 @@ class Retrieval:
 
     Attributes:
         query_id: the query's id, if it has one.
-        demonstrations: most useful first.
+        demonstrations: most useful first; with a selector, in the order in which it chose them.
         scores: float each, dot product of unit vectors, in [-1, 1]; higher is more useful.
     """
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from .._compat import require
 from ..data import TripletTable
+from ..selection import Selector, get_selector
 from ..types import Query
 
 if TYPE_CHECKING:
@@ -94,13 +95,23 @@ class Fixed:
 
 
 class Retrieved:
-    """What a `DemoRetriever` finds: SI, ST, SIT, SIT + draft, and everything that was trained."""
+    """What a `DemoRetriever` finds: SI, ST, SIT, SIT + draft, and everything that was trained.
 
-    def __init__(self, name: str, retriever: DemoRetriever) -> None:
+    Args:
+        name: as tables know it.
+        retriever: it has a support set of its own.
+        selector: chooses among what was found; a name (see `get_selector`) or a selector. None: the best-ranked.
+
+    Raises:
+        ValueError: an unknown selector.
+    """
+
+    def __init__(self, name: str, retriever: DemoRetriever, *, selector: str | Selector | None = None) -> None:
         self.name, self.retriever = name, retriever
+        self.selector = None if selector is None else get_selector(selector)
 
     def select(self, queries: Sequence[Query], k: int) -> list[list[str]]:
-        return self.retriever.retrieve_ids(queries, min(k, len(self.retriever)))[0]
+        return self.retriever.retrieve_ids(queries, min(k, len(self.retriever)), selector=self.selector)[0]
 
 
 class BM25:

@@ -1,4 +1,4 @@
-"""From ranked candidates to the sequence that the LVLM is shown."""
+"""The order in which demonstrations are shown."""
 
 from __future__ import annotations
 

@@ -1,0 +1,35 @@
+"""From ranked candidates to the sequence that the LVLM is shown: which of them, how many, in which order.
+
+A retriever scores candidates one by one, but they are used together. A [`Selector`][drum_hf.selection.Selector] looks
+at a query's candidates together. The plain choice, the first of the ranking, is what happens where none is named.
+"""
+
+from __future__ import annotations
+
+from ._budget import TokenBudget
+from ._candidates import Candidates, Selector, TopN, choose
+from ._coverage import Coverage
+from ._diversity import DPP, MMR
+from ._names import SELECTORS, get_selector
+from ._order import Order, arrange
+from ._utility import AdaptiveShots, IsotonicUtility, LogisticUtility, UtilityCalibration, fit_utility
+
+__all__ = [
+    "DPP",
+    "MMR",
+    "SELECTORS",
+    "AdaptiveShots",
+    "Candidates",
+    "Coverage",
+    "IsotonicUtility",
+    "LogisticUtility",
+    "Order",
+    "Selector",
+    "TokenBudget",
+    "TopN",
+    "UtilityCalibration",
+    "arrange",
+    "choose",
+    "fit_utility",
+    "get_selector",
+]
