@@ -17,9 +17,10 @@ from tiny import tiny_idefics3, tiny_qwen2_vl
 
 import drum_hf
 from drum_hf import DemoRetriever, Query, TransformersLVLM, TripletTable
-from drum_hf.errors import DrumError, ImageError, RowError, TooFewDemonstrationsError
+from drum_hf.errors import ContextOverflowError, DrumError, ImageError, RowError, TooFewDemonstrationsError
 from drum_hf.pipelines import DEFAULT_LVLM, ICLVQAPipeline
 from drum_hf.playground.pretraining import build_clip
+from drum_hf.selection import MMR, TokenBudget
 from drum_hf.types import ICLRequest
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220)}
@@ -277,6 +278,47 @@ def test_a_draft_that_is_given_is_used(counted, retriever, inputs):
     assert counted.calls == [(1, 1), (2, 0)]  # a first pass for the other alone
     found = retriever(Query(inputs[0]["image"], "which colour?", "blue"), k=3)
     assert [d["id"] for d in first[0]["demonstrations"]] == found.ids[::-1]
+
+
+@pytest.mark.parametrize("selector", ["mmr", MMR(0.0)])
+def test_a_selector_chooses_among_what_was_found(lvlm, plain, inputs, selector):
+    answer = drum_hf.pipeline("icl-vqa", lvlm, retriever=plain, num_shots=3, max_new_tokens=4)
+    for row in inputs:
+        found = plain(Query(row["image"], row["question"]), k=3, selector=selector)
+        (result,) = answer(row, selector=selector)
+        assert same(result["demonstrations"], found.to_dict()["demonstrations"][::-1])
+        request = ICLRequest(Query(row["image"], row["question"]), found.demonstrations[::-1])
+        assert [result["answer"]] == lvlm.generate([request], max_new_tokens=4)
+    (without,) = answer(inputs[0])  # a call's selector is that call's
+    assert [d["id"] for d in without["demonstrations"]] == plain(Query(inputs[0]["image"], "which colour?"), k=3).ids[
+        ::-1
+    ]
+
+
+def test_a_budget_shows_what_fits_the_context_where_plain_shots_overflow(lvlm, plain, inputs, monkeypatch):
+    query = Query(inputs[0]["image"], "which colour?")
+    ranked = plain(query, k=9).demonstrations
+    (room,) = lvlm.count_tokens([ICLRequest(query, ranked[:3])])
+    monkeypatch.setattr(lvlm.model.config.get_text_config(), "max_position_embeddings", room + 4)
+    assert lvlm.context_length == room + 4
+    answer = drum_hf.pipeline("icl-vqa", lvlm, retriever=plain, num_shots=8, max_new_tokens=4)
+    with pytest.raises(ContextOverflowError):
+        answer(inputs[0])
+    (result,) = answer(inputs[0], selector="budget")
+    shown = [d["id"] for d in result["demonstrations"]][::-1]
+    budget = TokenBudget(lvlm, reserve=4)
+    assert shown == plain(query, k=8, selector=budget).ids
+    assert (
+        len(shown) >= 3
+        and lvlm.count_tokens([ICLRequest(query, tuple(plain.support.demonstrations(shown)))])[0] <= room
+    )
+
+
+def test_an_unknown_selector_is_refused_when_the_pipeline_is_made(lvlm, plain):
+    with pytest.raises(ValueError, match="came 'nearest'"):
+        drum_hf.pipeline("icl-vqa", lvlm, retriever=plain, selector="nearest")
+    with pytest.raises(ValueError, match="calibration="):
+        drum_hf.pipeline("icl-vqa", lvlm, retriever=plain, selector="adaptive")
 
 
 # ---- classification ----

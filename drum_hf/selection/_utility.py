@@ -81,9 +81,9 @@ def fit_utility(
         ValueError: no pairs, as many of one as of the other were expected, or an unknown method.
         NonFiniteScoreError: NaN or infinity.
 
-    >>> expected = fit_utility([0.1, 0.2, 0.8, 0.9], [-2.0, -1.0, 1.0, 3.0])
-    >>> expected([0.0, 0.8, 0.85]).tolist()
-    [-2.0, 1.0, 2.0]
+    >>> expected = fit_utility([0.25, 0.5, 0.625, 0.75], [-2.0, 1.0, 0.0, 3.0])  # 1 and 0 fall: both become 0.5
+    >>> expected([0.0, 0.5, 0.6875, 0.75]).tolist()
+    [-2.0, 0.5, 1.75, 3.0]
     """
     x, y = np.asarray(scores, np.float64), np.asarray(utilities, np.float64)
     if x.ndim != 1 or x.shape != y.shape or not len(x):
