@@ -42,8 +42,7 @@ from drum_hf.selection import (
     fit_utility,
     get_selector,
 )
-from drum_hf.training import CandidateTable
-from drum_hf.training.calibration import calibrate
+from drum_hf.training import CandidateTable, calibrate
 from drum_hf.types import Query
 
 # Order
@@ -484,6 +483,23 @@ def test_a_retriever_s_selector_sees_what_the_index_found_and_never_the_query_s_
     assert ids != retriever.retrieve_ids(queries, 4)[0] or selector == "coverage"
     assert [len(i) for i in retriever.retrieve_ids(queries, 14, selector=selector)[0]] == [14] * 4 + [12, 12]
     assert retriever.retrieve_ids([], 3, selector=selector) == ([], [])
+
+
+def test_a_selector_of_one_s_own_is_given_what_was_found(retriever, queries, support):
+    class OneAnswer:
+        name, pool = "one-answer", 100
+
+        def __call__(self, candidates, k):
+            assert candidates.query.draft == "bako" or candidates.query.id in support.ids
+            assert len(candidates) == len(candidates.responses) and k == 3
+            assert candidates.part_scores().sum(axis=1) == pytest.approx(candidates.scores, abs=1e-5)
+            return [row for row, word in enumerate(candidates.responses) if word == candidates.responses[0]][:k]
+
+    for query, found in zip(queries, retriever(queries, k=3, selector=OneAnswer()), strict=True):
+        best = retriever(query, k=1)
+        assert {d.response for d in found.demonstrations} == {best.demonstrations[0].response}
+        assert found.ids[0] == best.ids[0] and 1 <= len(found.ids) <= 3
+        assert all(a >= b for a, b in itertools.pairwise(found.scores))
 
 
 def test_a_retriever_with_a_selector_refuses_what_it_refuses_without(retriever, queries):

@@ -51,7 +51,7 @@ def get_selector(selector: str | Selector, **options: Any) -> Selector:
         raise ValueError(f"expected a selector of {', '.join(SELECTORS)}, came {selector!r}")
     if selector == "adaptive" and "calibration" not in options:
         raise ValueError(
-            "expected calibration= for selector 'adaptive'; fit one with drum_hf.training.calibration.calibrate, and "
+            "expected calibration= for selector 'adaptive'; fit one with drum_hf.training.calibrate, and "
             "pass AdaptiveShots(calibration)"
         )
     try:

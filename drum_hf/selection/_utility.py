@@ -125,8 +125,8 @@ class AdaptiveShots:
     negative, since a better-ranked candidate is never expected to be worse.
 
     Args:
-        calibration: from a retriever's scores to expected utilities: `fit_utility`, or `calibrate` of
-            `drum_hf.training.calibration`. It is that retriever's, with that LVLM.
+        calibration: from a retriever's scores to expected utilities: `fit_utility`, or
+            `drum_hf.training.calibrate`. It is that retriever's, with that LVLM.
         threshold: the least expected utility, in nats; 0 is where a demonstration is worth nothing.
         base: what is chosen from those that remain; plain top-n unless told.
     """

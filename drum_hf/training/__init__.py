@@ -1,5 +1,6 @@
 """Training a demonstration retriever with an LVLM's feedback."""
 
+from .calibration import calibrate
 from .losses import ContrastiveLVLMLoss, ListwiseLVLMLoss
 from .mining import CandidateTable, mine_candidates
 from .trainer import DrumTrainer, DrumTrainingArguments
@@ -10,5 +11,6 @@ __all__ = [
     "DrumTrainer",
     "DrumTrainingArguments",
     "ListwiseLVLMLoss",
+    "calibrate",
     "mine_candidates",
 ]
