@@ -368,7 +368,7 @@ def test_flickr_has_one_file_and_a_column_of_splits(load):
 
 def test_seed_bench_is_cut_by_picture_and_asks_by_letter(load):
     data = rows_of(("seedbench", "query"), 64)
-    sides = [load(("seedbench", split), data) for split in ("support", "query", "test")]
+    sides = [load(("seedbench", "query"), data, split=split) for split in ("support", "query", "test")]
     support, query, whole = sides
     assert len(whole) == 48 and sorted(support.ids + query.ids) == sorted(whole.ids) and len(query) > 2
     assert check_leaks(support, query) == []
@@ -377,6 +377,12 @@ def test_seed_bench_is_cut_by_picture_and_asks_by_letter(load):
     assert whole.groups[0] == whole.groups[1] != whole.groups[2]
     again = load(("seedbench", "query"), data.select(range(63, -1, -1)))
     assert sorted(again.ids) == sorted(query.ids)  # whatever the order of the rows
+
+
+def test_reading_writes_no_copy_of_the_images(load, capfd):
+    for key in SIDES:
+        load(key)
+    assert "Casting" not in capfd.readouterr().err
 
 
 def test_two_images_where_one_is_expected(load):
@@ -533,6 +539,29 @@ def test_what_is_asked_of_the_hub(monkeypatch):
     )
     load_triplets(mine)
     assert asked[2]["path"] == "me/flickr"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("key", [("okvqa", "query"), ("flickr30k", "support")], ids="-".join)
+def test_only_the_splits_files_of_a_repository_are_read(key, streaming, tmp_path):
+    """As on the Hub: a card that declares other splits and sizes, and their files beside (here, broken ones)."""
+    path = write_copy(tmp_path, key)
+    repo = tmp_path / LAYOUTS[key][0]
+    other = repo / "data" / "other-00000-of-00001.parquet"
+    other.parent.mkdir(exist_ok=True)
+    other.write_bytes(b"PAR1 not to be read")
+    splits = "".join(f"  - name: {name}\n    num_examples: 99\n" for name in ("val2014", "test", "other"))
+    (repo / "README.md").write_text(f"---\ndataset_info:\n  splits:\n{splits}---\n")
+    source = find_source(key[0])
+    mine = dataclasses.replace(
+        source, **{key[1]: dataclasses.replace(source.part(key[1]), repo=str(repo), revision=None)}
+    )
+    table = load_triplets(mine, split=key[1], streaming=streaming, cache_dir=tmp_path / "cache")
+    assert len(table) == (8 if key[0] == "okvqa" else 3)
+    other.unlink()
+    path.rename(other)
+    with pytest.raises(SavedFileError, match="found neither"):
+        load_triplets(mine, split=key[1], streaming=streaming, cache_dir=tmp_path / "cache")
 
 
 def test_no_hub_is_a_named_error():

@@ -76,6 +76,8 @@ def load_triplets(
 ) -> TripletTable:
     """Read one side of a public data set.
 
+    What is read stays on disk, memory-mapped, unless it is a stream, or SEED-Bench, whose images come in lists.
+
     Ids are the data set's own where it has any. `group` is the picture: rows of one image never demonstrate one
     another. `references` are all gold answers, without empty ones; the response is the most frequent (VQA), the first
     (captions), the class name in plain words, or the letter of the right choice. Every row must have an image.
@@ -226,7 +228,11 @@ def _undecoded(data: Table, part: SourcePart) -> Table:
     import datasets
 
     kind = datasets.Image(decode=False)
-    return data.cast_column(part.image, datasets.List(kind) if part.columns[part.image] == "images" else kind)
+    if part.columns[part.image] != "images":
+        return data.cast_column(part.image, kind)
+    if isinstance(data, datasets.Dataset):
+        data = data.to_iterable_dataset()  # whose casts are lazy: a Dataset would write its lists anew, all of them
+    return data.cast_column(part.image, datasets.List(kind))
 
 
 # Rows
