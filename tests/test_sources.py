@@ -390,7 +390,14 @@ def test_two_images_where_one_is_expected(load):
     data = rows_of(key).map(lambda row: {"question_type_id": 1})
     with pytest.raises(RowError, match=r"\(id 'q6'\), column 'image': expected one image, came none or several"):
         load(key, data, split="test")
-    assert len(load(key, data, split="test", on_bad_rows="skip")) == 6
+    table = load(key, data, split="test", on_bad_rows="skip")
+    assert len(table) == 6 and [row for row, _ in table.skipped] == [6, 7]
+
+
+def test_rows_left_out_keep_their_number_in_the_split(load):
+    data = rows_of(("flickr30k", "support")).map(lambda row: {"caption": [] if row["img_id"] == "3" else ["A."]})
+    table = load(("flickr30k", "support"), data, on_bad_rows="skip")
+    assert table.ids == ["0", "6"] and [row for row, _ in table.skipped] == [3]
 
 
 def test_another_split_of_the_repository(load, tmp_path):
@@ -491,6 +498,19 @@ def test_rows_that_cant_be_used(load):
             if error is not DuplicateIdError:
                 table = load(key, data, streaming=streaming, on_bad_rows="skip")
                 assert table.ids == ["05", "15", "35"] and [row for row, _ in table.skipped] == [2]
+
+
+def test_a_path_in_a_strangers_file_leads_nowhere_else(load, tmp_path):
+    key = ("okvqa", "query")
+    picture(0).save(tmp_path / "private.png")
+    row = LAYOUTS[key][3](0) | {"image": {"bytes": None, "path": str(tmp_path / "private.png")}}
+    path = write_copy(tmp_path / "copy", key)
+    kind = datasets.Image(decode=False)
+    data = datasets.Dataset.from_list([row], features=Features({**LAYOUTS[key][2], "image": kind}))
+    pq.write_table(data.data.table, path)  # to_parquet would put the picture's bytes there
+    for streaming in (False, True):
+        with pytest.raises(RowError, match="leaves it"):
+            load_triplets("okvqa", split="query", data_dir=tmp_path / "copy", streaming=streaming)
 
 
 def test_arguments_and_places_that_make_no_sense(tmp_path):

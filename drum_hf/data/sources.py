@@ -110,31 +110,36 @@ def load_triplets(
     if on_bad_rows not in ("raise", "skip"):
         raise ValueError(f"expected on_bad_rows 'raise' or 'skip', came {on_bad_rows!r}")
     part = source.part(split)
+    # Images come as bytes; a path in a stranger's file must not lead to files of this machine beside the copy.
+    root = os.path.abspath(part.repo if data_dir is None else data_dir)
     where = f"{source.name} ({part.repo if data_dir is None else data_dir}, {part.split})"
     if data_dir is None:
         data = _from_hub(part, streaming=streaming, revision=revision, token=token, cache_dir=cache_dir)
     else:
         if revision is not None or token is not None:
             raise ValueError(f"{where}: revision and token are the Hub's, but data_dir is on this machine; drop them")
-        data = _from_folder(part, Path(data_dir), source.task, streaming=streaming, cache_dir=cache_dir)
+        data = _from_folder(part, Path(root), source.task, streaming=streaming, cache_dir=cache_dir)
     features = _features(data)
     check_features(features, part.columns, needed=part.needed, where=where, open_ended=part.open_ended)
     data = _undecoded(data.select_columns([name for name in features if name in part.needed]), part)
 
     read = functools.partial(_READERS[source.task], part, source.prompt if prompt is None else prompt)
-    texts, images = _read(part, data, read, limit, where)
+    texts, images, numbers = _read(part, data, read, limit, where)
     names = {name: name for name in COLUMNS if any(name in row for row in texts)}
     records, held, skipped = check_rows(
-        names, texts, images, skip=on_bad_rows == "skip", root=None, max_pixels=max_pixels
+        names, texts, images, skip=on_bad_rows == "skip", root=_parent(root), max_pixels=max_pixels
     )
-    bare = [row for row, record in enumerate(records) if not record.image_key]
+    skipped = [(numbers[row], reason) for row, reason in skipped]
+    number_of = {row["id"]: number for row, number in zip(texts, numbers, strict=True)}
+    bare = [record for record in records if not record.image_key]
     if bare and on_bad_rows == "raise":
         raise RowError(
-            f"{where}, row {bare[0]} (id {records[bare[0]].id!r}), column {part.image!r}: expected one image, came "
-            "none or several; correct the row, or pass on_bad_rows='skip' to leave such rows out"
+            f"{where}, row {number_of[bare[0].id]} (id {bare[0].id!r}), column {part.image!r}: expected one image, "
+            "came none or several; correct the row, or pass on_bad_rows='skip' to leave such rows out"
         )
     if bare:
-        skipped = [*skipped, *((row, f"column {part.image!r}: expected one image") for row in bare)]
+        reason = f"column {part.image!r}: expected one image, came none or several"
+        skipped = sorted([*skipped, *((number_of[record.id], reason) for record in bare)])
         kept = [row for row, record in enumerate(records) if record.image_key]
         records, held = [records[row] for row in kept], held.select(kept)
     records = [record if record.group else record._replace(group=record.image_key[:16]) for record in records]
@@ -196,6 +201,10 @@ def _from_folder(part: SourcePart, folder: Path, task: str, *, streaming: bool, 
     )
 
 
+def _parent(path: str) -> str:
+    return os.path.dirname(path) if os.path.isfile(path) else path
+
+
 def _split_of(path: Path) -> str:
     """ "val" of data/val-00000-of-00013.parquet and of val/0000.parquet."""
     name = re.sub(r"-\d+-of-\d+(-\w+)?$", "", path.stem)
@@ -240,8 +249,8 @@ def _undecoded(data: Table, part: SourcePart) -> Table:
 
 def _read(
     part: SourcePart, data: Table, read: Callable[[Mapping[str, Any]], dict[str, Any]], limit: int | None, where: str
-) -> tuple[list[dict[str, Any]], datasets.Dataset | None]:
-    """Texts of the rows used, and their undecoded images: apart where they stay on disk, else in the rows."""
+) -> tuple[list[dict[str, Any]], datasets.Dataset | None, list[int]]:
+    """Texts of the rows used; their undecoded images, or None where the rows hold them; their numbers."""
     import datasets
 
     single = part.columns[part.image] != "images"
@@ -271,9 +280,11 @@ def _read(
     if not texts:
         raise EmptySupportError(f"{where}: expected at least one row that is used, found none; {_filters(part)}")
     if not stays:
-        return texts, None
+        return texts, None, numbers
     images = data.select_columns([part.image]).select(numbers)
-    return texts, images if part.image == "image" else images.rename_column(part.image, "image")
+    if part.image != "image":
+        images = images.rename_column(part.image, "image")
+    return texts, images, numbers
 
 
 def _is_used(part: SourcePart, values: Mapping[str, Any]) -> bool:
