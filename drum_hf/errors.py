@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 __all__ = [
     "BudgetExceededError",
     "ChatTemplateError",
@@ -53,7 +55,15 @@ class MissingIdError(DrumError, KeyError):
 
 
 class EmptySupportError(DrumError, ValueError):
-    """The support set holds no demonstration."""
+    """The support set holds no demonstration.
+
+    Attributes:
+        skipped: (row number, reason) of each row that was left out.
+    """
+
+    def __init__(self, message: str, *, skipped: Sequence[tuple[int, str]] = ()) -> None:
+        super().__init__(message)
+        self.skipped = list(skipped)
 
 
 class TooFewDemonstrationsError(DrumError, ValueError):

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import DrumError
-from . import _bench, _demo, _eval, _index, _score, _scores, _train, _tune
+from . import _bench, _data, _demo, _eval, _index, _score, _scores, _train, _tune
 
 __all__ = ["main"]
 
 logger = logging.getLogger("drum_hf")
 
-_VERBS = (_demo, _train, _score, _scores, _eval, _index, _tune, _bench)
+_VERBS = (_demo, _train, _score, _scores, _eval, _index, _tune, _bench, _data)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         os.environ["TQDM_DISABLE"] = "1"
     try:
-        args.run(args)
+        status = args.run(args)
     except (DrumError, ValueError) as error:
         sys.stderr.write(f"drum-hf {args.command}: {type(error).__name__}: {error}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped; what was scored is kept, run the same command again to go on\n")
         return 130
-    return 0
+    return status or 0

@@ -1,6 +1,20 @@
-"""Tables of demonstrations: checked rows, content ids, leak guards, and reading the user's own files."""
+"""Tables of demonstrations: checked rows, content ids, leak guards, own files, and public data sets by name."""
 
+from ._check import TableReport, check_table
 from .files import load_table
+from .sources import SOURCES, Source, SourcePart, find_source, load_triplets
 from .triplets import MAX_PIXELS, TripletTable, check_leaks
 
-__all__ = ["MAX_PIXELS", "TripletTable", "check_leaks", "load_table"]
+__all__ = [
+    "MAX_PIXELS",
+    "SOURCES",
+    "Source",
+    "SourcePart",
+    "TableReport",
+    "TripletTable",
+    "check_leaks",
+    "check_table",
+    "find_source",
+    "load_table",
+    "load_triplets",
+]

@@ -104,8 +104,9 @@ class NamedClasses:
         return row
 
 
-def no_rows(reason: str = "") -> EmptySupportError:
+def no_rows(reason: str = "", skipped: Sequence[tuple[int, str]] = ()) -> EmptySupportError:
     return EmptySupportError(
         f"expected at least one demonstration, came a table without rows{reason}; give one row or more with a prompt "
-        "or an image, and a response"
+        "or an image, and a response",
+        skipped=skipped,
     )

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from ..errors import ColumnError, EmptySupportError, SavedFileError
 from ..types import content_key
@@ -87,10 +87,47 @@ def load_table(
         >>> table.prompts, table.responses
         (['What colour?'], ['red'])
     """
+    opened = open_table(path, split=split, columns=columns, image_root=image_root, load_options=load_options)
+    if opened.saved is not None:
+        return TripletTable.load(opened.saved, max_pixels=max_pixels)
+    return TripletTable.from_dataset(
+        opened.rows, on_bad_rows=on_bad_rows, columns=opened.columns, image_root=opened.root, max_pixels=max_pixels
+    )
+
+
+class OpenTable(NamedTuple):
+    """A table found and read, but not checked.
+
+    Attributes:
+        kind: what was found, in words.
+        rows: its rows; none where it is one of our own, in the file `saved`.
+        columns: our column -> the table's, where they differ.
+        root: the folder that image paths are relative to.
+    """
+
+    kind: str
+    rows: Rows
+    columns: dict[str, str]
+    root: Any = None
+    saved: Path | None = None
+
+
+def open_table(
+    path: str | os.PathLike[str],
+    *,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    image_root: Any = None,
+    load_options: dict[str, Any] | None = None,
+    faults: list[str] | None = None,
+) -> OpenTable:
+    """Find and read what `load_table` takes, and match its columns with ours.
+
+    Lines of a CSV or JSONL file that can't be read raise, or are told in `faults` and left out.
+    """
     local = Path(path)
     if not local.exists():
-        data = _from_hub(os.fspath(path), split, load_options)
-        root = image_root
+        kind, data, root = "Hub data set", _from_hub(os.fspath(path), split, load_options or {}), image_root
     else:
         if load_options:
             raise ValueError(
@@ -98,20 +135,23 @@ def load_table(
                 "drop the option, or rename the folder if you mean the Hub's data set"
             )
         if local.is_dir() and (local / "dataset_dict.json").is_file():
-            local = _split_folder(local, split)
+            local = split_folder(local, split)
         elif split is not None:
             local = _split_path(local, split)
-        local = local if local.is_file() or _is_saved_dataset(local) else _table_in(local) or local
+        local = local if local.is_file() or is_saved_dataset(local) else _table_in(local) or local
         if local.suffix == ".parquet" and _is_triplet_file(local):
-            return TripletTable.load(local, max_pixels=max_pixels)
-        data = _read(local)
+            return OpenTable("table saved by drum-hf", [], {}, saved=local)
+        kind, data = _kind(local), _read(local, faults)
         root = image_root or (local.parent if local.is_file() else local)
     if not len(data):
         raise EmptySupportError(f"{path}: expected at least one row, came an empty table; add rows")
-    data, names = _with_usual_names(data, dict(columns or {}))
-    return TripletTable.from_dataset(
-        data, on_bad_rows=on_bad_rows, columns=names, image_root=root, max_pixels=max_pixels
-    )
+    return OpenTable(kind, *_with_usual_names(data, dict(columns or {})), root)
+
+
+def _kind(path: Path) -> str:
+    if path.is_file():
+        return f"{path.suffix.lower().lstrip('.')} file"
+    return "saved Dataset" if is_saved_dataset(path) else "folder of a folder of images for each class"
 
 
 # Where the table is
@@ -121,30 +161,41 @@ def _from_hub(path: str, split: str | None, options: dict[str, Any]) -> datasets
     if not _HUB_ID.fullmatch(path) or path.endswith(_SUFFIXES):
         raise SavedFileError(f"{path}: expected a file, a folder or a Hub data set id, found none; check the path")
     import datasets
-    from datasets.exceptions import DatasetNotFoundError
 
-    try:
-        data = datasets.load_dataset(path, split=split, **options)
-    except (DatasetNotFoundError, ConnectionError) as error:
-        raise SavedFileError(
-            f"{path}: expected a file or folder here, or a data set of the Hub, found neither ({error}); "
-            "check the name, log in if it is private, or give a local path"
-        ) from error
+    data = ask_hub(path, split=split, **options)
     if isinstance(data, datasets.Dataset):
         return data
     if not isinstance(data, datasets.DatasetDict):
         raise ColumnError(f"{path}: expected a table, came {type(data).__name__}; load without streaming=True")
     if len(data) != 1:
-        raise _which_split(path, split, list(data))
+        raise which_split(path, split, list(data))
     return next(iter(data.values()))
 
 
-def _which_split(path: Any, split: str | None, found: Sequence[str]) -> ValueError:
+def ask_hub(path: str, **options: Any) -> Any:
+    """What `datasets.load_dataset` gives.
+
+    Raises:
+        SavedFileError: there is no such data set or no such file in it, or the Hub can't be reached.
+    """
+    import datasets
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+
+    try:
+        return datasets.load_dataset(path, **options)
+    except (DatasetNotFoundError, DataFilesNotFoundError, ConnectionError) as error:
+        raise SavedFileError(
+            f"{path}: expected a file or folder here, or a data set of the Hub, found neither ({error}); "
+            "check the name, log in if it is private, or give a local path"
+        ) from error
+
+
+def which_split(path: Any, split: str | None, found: Sequence[str]) -> ValueError:
     came = "none was given" if split is None else f"came {split!r}"
     return ValueError(f"{path}: expected split= one of {', '.join(map(repr, found)) or '(none here)'}, {came}")
 
 
-def _split_folder(folder: Path, split: str | None) -> Path:
+def split_folder(folder: Path, split: str | None) -> Path:
     try:
         splits = json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]
     except (ValueError, KeyError, TypeError) as error:
@@ -152,21 +203,21 @@ def _split_folder(folder: Path, split: str | None) -> Path:
     if split is None and len(splits) == 1:
         split = splits[0]
     if split is None or split not in splits:
-        raise _which_split(folder, split, splits)
+        raise which_split(folder, split, splits)
     return folder / split
 
 
 def _split_path(path: Path, split: str) -> Path:
     found = {}
-    if path.is_dir() and not _is_saved_dataset(path):
+    if path.is_dir() and not is_saved_dataset(path):
         visible = [p for p in sorted(path.iterdir()) if not p.name.startswith(".")]
         found = {p.name if p.is_dir() else p.stem: p for p in visible if p.is_dir() or p.suffix.lower() in _SUFFIXES}
     if split not in found:
-        raise _which_split(path, split, list(found))
+        raise which_split(path, split, list(found))
     return found[split]
 
 
-def _is_saved_dataset(folder: Path) -> bool:
+def is_saved_dataset(folder: Path) -> bool:
     return (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file()
 
 
@@ -195,9 +246,9 @@ def _is_triplet_file(file: Path) -> bool:
 # Reading
 
 
-def _read(path: Path) -> Rows:
+def _read(path: Path, faults: list[str] | None = None) -> Rows:
     if path.is_dir():
-        return _read_saved_dataset(path) if _is_saved_dataset(path) else _read_class_folders(path)
+        return read_saved_dataset(path) if is_saved_dataset(path) else read_class_folders(path)
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
         raise SavedFileError(f"{path}: expected a table ({', '.join(_SUFFIXES)}), came {suffix or 'no'} extension")
@@ -210,13 +261,13 @@ def _read(path: Path) -> Rows:
     except UnicodeDecodeError as error:
         raise SavedFileError(f"{path}: expected text in UTF-8 ({error}); save it in that encoding") from error
     if suffix == ".jsonl":
-        return [_json(line, f"{path}, line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return list(_json_rows(text, path, faults))
     if suffix == ".json":
         rows = _json(text, str(path))
         if not isinstance(rows, list):
             raise SavedFileError(f"{path}: expected a list of objects, came {type(rows).__name__}; one object a row")
         return rows
-    return list(_csv_rows(text, path, "\t" if suffix == ".tsv" else ","))
+    return list(_csv_rows(text, path, "\t" if suffix == ".tsv" else ",", faults))
 
 
 def _json(text: str, where: str) -> Any:
@@ -226,7 +277,22 @@ def _json(text: str, where: str) -> Any:
         raise SavedFileError(f"{where}: expected JSON ({error}); correct it, or write the file again") from error
 
 
-def _csv_rows(text: str, path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
+def _json_rows(text: str, path: Path, faults: list[str] | None) -> Iterator[Any]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield _json(line, f"{path}, line {number}")
+            except SavedFileError as error:
+                _tell(error, faults)
+
+
+def _tell(error: SavedFileError, faults: list[str] | None) -> None:
+    if faults is None:
+        raise error
+    faults.append(str(error))
+
+
+def _csv_rows(text: str, path: Path, delimiter: str, faults: list[str] | None) -> Iterator[dict[str, Any]]:
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
@@ -234,11 +300,12 @@ def _csv_rows(text: str, path: Path, delimiter: str) -> Iterator[dict[str, Any]]
             raise ColumnError(f"{path}: expected each column once, came {', '.join(header)}; rename the copies")
         for cells in reader:
             if cells and len(cells) != len(header):
-                raise SavedFileError(
+                fault = SavedFileError(
                     f"{path}, line {reader.line_num}: expected {len(header)} cells, came {len(cells)}; "
                     'put quotes ("…") around a text that holds the separator'
                 )
-            if cells:
+                _tell(fault, faults)
+            elif cells:
                 yield {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)}
     except csv.Error as error:
         raise SavedFileError(f"{path}, line {reader.line_num}: {error}; correct the line") from error
@@ -267,7 +334,7 @@ def _read_parquet_rows(path: Path) -> datasets.Dataset:
         raise SavedFileError(f"{path}: expected a parquet file ({error}); write or download it again") from error
 
 
-def _read_saved_dataset(folder: Path) -> datasets.Dataset:
+def read_saved_dataset(folder: Path) -> datasets.Dataset:
     import datasets
     import pyarrow as pa
 
@@ -279,7 +346,7 @@ def _read_saved_dataset(folder: Path) -> datasets.Dataset:
         ) from error
 
 
-def _read_class_folders(folder: Path) -> list[dict[str, Any]]:
+def read_class_folders(folder: Path) -> list[dict[str, Any]]:
     from PIL import Image
 
     Image.init()
@@ -322,10 +389,10 @@ def _with_usual_names(data: Rows, columns: dict[str, str]) -> tuple[Rows, dict[s
         logger.info("there is no column 'response': it is the most frequent of each row's %r", references)
         if isinstance(data, list):
             data = [
-                {**row, "response": _majority(row.get(references))} if isinstance(row, dict) else row for row in data
+                {**row, "response": majority(row.get(references))} if isinstance(row, dict) else row for row in data
             ]
         else:
-            data = data.add_column("response", [_majority(texts) for texts in data[references]])
+            data = data.add_column("response", [majority(texts) for texts in data[references]])
     return _with_text_ids(data, {columns.get("id", "id"), columns.get("group", "group")}), columns
 
 
@@ -337,7 +404,7 @@ def _holds_lists(data: Rows, name: str) -> bool:
     return isinstance(feature, list) or hasattr(feature, "feature")
 
 
-def _majority(texts: Any) -> str | None:
+def majority(texts: Any) -> str | None:
     """Most frequent text, the earliest of equals; None (refused later, with the row's number) where there is none."""
     texts = [text for text in texts if isinstance(text, str)] if isinstance(texts, list) else []
     return Counter(texts).most_common(1)[0][0] if texts else None

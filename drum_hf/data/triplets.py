@@ -68,7 +68,8 @@ class TripletTable:
     ) -> None:
         # Takes rows that were checked already: users come in through the class methods.
         if not records:
-            raise no_rows(f": all {len(skipped)} rows were left out, first for: {skipped[0][1]}" if skipped else "")
+            reason = f": all {len(skipped)} rows were left out, first for: {skipped[0][1]}" if skipped else ""
+            raise no_rows(reason, skipped)
         self.max_pixels = max_pixels
         self.skipped = list(skipped)
         self._records = list(records)
@@ -115,13 +116,20 @@ class TripletTable:
             return data
         if on_bad_rows not in ("raise", "skip"):
             raise ValueError(f"expected on_bad_rows 'raise' or 'skip', came {on_bad_rows!r}")
-        records, images, skipped = check_rows(
+        found = check_rows(
             *open_columns(data, columns or {}), skip=on_bad_rows == "skip", root=image_root, max_pixels=max_pixels
         )
+        return cls._of_checked(*found, max_pixels=max_pixels, cache_images=cache_images)
+
+    @classmethod
+    def _of_checked(
+        cls, records: Sequence[Record], images: datasets.Dataset, skipped: Sequence[tuple[int, str]], **options: Any
+    ) -> TripletTable:
+        """What `check_rows` found, with a word about the rows left out."""
         if skipped:
             message = "%d of %d rows can't be used and were left out; the first is row %d: %s"
             logger.warning(message, len(skipped), len(skipped) + len(records), *skipped[0])
-        return cls(records, images, max_pixels=max_pixels, cache_images=cache_images, skipped=skipped)
+        return cls(records, images, skipped=skipped, **options)
 
     # Reading
 

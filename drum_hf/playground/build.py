@@ -40,7 +40,7 @@ STEPS = {
     "chat": 1_600,
     "more chat": 1_600,
     "last chat": 1_300,
-    "tuning": 1_600,
+    "tuning": 3_600,
 }
 QUICK = dict.fromkeys(STEPS, 3) | {"scenes": 4_000, "digits": 1_500, "pairs": 400, "groups": 600}
 

@@ -1,0 +1,125 @@
+"""`drum-hf data`: look at a table before anything is paid for it, and at the public data sets known by name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..data import Source, TableReport
+
+__all__ = ["add", "run"]
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the verb, its own verbs and their options."""
+    parser = commands.add_parser("data", help="check a table row by row; list the public data sets known by name")
+    parser.set_defaults(run=run)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    check = verbs.add_parser("check", help="say what a table holds and what is wrong with it; status 1 if anything is")
+    check.add_argument("path", metavar="PATH", help="CSV, TSV, JSONL, JSON or parquet file, or a folder")
+    check.add_argument("--split", help="which split, where there are several")
+    check.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="OURS=THEIRS",
+        help="what the table calls id, image, prompt, response, references, group or label",
+    )
+    check.add_argument("--image-root", metavar="DIR", help="folder that image paths are relative to")
+    check.add_argument("--source", metavar="NAME", help="PATH is a copy of this public data set")
+    check.add_argument("--limit", type=int, help="with --source: the first so many rows")
+    check.add_argument("--show", type=int, default=20, help="bad rows told, at most (default: %(default)s)")
+    check.add_argument("--json", action="store_true", help="as JSON, with every bad row")
+
+    known = verbs.add_parser("list", help="the public data sets known by name, and what they would download")
+    known.add_argument("names", nargs="*", metavar="NAME", help="only these")
+    known.add_argument("--json", action="store_true", help="as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry it out; 1 where a table has problems."""
+    return _check(args) if args.verb == "check" else _list(args)
+
+
+def _check(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from ..data import check_table
+
+    pairs = [pair.partition("=") for pair in args.columns or ()]
+    if wrong := [ours for ours, equals, theirs in pairs if not (ours and equals and theirs)]:
+        raise ValueError(f"expected --columns like prompt=question, came {wrong[0]!r}")
+    report = check_table(
+        args.path,
+        source=args.source,
+        split=args.split,
+        columns={ours: theirs for ours, _, theirs in pairs},
+        image_root=args.image_root,
+        limit=args.limit,
+    )
+    if args.json:
+        bad = [{"row": row, "problem": problem} for row, problem in report.bad_rows]
+        content = dataclasses.asdict(report) | {"bad_rows": bad, "ok": report.ok}
+        sys.stdout.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    else:
+        sys.stdout.write("\n".join(_told(report, args.show)) + "\n")
+    return 0 if report.ok else 1
+
+
+def _told(report: TableReport, show: int) -> list[str]:
+    lines = [f"{report.path}: {report.kind or 'not readable'}"]
+    if report.columns:
+        lines.append("columns: " + ", ".join(_renamed(*pair) for pair in report.columns.items()))
+    if report.unused:
+        lines.append(f"not used: {', '.join(report.unused)}")
+    if report.rows:
+        several = f", {report.references} rows with several gold answers" if report.references else ""
+        counts = f"{report.images} images, {report.groups} groups, {report.labels} labels{several}"
+        lines.append(f"{report.rows} rows to use, {counts}")
+    for count, what in ((report.without_image, "an image"), (report.without_prompt, "a prompt")):
+        if count:
+            lines.append(f"{count} of them without {what}")
+    lines += [f"  {one['id']}: {one['prompt']!r} -> {one['response']!r}" for one in report.examples]
+    lines += [f"note: {note}" for note in report.notes]
+    lines += [f"problem: {problem}" for problem in report.problems]
+    if report.bad_rows:
+        lines.append(f"{len(report.bad_rows)} rows that can't be used (counted from 0):")
+        lines += [f"  row {row}: {problem}" for row, problem in report.bad_rows[:show]]
+        if len(report.bad_rows) > show:
+            lines.append(f"  and {len(report.bad_rows) - show} more; --show N or --json tells them")
+    return [*lines, "all well" if report.ok else "correct these, or leave bad rows out with --skip-bad-rows"]
+
+
+def _renamed(ours: str, theirs: str) -> str:
+    return ours if ours == theirs else f"{ours} (from {theirs})"
+
+
+def _list(args: argparse.Namespace) -> int:
+    from ..data import SOURCES, find_source
+
+    sources = [find_source(name) for name in args.names] or list(SOURCES.values())
+    if args.json:
+        sys.stdout.write(json.dumps([_facts(source) for source in sources], indent=1, ensure_ascii=False) + "\n")
+        return 0
+    for source in sources:
+        sys.stdout.write(f"{source.name}: {source.title}, {source.task}, {source.metric}; {source.licence}\n")
+        sys.stdout.write(f"  prompt: {source.prompt}\n")
+        for side in ("support", "query"):
+            part = source.part(side)
+            size = "size not known" if part.size is None else f"{part.size / 1e9:.1f} GB"
+            rows = "" if part.rows is None else f"{part.rows} rows, "
+            at = f" at {part.revision}" if part.revision else ""
+            sys.stdout.write(f"  {side}: {part.repo}{at}, {part.download['files']} ({rows}{size})\n")
+    return 0
+
+
+def _facts(source: Source) -> dict[str, Any]:
+    names = ("name", "title", "task", "metric", "prompt", "licence")
+    facts: dict[str, Any] = {name: getattr(source, name) for name in names}
+    for side in ("support", "query"):
+        part = source.part(side)
+        facts[side] = part.download | {"split": part.split, "columns": dict(part.columns)}
+    return facts
