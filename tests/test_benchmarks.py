@@ -17,6 +17,7 @@ from PIL import Image
 from tiny import load_lvlm
 
 from drum_hf.data import TripletTable
+from drum_hf.data.episodes import choice_prompt
 from drum_hf.errors import (
     ColumnError,
     ImageError,
@@ -33,7 +34,6 @@ from drum_hf.evaluation.benchmarks import (
     concept_binding,
     count_induction,
     letter_match,
-    lettered_prompt,
     operator_induction,
     read_smmile,
     read_vl_icl,
@@ -270,7 +270,7 @@ def test_any_labelled_images_will_do() -> None:
     requests = [[item.request for item in benchmark.items] for benchmark in made]
     assert requests[0] == requests[1] == requests[2]
     prompt = EpisodeBenchmark(numbered, queries=1).items[0].request.query.prompt
-    assert prompt in [lettered_prompt("What is in the picture?", names) for names in (("0", "1"), ("1", "0"))]
+    assert prompt in [choice_prompt("What is in the picture?", names) for names in (("0", "1"), ("1", "0"))]
 
 
 def test_ambiguous_pictures_and_the_querys_group_are_left_out() -> None:

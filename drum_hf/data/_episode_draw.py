@@ -12,7 +12,7 @@ from ._episode_columns import LETTERS
 from ._episode_settings import EpisodeSettings
 from ._episode_types import Conversation
 
-LETTER_PROMPT = "Answer with the option's letter."  # our choice
+LETTER_PROMPT = "Answer with the letter."  # our choice
 REPEATS = 1000  # draws in a row of what came before, after which a stream ends with an error
 
 
@@ -26,13 +26,13 @@ class Pool(NamedTuple):
 
 
 def choice_prompt(question: str, options: Sequence[str]) -> str:
-    """A question with its options, one lettered line each, as episodes ask it.
+    """A question with its options, one lettered line each, as episodes and benchmarks ask it.
 
     >>> print(choice_prompt("Which colour?", ["red", "blue"]))
     Which colour?
     A. red
     B. blue
-    Answer with the option's letter.
+    Answer with the letter.
     """
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
     return "\n".join([question, *lines, LETTER_PROMPT])

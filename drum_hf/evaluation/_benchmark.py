@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -28,7 +27,6 @@ __all__ = [
     "Shots",
     "ShotsResult",
     "letter_match",
-    "lettered_prompt",
     "name_match",
     "numbers_of_shots",
 ]
@@ -57,19 +55,6 @@ def letter_match(prediction: str, gold: str) -> float:
 def name_match(prediction: str, gold: str) -> float:
     """1.0 if the answer's first line is the gold name, case, white space and trailing punctuation aside."""
     return exact_match(prediction.strip().partition("\n")[0], [gold])
-
-
-def lettered_prompt(question: str, options: Sequence[str]) -> str:
-    """The question, then a line for each option, then what to do (wording: our choice).
-
-    >>> print(lettered_prompt("Which bird?", ["wren", "tit"]))
-    Which bird?
-    A. wren
-    B. tit
-    Answer with the letter.
-    """
-    lines = [f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options, strict=False)]
-    return "\n".join([question, *lines, "Answer with the letter."])
 
 
 def numbers_of_shots(shots: int | Sequence[int], queries: int) -> tuple[int, ...]:

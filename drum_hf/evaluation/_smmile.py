@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..data import MAX_PIXELS, TripletTable
+from ..data.episodes import choice_prompt
 from ..errors import ColumnError, ImageError, RowError, SavedFileError
 from ..types import ICLRequest, Query
-from ._benchmark import Benchmark, BenchmarkItem, Shots, letter_match, lettered_prompt
+from ._benchmark import Benchmark, BenchmarkItem, Shots, letter_match
 
 if TYPE_CHECKING:
     import datasets
@@ -187,7 +188,7 @@ def _items(
     for turn in range(max(1, len(answers))):
         options = answers[turn:] + answers[:turn]
         letters = dict(zip(options, string.ascii_uppercase, strict=False))
-        text = lettered_prompt(question, options) if options else question
+        text = choice_prompt(question, options) if options else question
         items.append(
             BenchmarkItem(
                 id=problem,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..data import TripletTable
+from ..data.episodes import choice_prompt
 from ..errors import ColumnError, TooFewDemonstrationsError
 from ..types import Demonstration, ICLRequest, Query, content_key
 from ._benchmark import (
@@ -24,7 +25,6 @@ from ._benchmark import (
     BenchmarkResult,
     ShotsResult,
     letter_match,
-    lettered_prompt,
     name_match,
     numbers_of_shots,
 )
@@ -48,7 +48,6 @@ __all__ = [
     "count_induction",
     "join_benchmarks",
     "letter_match",
-    "lettered_prompt",
     "made_up_words",
     "name_match",
     "numbers_of_shots",
@@ -176,7 +175,7 @@ class EpisodeBenchmark(Benchmark):
         order: Literal["shuffled", "released"] = "shuffled",
         question: str = "What is in the picture?",
         words: Sequence[str] | None = None,
-        prompt: Callable[[str, Sequence[str]], str] = lettered_prompt,
+        prompt: Callable[[str, Sequence[str]], str] = choice_prompt,
         answer_format: str = "{answer}",
         name: str = "episodes",
     ) -> None:

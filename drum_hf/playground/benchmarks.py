@@ -27,7 +27,7 @@ from ..evaluation.benchmarks import (
 )
 from ..lvlm.store import ScoreStore
 from ..types import LVLM
-from .conversations import HELD_OUT, Album, Chat, lettered
+from .conversations import HELD_OUT, Album, Chat
 from .language import CLASSIFY_PROMPTS, QUESTIONS, RESULT_PROMPT, private_words
 from .pretraining import TRAINING_DIGITS, Pool, render_pool
 from .scenes import ATTRIBUTES, CELLS, DIGITS, FRAMES, digit_images, render_digit, render_group, render_scene
@@ -71,7 +71,7 @@ def make_benchmarks(seed: int, *, queries: int = 120, shots: int | Sequence[int]
             "name": name,
         }
         names.append(concept_binding(table, **how))
-        letters.append(EpisodeBenchmark(table, prompt=lettered, **how))
+        letters.append(EpisodeBenchmark(table, **how))
     digits = [
         (random_digit(int(row), rng), DIGITS[digit_images()[1][row]])
         for row in rng.choice(NEW_DIGITS, 300, replace=False)

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from ..data.episodes import Contents, Conversation, EpisodeSettings, Form, Turn
+from ..data.episodes import Contents, Conversation, EpisodeSettings, Form, Turn, choice_prompt
 from ..errors import TooFewDemonstrationsError
 from ..evaluation.benchmarks import Benchmark, BenchmarkItem, name_match
 from ..types import ICLRequest, Query, image_key
@@ -123,13 +123,6 @@ def things_of(values: Mapping[str, str]) -> list[dict[str, str]]:
     """The objects of a group."""
     places = sorted({name.split()[0] for name in values if " " in name})
     return [{name: values[f"{place} {name}"] for name in _THINGS} for place in places]
-
-
-def lettered(question: str, options: Sequence[str]) -> str:
-    """A question with its options, on one line each."""
-    return "\n".join(
-        [question, *(f"{letter}. {o}" for letter, o in zip(LETTERS, options, strict=False)), "Answer with the letter."]
-    )
 
 
 class _Draw:
@@ -233,7 +226,7 @@ class Chat:
         others = [others[i] for i in draw.rng.permutation(len(others))[: draw.rng.integers(1, 4)]]
         options = [value, *others]
         options = [options[i] for i in draw.rng.permutation(len(options))]
-        draw.say(row, lettered(draw.ask(name), options), LETTERS[options.index(value)])
+        draw.say(row, choice_prompt(draw.ask(name), options), LETTERS[options.index(value)])
 
     def reckon(self, draw: _Draw) -> None:
         row = draw.row(self.album.pairs)
@@ -421,7 +414,7 @@ class PlaygroundEpisodes:
         words = [str(w) for w in rng.choice(private_words(), ways, replace=False)]
         prompt = draw.ask(name)
         if listed:
-            prompt = lettered(prompt, words)
+            prompt = choice_prompt(prompt, words)
         told: list[int] = []
         for number in range(turns):
             which = int(rng.integers(ways))

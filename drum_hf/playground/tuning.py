@@ -114,6 +114,7 @@ def tune(base: str | Path, album: Album, variant: Variant, out: Path, *, steps: 
         save_total_limit=1,
         logging_steps=25,
         report_to=[],
+        use_cpu=True,  # as the rest of the build
         seed=seed,
     )
     tuner = ICLTuner(base, args, train_dataset=make_mix(album, variant, seed=seed))
