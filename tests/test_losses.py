@@ -20,6 +20,7 @@ from drum_hf.training.losses import (
     list_distribution_loss,
     pair_weights,
     pairwise_list_loss,
+    soft_in_batch_loss,
 )
 
 WEIGHTINGS = ("utility", "rank", "position")
@@ -68,8 +69,43 @@ def test_position_weights_are_averaged_over_the_preferred_pairs():
 def test_an_unknown_weighting_is_named():
     with pytest.raises(ValueError, match="utility, rank, position; got 'gap'"):
         pair_weights(doubles([0.0]), doubles([0.0]), everywhere(doubles([0.0])), "gap")
-    with pytest.raises(ValueError, match="'gap'"):
+    with pytest.raises(ValueError, match="weighting of utility, rank, position, kl; got 'gap'"):
         ListwiseLVLMLoss(nn.Identity(), weighting="gap")
+    with pytest.raises(ValueError, match="in_batch of best, soft; got 'hard'"):
+        ListwiseLVLMLoss(nn.Identity(), in_batch="hard")
+
+
+# Soft targets over the batch
+
+
+def test_soft_in_batch_targets_by_hand():
+    similarities = doubles([0.4, 0.1, 0.3, 0.9], [0.2, 0.5, 0.1, 0.3])
+    known = doubles([math.log(0.6), math.log(0.2), math.nan, math.log(0.9)], [math.nan] * 4)
+    blocked = torch.tensor([[False, False, False, True], [False] * 4])
+    total = sum(math.exp(s / 0.5) for s in (0.4, 0.1, 0.3))
+    expected = -0.6 * (0.75 * math.log(math.exp(0.8) / total) + 0.25 * math.log(math.exp(0.2) / total))
+    loss = soft_in_batch_loss(similarities, known, blocked, temperature=0.5)
+    np.testing.assert_allclose(loss, [expected, 0.0], atol=1e-12)
+
+
+def test_soft_in_batch_gradients_are_finite_where_all_is_blocked():
+    similarities = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    known = torch.full((2, 3), -0.5, dtype=torch.float64)
+    blocked = torch.tensor([[True] * 3, [True, False, False]])
+    soft_in_batch_loss(similarities, known, blocked, temperature=0.1).sum().backward()
+    assert similarities.grad[0].abs().sum() == 0 and torch.isfinite(similarities.grad).all()
+    assert similarities.grad[1, 0] == 0 and similarities.grad[1, 1:].abs().sum() > 0
+
+
+def test_kl_and_soft_targets_are_what_the_module_adds_up():
+    torch.manual_seed(0)
+    similarities, scores = torch.randn(2, 4), -torch.rand(2, 4)
+    index = torch.arange(4).expand(2, 4)
+    batch = ListBatch(index, scores, everywhere(scores), scores, torch.zeros(2, 4, dtype=torch.bool))
+    loss = ListwiseLVLMLoss(nn.Identity(), weighting="kl", in_batch="soft", rank_weight=0.3, temperature=0.2)
+    kl = list_distribution_loss(similarities, scores, batch.mask, temperature=0.2)
+    soft = soft_in_batch_loss(similarities, scores, batch.blocked, temperature=0.2)
+    torch.testing.assert_close(loss.list_loss(similarities, batch), 0.3 * kl + 0.7 * soft)
 
 
 # Oracles: loops over one list at a time

@@ -18,6 +18,7 @@ from torch.nn.functional import softplus
 
 __all__ = [
     "ContrastiveLVLMLoss",
+    "InBatch",
     "ListBatch",
     "ListwiseLVLMLoss",
     "Weighting",
@@ -26,9 +27,11 @@ __all__ = [
     "list_distribution_loss",
     "pair_weights",
     "pairwise_list_loss",
+    "soft_in_batch_loss",
 ]
 
-Weighting = Literal["utility", "rank", "position"]
+Weighting = Literal["utility", "rank", "position", "kl"]
+InBatch = Literal["best", "soft"]
 
 
 def competition_ranks(scores: Tensor, mask: Tensor) -> Tensor:
@@ -73,7 +76,7 @@ def pair_weights(scores: Tensor, similarities: Tensor, mask: Tensor, weighting: 
         place = 1.0 / competition_ranks(similarities.detach(), mask)
         weights = (place[:, :, None] - place[:, None, :]).abs() * preferred
         return weights / preferred.sum((1, 2)).clamp_min(1)[:, None, None]
-    raise ValueError(f"expected a weighting of {', '.join(get_args(Weighting))}; got {weighting!r}")
+    raise ValueError(f"expected pair weights of utility, rank, position; got {weighting!r}")
 
 
 def pairwise_list_loss(
@@ -135,6 +138,25 @@ def in_batch_loss(
     positive = (scores >= best) & mask
     loss = torch.logaddexp(own, rest.expand_as(own)) - own
     return (loss * positive).sum(-1) / positive.sum(-1).clamp_min(1)
+
+
+def soft_in_batch_loss(similarities: Tensor, known: Tensor, blocked: Tensor, *, temperature: Tensor | float) -> Tensor:
+    """L_in-batch with soft targets, (B,): every demonstration of the batch that the LVLM likes is wanted as much.
+
+    Cross-entropy between p / sum(p), p = exp(known score) and 0 where none is known, and the softmax of similarities
+    over all of the batch's demonstrations but `blocked` ones, times the largest p: a query that nothing helps teaches
+    little. A query without a known score contributes 0.
+
+    Args:
+        similarities, known, blocked: (B, U), as in `in_batch_loss`.
+
+    Source: our choice; soft targets as in LLM-R's distillation, over the batch rather than the list.
+    """
+    value = known.exp().nan_to_num(0.0).masked_fill(blocked, 0.0)
+    target = value / value.sum(-1, keepdim=True).clamp_min(1e-9)
+    # finite, so that a row with nothing but blocked ones has a gradient of 0 and not of NaN
+    logits = (similarities / temperature).masked_fill(blocked, torch.finfo(similarities.dtype).min / 2)
+    return -(target * logits.log_softmax(-1)).sum(-1) * value.amax(-1)
 
 
 @dataclasses.dataclass
@@ -263,7 +285,10 @@ class ListwiseLVLMLoss(_LVLMLoss):
         model: the SentenceTransformer that is trained; its embeddings are unit vectors.
         weighting: how much a pair of a list counts, see `pair_weights`. "utility" (ours) needs the fewest LVLM calls
             for the same retriever; "rank" and "position" are the ancestor's.
+            "kl" takes no pairs: the cross-entropy to the LVLM's distribution over the list (LLM-R).
         rank_weight: lambda, UDR's value 0.8.
+        in_batch: "best" wants the list's best above all others of the batch (UDR); "soft" wants each as much as the
+            LVLM is known to like it (ours; see `soft_in_batch_loss`).
         temperature: divides similarities; our choice, 0.05 to start with.
         learn_temperature: train it along (default).
         mini_batch_size: if given, gradient caching (GradCache): memory of that many items, the loss of the whole
@@ -280,30 +305,44 @@ class ListwiseLVLMLoss(_LVLMLoss):
         *,
         weighting: Weighting = "utility",
         rank_weight: float = 0.8,
+        in_batch: InBatch = "best",
         temperature: float = 0.05,
         learn_temperature: bool = True,
         mini_batch_size: int | None = None,
     ) -> None:
         super().__init__(model, temperature, learn_temperature, mini_batch_size)
-        if weighting not in get_args(Weighting):
-            raise ValueError(f"expected a weighting of {', '.join(get_args(Weighting))}; got {weighting!r}")
+        for name, value, known in (
+            ("weighting", weighting, get_args(Weighting)),
+            ("in_batch", in_batch, get_args(InBatch)),
+        ):
+            if value not in known:
+                raise ValueError(f"expected {name} of {', '.join(known)}; got {value!r}")
         if not 0.0 <= rank_weight <= 1.0:
             raise ValueError(f"expected rank_weight between 0 and 1; got {rank_weight}")
         self.weighting: Weighting = weighting
         self.rank_weight = rank_weight
+        self.in_batch_targets: InBatch = in_batch
 
     def list_loss(self, similarities: Tensor, batch: ListBatch) -> Tensor:
-        own = similarities.gather(1, batch.index)
-        ranked = pairwise_list_loss(
-            own, batch.scores, batch.mask, weighting=self.weighting, temperature=self.temperature
-        )
-        return self.rank_weight * ranked + (1.0 - self.rank_weight) * self.in_batch(similarities, batch)
+        own, temperature = similarities.gather(1, batch.index), self.temperature
+        if self.weighting == "kl":
+            ranked = list_distribution_loss(own, batch.scores, batch.mask, temperature=temperature)
+        else:
+            ranked = pairwise_list_loss(
+                own, batch.scores, batch.mask, weighting=self.weighting, temperature=temperature
+            )
+        if self.in_batch_targets == "soft":
+            rest = soft_in_batch_loss(similarities, batch.known, batch.blocked, temperature=temperature)
+        else:
+            rest = self.in_batch(similarities, batch)
+        return self.rank_weight * ranked + (1.0 - self.rank_weight) * rest
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""
         return {
             "weighting": self.weighting,
             "rank_weight": self.rank_weight,
+            "in_batch": self.in_batch_targets,
             "temperature": round(self.temperature.item(), 4),
             "mini_batch_size": self.mini_batch_size or None,
         }

@@ -23,7 +23,7 @@ from ..lvlm.store import ScoreStore
 from ..retriever import DemoRetriever
 from ..types import LVLM, Query
 from .collator import ListCollator
-from .losses import ContrastiveLVLMLoss, ListwiseLVLMLoss, Weighting
+from .losses import ContrastiveLVLMLoss, InBatch, ListwiseLVLMLoss, Weighting
 from .mining import FIRST_RANDOM_SHARE, CandidateTable, Sampling, mine_candidates
 from .pricing import CALIBRATION, Rates, TrainingPlan, measure_drafts, plan_training, price
 
@@ -51,8 +51,9 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
         random_share: share of the first round's candidates drawn at random; our choice.
         list_size: candidates sampled for a query in a step, l; UDR's value 8.
         objective: "listwise" (DRUM) or "contrastive" (EPR).
-        weighting: of the list-wise loss: "utility" (ours), "rank" (UDR's paper), "position" (UDR's code).
+        weighting: of the list-wise loss: "utility" (ours), "rank" (UDR's paper), "position" (UDR's code) or "kl".
         rank_weight: lambda; UDR's value 0.8.
+        in_batch: targets of the in-batch term: "best" (UDR) or "soft" (ours; see `ListwiseLVLMLoss`).
         temperature: where the learnable temperature starts; our choice.
         pool_ends: how many of a pool count as its best and its worst when lists are sampled; UDR's and EPR's value 5.
         mini_batch_size: gradient caching in chunks of so many items; off by default.
@@ -68,8 +69,9 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
     random_share: float = dataclasses.field(default=FIRST_RANDOM_SHARE, metadata={"help": "random share of round one"})
     list_size: int = dataclasses.field(default=8, metadata={"help": "candidates sampled for a query in a step"})
     objective: Sampling = dataclasses.field(default="listwise", metadata={"help": "listwise (DRUM) or contrastive"})
-    weighting: Weighting = dataclasses.field(default="utility", metadata={"help": "utility, rank or position"})
+    weighting: Weighting = dataclasses.field(default="utility", metadata={"help": "utility, rank, position, kl"})
     rank_weight: float = dataclasses.field(default=0.8, metadata={"help": "lambda of the list-wise loss"})
+    in_batch: InBatch = dataclasses.field(default="best", metadata={"help": "best (UDR) or soft targets"})
     temperature: float = dataclasses.field(default=0.05, metadata={"help": "start of the learnable temperature"})
     pool_ends: int = dataclasses.field(default=5, metadata={"help": "pool's best and worst for sampling"})
     mini_batch_size: int | None = dataclasses.field(default=None, metadata={"help": "gradient caching chunk"})
@@ -210,7 +212,11 @@ class DrumTrainer(SentenceTransformerTrainer):
                 loss = ContrastiveLVLMLoss(retriever.encoder, **common)
             else:
                 loss = ListwiseLVLMLoss(
-                    retriever.encoder, weighting=args.weighting, rank_weight=args.rank_weight, **common
+                    retriever.encoder,
+                    weighting=args.weighting,
+                    rank_weight=args.rank_weight,
+                    in_batch=args.in_batch,
+                    **common,
                 )
         rows = Dataset.from_dict({"query": self.queries.ids})
         collate: Any = ListCollator(self)  # any callable will do, but the platform names its own class
