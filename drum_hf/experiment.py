@@ -45,8 +45,9 @@ logger = logging.getLogger(__name__)
 #: Trained strategies and what sets each apart from the others.
 METHODS: dict[str, dict[str, Any]] = {
     "drum": {"objective": "listwise", "weighting": "utility"},
-    "drum-rank": {"objective": "listwise", "weighting": "rank"},
-    "epr": {"objective": "contrastive"},
+    # the paper's loss, as far as it is known: UDR's weights and in-batch term, every demonstration scored alone
+    "drum-rank": {"objective": "listwise", "weighting": "rank", "in_batch": "best", "company_rounds": 0},
+    "epr": {"objective": "contrastive", "company_rounds": 0},
 }
 
 METRICS = {"vqa": "exact_match", "classification": "top1", "captioning": "cider_d"}

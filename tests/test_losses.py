@@ -406,8 +406,8 @@ def test_settings_out_of_range_are_refused(fault):
 
 def test_rank_weight_mixes_the_two_terms():
     model, features, labels = Towers(), [numbers(4, 1), numbers(9, 2)], dict_labels()
-    ends = [ListwiseLVLMLoss(model, rank_weight=w)(features, labels).item() for w in (0.0, 1.0)]
-    mixed = ListwiseLVLMLoss(model, rank_weight=0.8)(features, labels).item()
+    ends = [ListwiseLVLMLoss(model, rank_weight=w, in_batch="best")(features, labels).item() for w in (0.0, 1.0)]
+    mixed = ListwiseLVLMLoss(model, rank_weight=0.8, in_batch="best")(features, labels).item()
     assert mixed == pytest.approx(0.2 * ends[0] + 0.8 * ends[1], rel=1e-5)
     assert ContrastiveLVLMLoss(model)(features, labels).item() == pytest.approx(ends[0], rel=1e-6)
 

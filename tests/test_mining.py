@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_training import forbidden, worded_table
 
 from drum_hf.errors import MissingIdError, SavedFileError
-from drum_hf.training.mining import CandidateTable, mine_candidates
+from drum_hf.training.mining import CandidateTable, mine_candidates, mine_company
 
 
 def pool_of(scores, places):
@@ -85,12 +86,86 @@ def test_extend_appends_in_the_flat_order_of_the_scores():
     table.extend({"a": [("x", 0), ("y", 1)], "b": [("x", 4)]}, [-1.0, -2.0, -3.0])
     table.extend({"a": [("z", 0)], "b": []}, [-4.0])
     assert list(table.rows()) == [
-        ("a", "x", -1.0, 0, 0),
-        ("a", "y", -2.0, 1, 0),
-        ("a", "z", -4.0, 0, 1),
-        ("b", "x", -3.0, 4, 0),
+        ("a", "x", -1.0, 0, 0, None),
+        ("a", "y", -2.0, 1, 0, None),
+        ("a", "z", -4.0, 0, 1, None),
+        ("b", "x", -3.0, 4, 0, None),
     ]
     assert (len(table), table.rounds, table.query_ids) == (4, 2, ["a", "b"])
+
+
+# In company
+
+
+def in_company(weight=0.5):
+    table = CandidateTable(["q", "other"], company_weight=weight)
+    table.extend({"q": [(i, 0) for i in "abcd"]}, np.log([0.1, 0.8, 0.2, 0.1]))
+    table.extend_company({"q": ["a", "c"], "other": []}, np.log([0.7, 0.3]))
+    return table
+
+
+def test_worth_is_the_mean_of_what_a_demonstration_does_alone_and_in_company():
+    # b is the companion, better alone than the others in company (0.5 in the mean, which is also d's)
+    for weight in (0.5, 0.25):
+        worth = in_company(weight).candidates("q")
+        expected = [
+            (1 - weight) * alone + weight * beside
+            for alone, beside in ((0.1, 0.7), (0.8, 0.8), (0.2, 0.3), (0.1, 0.5))
+        ]
+        np.testing.assert_allclose([math.exp(worth[i]) for i in "abcd"], expected, atol=1e-12)
+
+
+def test_a_companion_counts_as_the_others_where_they_do_better_with_it_than_it_does_alone():
+    table = CandidateTable(["q"], company_weight=0.5)
+    table.extend({"q": [("a", 0), ("b", 0)]}, np.log([0.1, 0.3]))
+    table.extend_company({"q": ["a"]}, [math.log(0.9)])
+    assert math.exp(table.candidates("q")["b"]) == pytest.approx((0.3 + 0.9) / 2)
+
+
+def test_scores_in_company_are_kept_beside_those_alone():
+    table = in_company()
+    assert (table.companion("q"), table.alone("q")) == ("b", ["d"])
+    assert (table.companion("other"), table.alone("other"), table.candidates("other")) == (None, [], {})
+    assert len(table) == 6 and table.rounds == 2
+    assert [(c, row[-1]) for _, c, *row in table.rows()] == [
+        ("a", math.log(0.7)),
+        ("b", None),
+        ("c", math.log(0.3)),
+        ("d", None),
+    ]
+    ids, scores = table.sample("q", 4, np.random.default_rng(0))
+    assert scores == [table.candidates("q")[i] for i in ids]
+
+
+def test_impossible_answers_are_worth_little_and_no_infinity():
+    table = CandidateTable(["q"])
+    table.extend({"q": [("a", 0), ("b", 0)]}, [-1e4, -1e4])
+    table.extend_company({"q": ["b"]}, [-1e4])
+    assert np.isfinite(list(table.candidates("q").values())).all()
+
+
+class Placed:
+    """A retriever whose support set lies on a circle, so that cosines to a query tell every place."""
+
+    def __init__(self, angles):
+        self.angles, self.index = angles, self
+
+    def vectors(self, ids):
+        return np.array([[math.cos(self.angles[i]), math.sin(self.angles[i])] for i in ids])
+
+    def encode_queries(self, queries):
+        return np.array([[1.0, 0.0]] * len(queries))
+
+
+def test_the_best_ranked_are_asked_for_in_company_but_never_the_companion():
+    table = CandidateTable(["q", "r", "s"])
+    table.extend({"q": [(i, 0) for i in "abcd"], "r": [("a", 0)], "s": []}, [-3.0, -0.1, -2.0, -1.0, -1.0])
+    retriever = Placed({"a": 0.3, "b": 0.0, "c": 0.1, "d": 0.2})
+    for batch_size in (1, 512):
+        asked = mine_company(retriever, table, lambda q: None, count=2, batch_size=batch_size)
+        assert asked == {"q": ["c", "d"], "r": [], "s": []}
+    table.extend_company(asked, [-1.0, -2.0])
+    assert mine_company(retriever, table, lambda q: None, count=2) == {"q": ["a"], "r": [], "s": []}
 
 
 # Mining
@@ -178,6 +253,7 @@ def grown():
     table = CandidateTable(["a", "b", "ü"])
     table.extend({"a": [("x", 0), ("y", 18)], "b": [("x", 4)]}, [-0.1, -1 / 3, -3.0])
     table.extend({"a": [("z", 2)]}, [-4.5e-7])
+    table.extend_company({"a": ["y"]}, [-0.25])
     return table
 
 
@@ -191,6 +267,16 @@ def test_a_file_gives_back_the_same_table(tmp_path, table):
     for query_id in table.query_ids:
         drawn = [t.sample(query_id, 2, np.random.default_rng(3)) for t in (table, loaded)]
         assert drawn[0] == drawn[1]
+
+
+def test_a_table_of_the_first_format_has_no_scores_in_company(tmp_path):
+    path = tmp_path / "candidates.parquet"
+    grown().save(path)
+    with_state(format_version=1)(path)
+    pq.write_table(pq.read_table(path).drop_columns(["company"]), path)
+    loaded = CandidateTable.load(path)
+    assert [row[:-1] for row in loaded.rows()] == [row[:-1] for row in grown().rows()]
+    assert {row[-1] for row in loaded.rows()} == {None}
 
 
 def truncated(path):
@@ -222,7 +308,8 @@ def other_columns(path):
         truncated,
         lambda path: path.write_text("not parquet"),
         without_metadata,
-        with_state(format_version=2),
+        with_state(format_version=3),
+        with_state(format_version=1),  # which had no such columns
         with_state(query_ids=["a"]),  # pairs of a query that is not listed
         with_state(query_ids=None),
         with_state(rounds="many"),

@@ -43,7 +43,7 @@ def calibrate(
     """
     scored: Iterable[tuple[str, str, float]]
     if isinstance(pairs, CandidateTable):
-        scored = [(query, candidate, score) for query, candidate, score, _, _ in pairs.rows()]
+        scored = [(query, candidate, score) for query, candidate, score, *_ in pairs.rows()]
     else:
         asked = list(pairs)
         values = feedback.score([(query, (candidate,)) for query, candidate in asked]).tolist()

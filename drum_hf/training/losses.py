@@ -287,8 +287,8 @@ class ListwiseLVLMLoss(_LVLMLoss):
             for the same retriever; "rank" and "position" are the ancestor's.
             "kl" takes no pairs: the cross-entropy to the LVLM's distribution over the list (LLM-R).
         rank_weight: lambda, UDR's value 0.8.
-        in_batch: "best" wants the list's best above all others of the batch (UDR); "soft" wants each as much as the
-            LVLM is known to like it (ours; see `soft_in_batch_loss`).
+        in_batch: "soft" wants each demonstration of the batch as much as the LVLM is known to like it (ours; see
+            `soft_in_batch_loss`); "best" wants the list's best above all others (UDR; see `in_batch_loss`).
         temperature: divides similarities; our choice, 0.05 to start with.
         learn_temperature: train it along (default).
         mini_batch_size: if given, gradient caching (GradCache): memory of that many items, the loss of the whole
@@ -305,7 +305,7 @@ class ListwiseLVLMLoss(_LVLMLoss):
         *,
         weighting: Weighting = "utility",
         rank_weight: float = 0.8,
-        in_batch: InBatch = "best",
+        in_batch: InBatch = "soft",
         temperature: float = 0.05,
         learn_temperature: bool = True,
         mini_batch_size: int | None = None,

@@ -116,6 +116,7 @@ class TrainingPlan:
     Attributes:
         first: the first round.
         later: at most so many new pairs in each later round, which proposes what the trained retriever likes.
+        company: how many of the last rounds score in company, two demonstrations at a time.
         images: different pictures of all that a later round may show.
         seconds, tokens, requests: of all rounds, as `ScorePlan` has them; of rounds after the first, at most.
     """
@@ -126,11 +127,14 @@ class TrainingPlan:
     seconds: float
     tokens: int
     requests: int
+    company: int = 0
 
     def describe(self) -> str:
         """A few lines for a terminal."""
         lines = [f"round 1: {self.first.describe()}"]
-        lines += [f"round {i}: at most {pairs:,} new pairs" for i, pairs in enumerate(self.later, start=2)]
+        alone = len(self.later) - self.company
+        for done, pairs in enumerate(self.later):
+            lines.append(f"round {done + 2}: at most {pairs:,} {'new pairs' if done < alone else 'pairs in company'}")
         total = [f"at most {self.first.new + sum(self.later):,} new pairs"]
         if self.tokens:
             total.append(f"about {self.tokens:,} {'' if self.requests else 'prompt '}tokens")
@@ -376,24 +380,31 @@ def plan_scores(
     return plan
 
 
-def plan_training(first: ScorePlan, *, rounds: int, candidates: int) -> TrainingPlan:
+def plan_training(first: ScorePlan, *, rounds: int, candidates: int, company_rounds: int = 0) -> TrainingPlan:
     """What the rounds of a training will cost, from the plan of its first one.
 
-    Rounds after the first are priced as if none of their pairs were known, and every image came anew.
+    Rounds after the first are priced as if none of their pairs were known, and every image came anew; not to a round in
+    company, whose candidates have all been seen. There a pair is taken for one and a half, since it shows two
+    demonstrations and a query where others show one and a query.
     """
     support, queries = first.feedback.support, first.feedback.queries
+    company = min(company_rounds, rounds - 1)
     # each query has so many demonstrations at most: all but itself, where it is one
     most = [len(support) - (query_id in support) for query_id in queries.ids]
-    later = [sum(min(candidates, max(0, count - done * candidates)) for count in most) for done in range(1, rounds)]
+    alone = [sum(min(candidates, max(0, m - done * candidates)) for m in most) for done in range(1, rounds - company)]
+    pools = [min(m, candidates * (rounds - company)) - 1 for m in most]  # but for the companion
+    beside = [sum(min(candidates, max(0, pool - done * candidates)) for pool in pools) for done in range(company)]
     images = len(({*support.image_keys} | {*queries.image_keys}) - {""})
     seconds, tokens, requests = first.seconds, first.tokens, first.requests
     seconds += first.draft_seconds
     if not any(first.rates or ()):
-        seconds = math.nan if sum(later) else seconds
+        seconds = math.nan if sum(alone + beside) else seconds
     else:
         assert first.rates is not None
         share = first.processes.count
-        for pairs in later:
-            more = _bill([(-(-pairs // share), images if pairs else 0)] * share, pairs, first.rates)
-            seconds, tokens, requests = seconds + more[0], tokens + more[1], requests + more[2]
-    return TrainingPlan(first, later, images, seconds, tokens, requests)
+        for pairs, anew, weight in [(n, images, 1.0) for n in alone] + [(n, 0, 1.5) for n in beside]:
+            work = (-(-round(weight * pairs) // share), anew if pairs else 0)
+            more = _bill([work] * share, round(weight * pairs), first.rates)
+            seconds, tokens = seconds + more[0], tokens + more[1]
+            requests += _bill([(-(-pairs // share), 0)] * share, pairs, first.rates)[2]
+    return TrainingPlan(first, alone + beside, images, seconds, tokens, requests, company)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from ..retriever import DemoRetriever
 from ..types import LVLM, Query
 from .collator import ListCollator
 from .losses import ContrastiveLVLMLoss, InBatch, ListwiseLVLMLoss, Weighting
-from .mining import FIRST_RANDOM_SHARE, CandidateTable, Sampling, mine_candidates
-from .pricing import CALIBRATION, Rates, TrainingPlan, measure_drafts, plan_training, price
+from .mining import COMPANY_WEIGHT, FIRST_RANDOM_SHARE, CandidateTable, Sampling, mine_candidates, mine_company
+from .pricing import CALIBRATION, Pair, Rates, TrainingPlan, measure_drafts, plan_training, price
 
 __all__ = ["DrumTrainer", "DrumTrainingArguments"]
 
@@ -48,12 +49,16 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
         rounds: passes of mine -> score -> train; UDR's value 3.
         epochs_per_round: our choice.
         candidates_per_round: new pairs that each query buys in a round; our choice (UDR scores 50 in each).
+        company_rounds: last rounds in which a query buys, instead of new pairs, scores of candidates it has in the
+            company of the one that served it best, as a prompt of several will show them; at least one round scores
+            them alone. Our choice, beyond the paper; 0 for a retriever that is to serve one demonstration at a time.
+        company_weight: what a demonstration is worth in company, beside what it is worth alone; our choice.
         random_share: share of the first round's candidates drawn at random; our choice.
         list_size: candidates sampled for a query in a step, l; UDR's value 8.
         objective: "listwise" (DRUM) or "contrastive" (EPR).
         weighting: of the list-wise loss: "utility" (ours), "rank" (UDR's paper), "position" (UDR's code) or "kl".
         rank_weight: lambda; UDR's value 0.8.
-        in_batch: targets of the in-batch term: "best" (UDR) or "soft" (ours; see `ListwiseLVLMLoss`).
+        in_batch: targets of the in-batch term: "soft" (ours) or "best" (UDR); see `ListwiseLVLMLoss`.
         temperature: where the learnable temperature starts; our choice.
         pool_ends: how many of a pool count as its best and its worst when lists are sampled; UDR's and EPR's value 5.
         mini_batch_size: gradient caching in chunks of so many items; off by default.
@@ -66,12 +71,14 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
     rounds: int = dataclasses.field(default=3, metadata={"help": "passes of mine -> score -> train"})
     epochs_per_round: int = dataclasses.field(default=3, metadata={"help": "epochs over the queries in each round"})
     candidates_per_round: int = dataclasses.field(default=10, metadata={"help": "new pairs a query buys in a round"})
+    company_rounds: int = dataclasses.field(default=1, metadata={"help": "last rounds, scored in company"})
+    company_weight: float = dataclasses.field(default=COMPANY_WEIGHT, metadata={"help": "of scores in company"})
     random_share: float = dataclasses.field(default=FIRST_RANDOM_SHARE, metadata={"help": "random share of round one"})
     list_size: int = dataclasses.field(default=8, metadata={"help": "candidates sampled for a query in a step"})
     objective: Sampling = dataclasses.field(default="listwise", metadata={"help": "listwise (DRUM) or contrastive"})
     weighting: Weighting = dataclasses.field(default="utility", metadata={"help": "utility, rank, position, kl"})
     rank_weight: float = dataclasses.field(default=0.8, metadata={"help": "lambda of the list-wise loss"})
-    in_batch: InBatch = dataclasses.field(default="best", metadata={"help": "best (UDR) or soft targets"})
+    in_batch: InBatch = dataclasses.field(default="soft", metadata={"help": "soft targets (ours) or best (UDR)"})
     temperature: float = dataclasses.field(default=0.05, metadata={"help": "start of the learnable temperature"})
     pool_ends: int = dataclasses.field(default=5, metadata={"help": "pool's best and worst for sampling"})
     mini_batch_size: int | None = dataclasses.field(default=None, metadata={"help": "gradient caching chunk"})
@@ -82,6 +89,10 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
         for name in ("rounds", "epochs_per_round", "candidates_per_round", "list_size", "pool_ends"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1; got {getattr(self, name)}")
+        if self.company_rounds < 0:
+            raise ValueError(f"expected company_rounds of at least 0; got {self.company_rounds}")
+        if not 0.0 <= self.company_weight <= 1.0:
+            raise ValueError(f"expected company_weight between 0 and 1; got {self.company_weight}")
         if not 0.0 <= self.random_share <= 1.0:
             raise ValueError(f"expected random_share between 0 and 1; got {self.random_share}")
         if not 0.0 < self.cascade_keep <= 1.0:
@@ -192,7 +203,7 @@ class DrumTrainer(SentenceTransformerTrainer):
                 )
             cheap = Feedback(cheap_lvlm, retriever.support, self.queries, store=store, choices=choices)
             self.cascade = Cascade(self.feedback, cheap, keep=args.cascade_keep, seed=args.seed)
-        self.table = CandidateTable(self.queries.ids)
+        self.table = CandidateTable(self.queries.ids, company_weight=args.company_weight)
         self.processes = Processes.current()
         several, batch = self.processes.count, args.train_batch_size
         if several > 1 and len(self.queries) < several * batch:
@@ -267,23 +278,33 @@ class DrumTrainer(SentenceTransformerTrainer):
             lists["scores"].append(scores)
         return lists
 
-    def propose(self) -> dict[str, list[tuple[str, int]]]:
-        """The next round's candidates of every query, as `mine_candidates` gives them, by the encoder as it is."""
+    @contextlib.contextmanager
+    def _fresh_index(self) -> Iterator[None]:
+        """The retriever's index by the encoder as it is, and the encoder in evaluation mode meanwhile."""
         encoder = self.retriever.encoder
         training = encoder.training
         encoder.eval()
         self.retriever.refresh()
-        first = self.table.rounds == 0
-        mined = mine_candidates(
-            self.retriever,
-            self.table,
-            self.query,
-            count=self.args.candidates_per_round,
-            random_share=self.args.random_share if first else 0.0,
-            rng=np.random.default_rng([self.args.seed, 77, self.table.rounds]),
-        )
+        yield
         encoder.train(training)
-        return mined
+
+    def propose(self) -> dict[str, list[tuple[str, int]]]:
+        """The next round's candidates of every query, as `mine_candidates` gives them, by the encoder as it is."""
+        first = self.table.rounds == 0
+        with self._fresh_index():
+            return mine_candidates(
+                self.retriever,
+                self.table,
+                self.query,
+                count=self.args.candidates_per_round,
+                random_share=self.args.random_share if first else 0.0,
+                rng=np.random.default_rng([self.args.seed, 77, self.table.rounds]),
+            )
+
+    def propose_company(self) -> dict[str, list[str]]:
+        """The next round's candidates to be scored in company, as `mine_company` gives them."""
+        with self._fresh_index():
+            return mine_company(self.retriever, self.table, self.query, count=self.args.candidates_per_round)
 
     def mine(self) -> None:
         """One mining round: propose, score what is new, extend the table.
@@ -291,6 +312,9 @@ class DrumTrainer(SentenceTransformerTrainer):
         Raises:
             TooFewDemonstrationsError: no query has a demonstration that is not of its own group.
         """
+        if self.table.rounds and self.table.rounds >= self.args.rounds - self.args.company_rounds:
+            self._mine_company()
+            return
         # The main process alone: embeddings that differ in the last bit would make tables that differ, and encoding is
         # little beside scoring. The others' indexes are built when something asks for them.
         mined = self.processes.from_main(self.propose)
@@ -317,6 +341,21 @@ class DrumTrainer(SentenceTransformerTrainer):
             self.table.rounds + 1, self.args.rounds, len(pairs), plan.describe(),
         )  # fmt: skip
         self.table.extend(mined, plan.run())
+
+    def _mine_company(self) -> None:
+        asked = self.processes.from_main(self.propose_company)
+        if not self.processes.is_main:
+            self.retriever.mark_stale()
+        # the companion last, next to the query, where the most useful one is shown
+        pairs: list[Pair] = []
+        for query_id, candidates in asked.items():
+            companion = self.table.companion(query_id)
+            pairs += [(query_id, (candidate, companion)) for candidate in candidates if companion is not None]
+        self._say(
+            "round %d of %d: %d candidates in the company of the best", self.table.rounds + 1, self.args.rounds,
+            len(pairs),
+        )  # fmt: skip
+        self.table.extend_company(asked, self.feedback.score(pairs, processes=self.processes))
 
     def _refuse_lonely(self, mined: dict[str, list[tuple[str, int]]]) -> None:
         lonely = [query_id for query_id, found in mined.items() if not found]
@@ -356,7 +395,10 @@ class DrumTrainer(SentenceTransformerTrainer):
         first = price(self.feedback, _pairs(mined), processes=self.processes, calibrate=calibrate, seed=self.args.seed)
         first.drafts, first.draft_seconds = missing, seconds
         return plan_training(
-            first, rounds=self.args.rounds - self.table.rounds, candidates=self.args.candidates_per_round
+            first,
+            rounds=self.args.rounds - self.table.rounds,
+            candidates=self.args.candidates_per_round,
+            company_rounds=self.args.company_rounds,
         )
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -372,13 +414,9 @@ class DrumTrainer(SentenceTransformerTrainer):
 
     def finish_round(self) -> None:
         """Refresh the index with the encoder as it is now and call `on_round_end`."""
-        encoder = self.retriever.encoder
-        training = encoder.training
-        encoder.eval()
-        self.retriever.refresh()
-        if self.on_round_end is not None:
-            self.on_round_end(self, self.table.rounds)
-        encoder.train(training)
+        with self._fresh_index():
+            if self.on_round_end is not None:
+                self.on_round_end(self, self.table.rounds)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the platform's, but `logging_strategy="no"` means no line at all, the closing one included."""
@@ -397,6 +435,7 @@ class DrumTrainer(SentenceTransformerTrainer):
                 "queries": len(self.queries),
                 "objective": self.args.objective,
                 "weighting": self.args.weighting if self.args.objective == "listwise" else None,
+                "company_rounds": min(self.args.company_rounds, self.args.rounds - 1),
             },
         )
         return output
@@ -420,7 +459,7 @@ class DrumTrainer(SentenceTransformerTrainer):
 
         super()._load_from_checkpoint(resume_from_checkpoint)
         folder = Path(resume_from_checkpoint)
-        table = CandidateTable.load(folder / _TABLE_FILE)
+        table = CandidateTable.load(folder / _TABLE_FILE, company_weight=self.args.company_weight)
         if table.query_ids != self.queries.ids:
             raise SavedFileError(
                 f"expected {folder / _TABLE_FILE} to hold the {len(self.queries)} training queries in order; it holds "
