@@ -383,8 +383,8 @@ def plan_scores(
 def plan_training(first: ScorePlan, *, rounds: int, candidates: int, company_rounds: int = 0) -> TrainingPlan:
     """What the rounds of a training will cost, from the plan of its first one.
 
-    Rounds after the first are priced as if none of their pairs were known, and every image came anew; not to a round in
-    company, whose candidates have all been seen. There a pair is taken for one and a half, since it shows two
+    Rounds after the first are priced as if none of their pairs were known and every image came anew, though not to a
+    round in company, whose candidates have all been seen. There a pair is taken for one and a half, since it shows two
     demonstrations and a query where others show one and a query.
     """
     support, queries = first.feedback.support, first.feedback.queries
