@@ -33,12 +33,14 @@ __all__ = ["STRATEGIES", "DemoRetriever"]
 logger = logging.getLogger(__name__)
 
 #: What is compared, by the names that the literature gives it -> weights of image, prompt and response: similar image,
-#: similar text (the prompt), both, and both with the LVLM's draft against the demonstrations' responses.
+#: similar text (the prompt), both, and any of these with the LVLM's draft against the demonstrations' responses.
 STRATEGIES: dict[str, tuple[float, float, float]] = {
     "si": (1.0, 0.0, 0.0),
     "st": (0.0, 1.0, 0.0),
     "sit": (1.0, 1.0, 0.0),
     "sit+draft": (1.0, 1.0, 1.0),
+    "si+draft": (1.0, 0.0, 1.0),
+    "st+draft": (0.0, 1.0, 1.0),
 }
 
 
@@ -155,7 +157,7 @@ class DemoRetriever:
             name_or_path: on the Hub, a folder, or "playground/clip"; or an encoder made by `build_encoder`, kept as it
                 is but for the weights.
             support: a table, a Dataset, a list of dicts, or a path for [`load_table`][drum_hf.data.load_table].
-            strategy: "si", "st", "sit" or "sit+draft": see `STRATEGIES`. None: "sit+draft", or what the encoder has.
+            strategy: a name in `STRATEGIES`, such as "si" or "sit". None: "sit+draft", or what the encoder has.
             weights: of image, prompt and response, instead of a strategy.
             learn_weights, lora, device: as in `build_encoder`.
             index_kind, index_options, draft_lvlm, teacher, top_k, batch_size: as in the class.
@@ -486,15 +488,20 @@ class DemoRetriever:
         with self._lock:
             self._index = None
 
-    def refresh(self) -> DemoRetriever:
-        """Embed the support set with the encoder as it is now, and build the index. Returns itself."""
+    def refresh(self, vectors: np.ndarray | None = None) -> DemoRetriever:
+        """Embed the support set with the encoder as it is now, and build the index. Returns itself.
+
+        Args:
+            vectors: what `encode_support` would give, where that is known already: (number of demonstrations,
+                dimension) float32, in the order of the support set.
+        """
         with self._lock:
             index = DemoIndex(
                 self._encoder.get_embedding_dimension() or 0,
                 kind=self.index_kind,  # type: ignore[arg-type]
                 **self.index_options,
             )
-            index.add(self._support.ids, self.encode_support(), self._support.groups)
+            index.add(self._support.ids, self.encode_support() if vectors is None else vectors, self._support.groups)
             self._index = index
         return self
 
