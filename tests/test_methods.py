@@ -11,7 +11,6 @@ import torch
 from tiny_encoders import tiny_clip
 from tiny_training import StubLVLM, coloured_table
 
-from drum_hf.data import TripletTable
 from drum_hf.encoder import build_encoder
 from drum_hf.errors import DimensionMismatchError, SavedFileError
 from drum_hf.retriever import STRATEGIES, DemoRetriever
@@ -20,7 +19,7 @@ from drum_hf.training.losses import Weighting
 from drum_hf.training.methods import METHODS
 from drum_hf.training.mining import CandidateTable
 
-ROWS = 16
+ROWS = 12
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +44,7 @@ def make(clip, support, tmp_path):
             "epochs_per_round": 1,
             "candidates_per_round": 4,
             "list_size": 4,
-            "per_device_train_batch_size": 8,
+            "per_device_train_batch_size": 6,
             "learning_rate": 1e-3,
             "save_strategy": "no",
             "report_to": [],
@@ -66,14 +65,14 @@ def queries(support):
     return [support.query(i, draft="unsure") for i in support.ids]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("msier", "drum-no-mining")])  # below
 def test_every_method_trains_with_as_many_pairs(make, name):
     if METHODS[name].training.get("weighting", "rank") not in get_args(Weighting):
         pytest.skip(f"the list-wise loss has no weighting {METHODS[name].training['weighting']!r}")
-    trainer = make(name)
+    trainer = make(name, candidates_per_round=3)
     before = weights(trainer.retriever.encoder)
     trainer.train()
-    assert len(trainer.table) == ROWS * 2 * 4
+    assert len(trainer.table) == ROWS * 2 * 3
     assert trainer.args.num_train_epochs == 2
     after = weights(trainer.retriever.encoder)
     assert any(not torch.equal(before[key], value) for key, value in after.items())
@@ -97,8 +96,7 @@ def test_a_method_names_arguments_that_there_are_and_ablations_change_one_thing(
 # Frozen candidates
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("mini_batch_size", [None, 4])
+@pytest.mark.parametrize(("lora", "mini_batch_size"), [(False, None), (True, 4)], ids=["full", "lora-cached"])
 def test_msiers_candidates_stay_where_they_are(make, clip, support, tmp_path, lora, mini_batch_size):
     seen = []
     trainer = make(
@@ -192,31 +190,25 @@ def test_without_mining_all_pairs_are_bought_by_the_untrained_retriever(make, cl
     assert (again.rounds, again.epochs_per_round, again.candidates_per_round) == (1, 2, 8)
 
 
-def test_udrs_lists_have_no_hard_candidate_but_by_chance():
+def test_udrs_lists_hold_a_hard_candidate_by_chance_alone():
     table = CandidateTable(["q"])
-    scores = [float(n) for n in range(30)]  # the better ranked, the worse
-    table.extend({"q": [(f"c{n}", n) for n in range(30)]}, scores)
+    # c0 is liked best, c8 least; c1, liked and ranked low, is the one that they disagree on
+    places = [4, 8, 0, 1, 2, 5, 6, 7, 3]
+    table.extend({"q": [(f"c{n}", place) for n, place in enumerate(places)]}, [-float(n) for n in range(9)])
 
-    def middles(hard):
+    def between(hard):
         rng = np.random.default_rng(0)
         lists = [table.sample("q", 3, rng, ends=1, hard=hard)[0] for _ in range(60)]
-        assert all({"c29", "c0"} <= set(ids) for ids in lists)
-        return {(set(ids) - {"c29", "c0"}).pop() for ids in lists}
+        assert all({"c0", "c8"} < set(ids) for ids in lists)
+        return {(set(ids) - {"c0", "c8"}).pop() for ids in lists}
 
-    # best and worst are hard themselves, so that nothing is put in; of a pool where they are not, one is
-    assert middles(True) == middles(False)
-    table = CandidateTable(["q"])
-    places = [15, *range(0, 15), *range(16, 29), 29]
-    liking = [100.0, *range(29, 1, -1), -100.0]
-    table.extend({"q": [(f"c{n}", place) for n, place in enumerate(places)]}, liking)
-    hard = {f"c{n}" for n in table._pool("q").hard()}
-    assert not hard & {"c0", "c29"}
-    if hard:
-        assert middles(True) <= hard
-    assert not middles(False) <= hard
+    assert between(True) == {"c1"}
+    assert between(False) == {f"c{n}" for n in range(1, 8)}
 
 
-def test_a_table_without_frozen_candidates_has_no_second_encoder(make, support):
+def test_without_frozen_candidates_there_is_no_second_encoder(make, tmp_path):
     retriever = make("epr").retriever
     assert retriever.support_encoder is None
-    assert isinstance(retriever.support, TripletTable)
+    retriever.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "support_encoder").exists()
+    assert DemoRetriever.from_pretrained(tmp_path / "saved", device="cpu").support_encoder is None
