@@ -458,7 +458,8 @@ class DemoRetriever:
                 row = table[id]
                 yield as_item(row.image, row.prompt, row.response, used, f"demonstration {id!r}")
 
-        return self._encode(self._support_encoder or self._encoder, SizedItems(ids, items))
+        encoder = self._encoder if self._support_encoder is None else self._support_encoder
+        return self._encode(encoder, SizedItems(ids, items))
 
     def _encode(self, encoder: SentenceTransformer, items: Iterable[dict[str, Any]]) -> np.ndarray:
         from .encoder import encode_items

@@ -28,9 +28,6 @@ __all__ = [
     "pairwise_list_loss",
 ]
 
-#: What the platform calls an embedding among a model's inputs and outputs.
-_EMBEDDED = "sentence_embedding"
-
 Weighting = Literal["utility", "rank", "position"]
 
 
@@ -184,6 +181,10 @@ class ListBatch:
         )
         mask = torch.ones_like(index, dtype=torch.bool)
         return cls(index, labels.float(), mask, known, torch.zeros_like(known, dtype=torch.bool))
+
+
+#: What the platform calls an embedding among a model's inputs and outputs.
+_EMBEDDED = "sentence_embedding"
 
 
 class _LVLMLoss(CachedLossMixin, nn.Module):
