@@ -20,8 +20,10 @@ __all__ = [
     "CARD",
     "CONFIG",
     "ENCODER",
+    "FOLDERS",
     "INDEX",
     "SUPPORT",
+    "SUPPORT_ENCODER",
     "checksum",
     "locate",
     "move_into_place",
@@ -31,11 +33,15 @@ __all__ = [
 
 _FORMAT_VERSION = 1
 CONFIG, CARD, SUPPORT, ENCODER, INDEX = "drum_config.json", "README.md", "support.parquet", "encoder", "index"
+SUPPORT_ENCODER = "support_encoder"
+FOLDERS = (ENCODER, SUPPORT_ENCODER, INDEX)
 
 
 def write(retriever: DemoRetriever, folder: Path, *, include_support: bool, repo_id: str | None) -> None:
     """Write every file of a retriever into an empty folder."""
     retriever.encoder.save(os.fspath(folder / ENCODER), create_model_card=False)
+    if retriever.support_encoder is not None:
+        retriever.support_encoder.save(os.fspath(folder / SUPPORT_ENCODER), create_model_card=False)
     retriever.index.save(folder / INDEX)
     if include_support:
         retriever.support.save(folder / SUPPORT)
@@ -47,6 +53,7 @@ def write(retriever: DemoRetriever, folder: Path, *, include_support: bool, repo
         "base_model": retriever.base_model,
         "base_revision": retriever.base_revision,
         "adapter": retriever.encoder[0].has_adapter,
+        "support_encoder": retriever.support_encoder is not None,
         "index": {"kind": retriever.index_kind, "options": retriever.index_options},
         "support": {
             "rows": len(retriever),
@@ -117,7 +124,7 @@ def locate(name_or_path: str | os.PathLike[str], **hub: Any) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    patterns = [CONFIG, CARD, SUPPORT, f"{ENCODER}/*", f"{INDEX}/*"]
+    patterns = [CONFIG, CARD, SUPPORT, *(f"{name}/*" for name in FOLDERS)]
     try:
         return Path(snapshot_download(os.fspath(name_or_path), allow_patterns=patterns, **hub))
     except (OSError, HFValidationError) as error:
@@ -177,6 +184,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SavedFileError(f"{path}: the entry {wrong[0]!r} is missing or of another type; save the retriever again")
     needed = {f"{INDEX}/vectors.safetensors", f"{INDEX}/index.json", f"{ENCODER}/sentence_bert_config.json"}
     needed |= {SUPPORT} if config["support"]["included"] else set()
+    needed |= {f"{SUPPORT_ENCODER}/sentence_bert_config.json"} if config.get("support_encoder") else set()
     for name in sorted(needed | config["files"].keys()):
         if not _is_inside(name):
             raise SavedFileError(f"{path}: it lists {name!r}, which is not inside the folder; do not use this folder")

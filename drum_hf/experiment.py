@@ -18,6 +18,7 @@ import numpy as np
 
 from .data import TripletTable
 from .evaluation.evaluator import ICLEvaluator, StrategyResult
+from .evaluation.registry import STRATEGIES, Comparison, check_names, make_strategy, takes_selector
 from .evaluation.report import write_report
 from .evaluation.statistics import paired_bootstrap
 from .evaluation.strategies import (
@@ -34,6 +35,9 @@ from .lvlm.cached import CachedLVLM
 from .lvlm.feedback import Feedback
 from .lvlm.store import ScoreStore
 from .retriever import DemoRetriever
+from .selection import Order
+from .training import methods
+from .training.methods import Method
 from .training.pricing import ScorePlan, plan_scores
 from .training.trainer import DrumTrainer, DrumTrainingArguments
 from .types import LVLM
@@ -42,13 +46,8 @@ __all__ = ["METHODS", "ScorePlan", "Settings", "evaluate_strategies", "plan_scor
 
 logger = logging.getLogger(__name__)
 
-#: Trained strategies and what sets each apart from the others.
-METHODS: dict[str, dict[str, Any]] = {
-    "drum": {"objective": "listwise", "weighting": "utility"},
-    # the paper's loss, as far as it is known: UDR's weights and in-batch term, every demonstration scored alone
-    "drum-rank": {"objective": "listwise", "weighting": "rank", "in_batch": "best", "company_rounds": 0},
-    "epr": {"objective": "contrastive", "company_rounds": 0},
-}
+#: The methods that an experiment trains.
+METHODS: dict[str, Method] = {name: methods.METHODS[name] for name in ("drum", "drum-rank", "epr")}
 
 METRICS = {"vqa": "exact_match", "classification": "top1", "captioning": "cider_d"}
 
@@ -207,9 +206,9 @@ def run_experiment(
     start = run.results["sit+draft", settings.shots]
     curves: dict[str, list[tuple[int, StrategyResult]]] = {}
     trained: dict[str, DemoRetriever] = {}
-    for name, difference in METHODS.items():
+    for name, method in METHODS.items():
         curve = curves[name] = [(0, start)]
-        retriever = DemoRetriever.from_encoder(encoder, support=support, strategy="sit+draft", lora=settings.lora)
+        retriever = DemoRetriever.from_encoder(encoder, support=support, strategy=method.query, lora=settings.lora)
 
         def after_round(trainer: DrumTrainer, _: int, name: str = name, curve: list = curve) -> None:
             result = evaluator.evaluate(Retrieved(name, trainer.retriever), settings.shots)
@@ -219,7 +218,7 @@ def run_experiment(
         trainer = DrumTrainer(
             retriever,
             lvlm=cached,
-            args=training_arguments(out / "training" / name, settings, store.path, **difference),
+            args=training_arguments(out / "training" / name, settings, store.path, **method.training),
             choices=choices,
             on_round_end=after_round,
         )
@@ -331,51 +330,56 @@ def evaluate_strategies(
     lvlm: LVLM,
     encoder: str,
     task: str,
-    retriever: DemoRetriever | None = None,
+    retriever: DemoRetriever | Mapping[str, DemoRetriever] | None = None,
     metric: str | None = None,
     store: Path | None = None,
+    order: Order = "best_last",
+    selector: str | None = None,
     random_seeds: int = 3,
     max_new_tokens: int = 32,
 ) -> dict[str, Any]:
-    """Evaluate strategies by name; "drum" is the `retriever` that is given. Results as `run_experiment` has them.
+    """Evaluate strategies by name. Results as `run_experiment` has them.
+
+    Args:
+        names: of `drum_hf.evaluation.registry.STRATEGIES`.
+        retriever: trained ones by the names of their strategies; one alone is "drum".
+        order: in which demonstrations are shown.
+        selector: chooses among what retrievers found; strategies without one are evaluated as they are.
+        random_seeds: how many seeds the seeded strategies are averaged over.
 
     Raises:
-        ValueError: an unknown name, or "drum" without a retriever.
+        ValueError: an unknown name, or a trained strategy without its retriever.
     """
-    known = ("zero-shot", "random", "fixed", "si", "st", "sit", "sit+draft", "bm25", "drum", "oracle")
+    given = {"drum": retriever} if isinstance(retriever, DemoRetriever) else dict(retriever or {})
+    check_names([*names, *given])
     for name in names:
-        if name not in known or (name == "drum" and retriever is None):
-            hint = (
-                "needs a trained retriever: pass --retriever" if name == "drum" else f"is none of {', '.join(known)}"
-            )
-            raise ValueError(f"strategy {name!r} {hint}")
+        if STRATEGIES[name].trained and name not in given:
+            raise ValueError(f"strategy {name!r} needs a trained retriever: pass --retriever {name}=FOLDER")
     began = time.perf_counter()
     cached = CachedLVLM(lvlm, ScoreStore(store or ":memory:"))
-    asked = Feedback(cached, support, queries, max_new_tokens=max_new_tokens)
+    choices = support.label_set if task == "classification" else ()
+    asked = Feedback(cached, support, queries, choices=choices, max_new_tokens=max_new_tokens)
     drafts: dict[str, str] = {}
-    if {"sit+draft", "drum", "bm25"} & set(names):
+    if any(STRATEGIES[name].needs_draft for name in names) or any(r.uses_drafts for r in given.values()):
         drafts = dict(zip(queries.ids, asked.drafts(queries.ids), strict=True))
     evaluator = ICLEvaluator(
-        cached, support, queries, metric=metric or METRICS[task], drafts=drafts, max_new_tokens=max_new_tokens
+        cached,
+        support,
+        queries,
+        metric=metric or METRICS[task],
+        order=order,
+        drafts=drafts,
+        max_new_tokens=max_new_tokens,
     )
+    comparison = Comparison(support, queries, asked, encoder, task, drafts)
     run = _Run(evaluator, Settings(shots=max(shots)))
     for name in names:
-        strategy: Strategy | list[Strategy]
-        if name == "zero-shot":
-            strategy = ZeroShot()
-        elif name == "random":
-            strategy = [Random(support, s) for s in range(random_seeds)]
-        elif name == "fixed":
-            strategy = [Fixed(support, s) for s in range(random_seeds)]
-        elif name == "bm25":
-            strategy = BM25(support)
-        elif name == "oracle":
-            strategy = ScoreOracle(asked) if task == "captioning" else SameAnswerOracle(support, queries)
-        elif name == "drum":
-            strategy = Retrieved(name, retriever)  # type: ignore[arg-type]  # refused above
-        else:
-            strategy = Retrieved(name, DemoRetriever.from_encoder(encoder, support=support, strategy=name))
-        run.evaluate(strategy, sorted(shots))
+        seeds = range(random_seeds if STRATEGIES[name].seeded else 1)
+        chosen_by = selector if takes_selector(name) else None
+        strategies = [
+            make_strategy(name, comparison, seed=s, retriever=given.get(name), selector=chosen_by) for s in seeds
+        ]
+        run.evaluate(strategies, sorted(shots))
     return {
         "task": task,
         "shots": max(shots),

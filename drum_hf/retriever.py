@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import os
@@ -33,12 +34,14 @@ __all__ = ["STRATEGIES", "DemoRetriever"]
 logger = logging.getLogger(__name__)
 
 #: What is compared, by the names that the literature gives it -> weights of image, prompt and response: similar image,
-#: similar text (the prompt), both, and both with the LVLM's draft against the demonstrations' responses.
+#: similar text (the prompt), both, and any of these with the LVLM's draft against the demonstrations' responses.
 STRATEGIES: dict[str, tuple[float, float, float]] = {
     "si": (1.0, 0.0, 0.0),
     "st": (0.0, 1.0, 0.0),
     "sit": (1.0, 1.0, 0.0),
     "sit+draft": (1.0, 1.0, 1.0),
+    "si+draft": (1.0, 0.0, 1.0),
+    "st+draft": (0.0, 1.0, 1.0),
 }
 
 
@@ -52,6 +55,8 @@ class DemoRetriever:
     Args:
         encoder: a `SentenceTransformer` made by [`build_encoder`][drum_hf.encoder.build_encoder].
         support: the demonstrations.
+        support_encoder: another one, which embeds the demonstrations, while `encoder` embeds the queries. None:
+            `encoder` embeds both. See `freeze_support`.
         index_kind: "flat" (exact) or "hnsw".
         index_options: further arguments of [`DemoIndex`][drum_hf.index.DemoIndex].
         draft_lvlm: writes a draft (zero-shot) for queries that come without one, where the strategy uses drafts.
@@ -68,6 +73,7 @@ class DemoRetriever:
 
     Raises:
         ValueError: an encoder that was not made by `build_encoder`.
+        DimensionMismatchError: two encoders of unlike width.
 
     Example:
         >>> import tempfile
@@ -92,6 +98,7 @@ class DemoRetriever:
         encoder: SentenceTransformer,
         support: TripletTable,
         *,
+        support_encoder: SentenceTransformer | None = None,
         index_kind: str = "flat",
         index_options: Mapping[str, Any] | None = None,
         draft_lvlm: LVLM | None = None,
@@ -101,18 +108,15 @@ class DemoRetriever:
         top_k: int = 4,
         batch_size: int = 64,
     ) -> None:
-        from sentence_transformers import SentenceTransformer
-
-        from .encoder import JointEncoder
-
-        modules = list(encoder) if isinstance(encoder, SentenceTransformer) else []
-        if len(modules) != 1 or not isinstance(modules[0], JointEncoder):
-            came = f" of {', '.join(type(module).__name__ for module in modules)}" if modules else ""
-            raise ValueError(
-                f"expected a SentenceTransformer whose one module is a JointEncoder, came a {type(encoder).__name__}"
-                f"{came}; make it with drum_hf.encoder.build_encoder, or give DemoRetriever.from_encoder a checkpoint"
-            )
-        self._encoder = encoder
+        _refuse_other_encoders(encoder)
+        if support_encoder is not None:
+            _refuse_other_encoders(support_encoder)
+            widths = [each.get_embedding_dimension() for each in (encoder, support_encoder)]
+            if widths[0] != widths[1]:
+                raise DimensionMismatchError(
+                    f"expected encoders of one width, came {widths[0]} for queries and {widths[1]} for demonstrations"
+                )
+        self._encoder, self._support_encoder = encoder, support_encoder
         self._support = _table(support)
         self.index_kind, self.index_options = index_kind, dict(index_options or {})
         DemoIndex(1, kind=index_kind, **self.index_options)  # type: ignore[arg-type]  # refused now, not after encoding
@@ -155,7 +159,7 @@ class DemoRetriever:
             name_or_path: on the Hub, a folder, or "playground/clip"; or an encoder made by `build_encoder`, kept as it
                 is but for the weights.
             support: a table, a Dataset, a list of dicts, or a path for [`load_table`][drum_hf.data.load_table].
-            strategy: "si", "st", "sit" or "sit+draft": see `STRATEGIES`. None: "sit+draft", or what the encoder has.
+            strategy: a name in `STRATEGIES`, such as "si" or "sit". None: "sit+draft", or what the encoder has.
             weights: of image, prompt and response, instead of a strategy.
             learn_weights, lora, device: as in `build_encoder`.
             index_kind, index_options, draft_lvlm, teacher, top_k, batch_size: as in the class.
@@ -213,6 +217,11 @@ class DemoRetriever:
     def encoder(self) -> SentenceTransformer:
         """The encoder; call `mark_stale` after training it."""
         return self._encoder
+
+    @property
+    def support_encoder(self) -> SentenceTransformer | None:
+        """The encoder that embeds the demonstrations, where that is not `encoder`."""
+        return self._support_encoder
 
     @property
     def _module(self) -> JointEncoder:
@@ -418,7 +427,7 @@ class DemoRetriever:
         return self._encode_queries(queries, lambda query: None)
 
     def encode_support(self, ids: Iterable[str] | None = None) -> np.ndarray:
-        """Embed demonstrations with the encoder as it is now: float32 of shape (number of ids, dimension).
+        """Embed demonstrations with their encoder as it is now: float32 of shape (number of ids, dimension).
 
         Args:
             ids: of the support set; None: all of them, in order.
@@ -437,7 +446,9 @@ class DemoRetriever:
                 note(query)
                 yield as_item(query.image, query.prompt, query.draft, used, name_query(query.id, position))
 
-        return self._encode(SizedItems(queries, items) if hasattr(queries, "__len__") else items(queries))
+        return self._encode(
+            self._encoder, SizedItems(queries, items) if hasattr(queries, "__len__") else items(queries)
+        )
 
     def _encode_demonstrations(self, table: TripletTable, ids: list[str]) -> np.ndarray:
         used = self._used()
@@ -447,13 +458,14 @@ class DemoRetriever:
                 row = table[id]
                 yield as_item(row.image, row.prompt, row.response, used, f"demonstration {id!r}")
 
-        return self._encode(SizedItems(ids, items))
+        encoder = self._encoder if self._support_encoder is None else self._support_encoder
+        return self._encode(encoder, SizedItems(ids, items))
 
-    def _encode(self, items: Iterable[dict[str, Any]]) -> np.ndarray:
+    def _encode(self, encoder: SentenceTransformer, items: Iterable[dict[str, Any]]) -> np.ndarray:
         from .encoder import encode_items
 
         with self._lock:
-            return encode_items(self._encoder, items, batch_size=self.batch_size)
+            return encode_items(encoder, items, batch_size=self.batch_size)
 
     def _used(self) -> tuple[str, ...]:
         return tuple(part for part, weight in self.weights.items() if weight)
@@ -482,19 +494,38 @@ class DemoRetriever:
         self.card_data = {**self.card_data, "training": dict(training)}
 
     def mark_stale(self) -> None:
-        """The encoder has changed: embed the support set anew when it is next needed."""
-        with self._lock:
-            self._index = None
+        """The encoder has changed: embed the support set anew when it is next needed.
 
-    def refresh(self) -> DemoRetriever:
-        """Embed the support set with the encoder as it is now, and build the index. Returns itself."""
+        Nothing needs to be, where the support set has an encoder of its own.
+        """
+        with self._lock:
+            if self._support_encoder is None:
+                self._index = None
+
+    def freeze_support(self) -> None:
+        """Keep a copy of the encoder for the demonstrations, so that training changes the queries' side alone.
+
+        The copy takes as much memory again, and is saved with the retriever.
+        """
+        frozen = copy.deepcopy(self._encoder).eval()
+        frozen.requires_grad_(False)
+        with self._lock:
+            self._support_encoder = frozen
+
+    def refresh(self, vectors: np.ndarray | None = None) -> DemoRetriever:
+        """Embed the support set with the encoder as it is now, and build the index. Returns itself.
+
+        Args:
+            vectors: what `encode_support` would give, where that is known already: (number of demonstrations,
+                dimension) float32, in the order of the support set.
+        """
         with self._lock:
             index = DemoIndex(
                 self._encoder.get_embedding_dimension() or 0,
                 kind=self.index_kind,  # type: ignore[arg-type]
                 **self.index_options,
             )
-            index.add(self._support.ids, self.encode_support(), self._support.groups)
+            index.add(self._support.ids, self.encode_support() if vectors is None else vectors, self._support.groups)
             self._index = index
         return self
 
@@ -603,7 +634,7 @@ class DemoRetriever:
                 commit_message=commit_message or "Upload a drum-hf retriever",
                 revision=revision,
                 create_pr=create_pr,
-                delete_patterns=[f"{_saved.ENCODER}/*", f"{_saved.INDEX}/*", _saved.SUPPORT],
+                delete_patterns=[*(f"{name}/*" for name in _saved.FOLDERS), _saved.SUPPORT],
             )
         return commit.pr_url or commit.commit_url
 
@@ -655,14 +686,12 @@ class DemoRetriever:
             )
         table = TripletTable.load(folder / _saved.SUPPORT) if support is None else _table(support)
         index = DemoIndex.load(folder / _saved.INDEX)
+        options: dict[str, Any] = {"base_model": base_model, "device": device, "trust_remote_code": trust_remote_code}
+        support_encoder = None
         try:
-            encoder = load_encoder(
-                folder / _saved.ENCODER,
-                base_model=base_model,
-                device=device,
-                trust_remote_code=trust_remote_code,
-                **hub,
-            )
+            encoder = load_encoder(folder / _saved.ENCODER, **options, **hub)
+            if config.get("support_encoder"):
+                support_encoder = load_encoder(folder / _saved.SUPPORT_ENCODER, **options, **hub)
         except (OSError, ValueError, KeyError) as error:
             needs, remedy = "", ""
             if config["adapter"]:
@@ -676,6 +705,7 @@ class DemoRetriever:
         retriever = cls(
             encoder,
             table,
+            support_encoder=support_encoder,
             index_kind=config["index"]["kind"],
             index_options=config["index"]["options"],
             draft_lvlm=draft_lvlm,
@@ -712,6 +742,20 @@ class DemoRetriever:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
+
+
+def _refuse_other_encoders(encoder: Any) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    from .encoder import JointEncoder
+
+    modules = list(encoder) if isinstance(encoder, SentenceTransformer) else []
+    if len(modules) != 1 or not isinstance(modules[0], JointEncoder):
+        came = f" of {', '.join(type(module).__name__ for module in modules)}" if modules else ""
+        raise ValueError(
+            f"expected a SentenceTransformer whose one module is a JointEncoder, came a {type(encoder).__name__}"
+            f"{came}; make it with drum_hf.encoder.build_encoder, or give DemoRetriever.from_encoder a checkpoint"
+        )
 
 
 def _table(support: Any) -> TripletTable:

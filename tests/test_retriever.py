@@ -220,8 +220,9 @@ def test_strategies(encoder, table, strategy):
     retriever = DemoRetriever.from_encoder(encoder, table, strategy=strategy)
     used = [part for part, weight in retriever.weights.items() if weight]
     names = {"si": ["image"], "st": ["prompt"], "sit": ["image", "prompt"]}
-    assert used == names.get(strategy, ["image", "prompt", "response"])
-    assert retriever.strategy == strategy and retriever.uses_drafts == (strategy == "sit+draft")
+    drafted = strategy.endswith("+draft")
+    assert used == names[strategy.removesuffix("+draft")] + ["response"] * drafted
+    assert retriever.strategy == strategy and retriever.uses_drafts == drafted
     query = retriever.encode_queries([Query(picture(1), PROMPTS[0], draft="red")])
     width = query.shape[1] // 3
     assert [bool(query[0, i * width : (i + 1) * width].any()) for i in range(3)] == [
@@ -231,7 +232,9 @@ def test_strategies(encoder, table, strategy):
 
 def test_weights_of_ones_own(encoder, table):
     retriever = DemoRetriever.from_encoder(encoder, table, weights=(1, 0, 3))
-    assert retriever.strategy == "image+response"
+    assert retriever.strategy == "si+draft"
+    assert DemoRetriever.from_encoder(encoder, table, weights=(0, 0, 1)).strategy == "response"
+    retriever = DemoRetriever.from_encoder(encoder, table, weights=(1, 0, 3))
     assert retriever.weights == pytest.approx({"image": 0.25, "prompt": 0, "response": 0.75})
 
 

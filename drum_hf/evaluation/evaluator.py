@@ -108,7 +108,10 @@ class ICLEvaluator:
         seeds = list(strategy) if isinstance(strategy, Sequence) else [strategy]
         answers, ids, values = [], [], []
         for seeded in seeds:
-            shown = [arrange(chosen, self.order) for chosen in seeded.select(self.asked, shots)]
+            # by row: one permutation of ranks for all queries would be an order, not a shuffle
+            shown = [
+                arrange(chosen, self.order, seed=row) for row, chosen in enumerate(seeded.select(self.asked, shots))
+            ]
             answers.append(self.answer(shown, progress=progress))
             ids.append(shown)
             values.append(np.asarray(self.metric(answers[-1], self.references), dtype=np.float64))

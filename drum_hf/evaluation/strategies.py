@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BM25",
+    "MMICES",
     "Fixed",
     "Random",
     "Retrieved",
@@ -114,6 +115,43 @@ class Retrieved:
         return self.retriever.retrieve_ids(queries, min(k, len(self.retriever)), selector=self.selector)[0]
 
 
+class MMICES:
+    """The most similar images, re-ranked by the similarity of their prompts to the query's.
+
+    Equal prompts stay in the order of their images. Source: MMICES (arXiv 2311.18021), with its pool of 200.
+
+    Args:
+        images: a retriever that compares images ("si").
+        texts: one that compares prompts ("st"), over the same support set.
+        pool: images kept for the second step.
+
+    Raises:
+        ValueError: the support sets differ, or the pool is empty.
+    """
+
+    name = "mmices"
+
+    def __init__(self, images: DemoRetriever, texts: DemoRetriever, *, pool: int = 200) -> None:
+        if images.support.ids != texts.support.ids:
+            raise ValueError("expected both retrievers over one support set, came two that differ")
+        if pool < 1:
+            raise ValueError(f"expected a pool of at least 1, came {pool}")
+        self.images, self.texts, self.pool = images, texts, pool
+        # one vector for equal prompts: batches may differ in the last bit, and that is no reason to prefer one
+        first: dict[str, str] = {}
+        support = texts.support
+        self._speaker = {i: first.setdefault(p, i) for i, p in zip(support.ids, support.prompts, strict=True)}
+
+    def select(self, queries: Sequence[Query], k: int) -> list[list[str]]:
+        pools, _ = self.images.retrieve_ids(queries, min(max(k, self.pool), len(self.images)))
+        chosen = []
+        for vector, pool in zip(self.texts.encode_queries(queries), pools, strict=True):
+            prompts = list(dict.fromkeys(self._speaker[i] for i in pool))
+            scores = dict(zip(prompts, (self.texts.index.vectors(prompts) @ vector).tolist(), strict=True))
+            chosen.append(sorted(pool, key=lambda i: -scores[self._speaker[i]])[:k])  # used at once
+        return chosen
+
+
 class BM25:
     """Okapi BM25 over texts: a query's prompt and draft against a demonstration's prompt and response.
 
@@ -176,10 +214,8 @@ class ScoreOracle:
     It looks at the answer, and costs queries x support set LVLM calls.
     """
 
-    name = "oracle"
-
-    def __init__(self, feedback: Feedback) -> None:
-        self.feedback = feedback
+    def __init__(self, feedback: Feedback, *, name: str = "oracle") -> None:
+        self.feedback, self.name = feedback, name
         self._ranked: dict[str, list[str]] = {}
 
     def select(self, queries: Sequence[Query], k: int) -> list[list[str]]:

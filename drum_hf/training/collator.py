@@ -95,18 +95,20 @@ class ListCollator:
             blocked[i] = torch.tensor(
                 [c == row["query"] or (g is not None and g == own) for c, g in zip(column, groups, strict=True)]
             )
-        features = {
-            "query": self.preprocessed("query", [row["query"] for row in rows], self._query_item),
-            "demonstrations": self.preprocessed("demonstration", list(column), self._demonstration_item),
-        }
-        shown = {
-            "query": [queries.row(row["query"]) for row in rows],
-            "demonstrations": [support.row(candidate) for candidate in column],
-        }
-        for side, numbers in self._image_numbers.items():
-            features[side]["image_key"] = torch.tensor([numbers[row] for row in shown[side]])
+        features = {"query": self.preprocessed("query", [row["query"] for row in rows], self._query_item)}
+        shown = {"query": [queries.row(row["query"]) for row in rows]}
+        vectors: dict[str, dict[str, torch.Tensor]] = {}
+        if trainer.retriever.support_encoder is None:
+            features["demonstrations"] = self.preprocessed("demonstration", list(column), self._demonstration_item)
+            shown["demonstrations"] = [support.row(candidate) for candidate in column]
+        else:  # they do not change while it is trained, and lie in the index
+            stored = trainer.retriever.index.vectors(list(column))
+            vectors["demonstrations"] = {"sentence_embedding": torch.from_numpy(stored)}
+        for side, places in shown.items():
+            numbers = self._image_numbers[side]
+            features[side]["image_key"] = torch.tensor([numbers[row] for row in places])
         batch: dict[str, Any] = {
-            f"{name}_{key}": value for name, part in features.items() for key, value in part.items()
+            f"{name}_{key}": value for name, part in (features | vectors).items() for key, value in part.items()
         }
         batch["label"] = {"index": index, "scores": scores, "mask": mask, "known": known, "blocked": blocked}
         return batch

@@ -205,6 +205,10 @@ class ListBatch:
         return cls(index, labels.float(), mask, known, torch.zeros_like(known, dtype=torch.bool))
 
 
+#: What the platform calls an embedding among a model's inputs and outputs.
+_EMBEDDED = "sentence_embedding"
+
+
 class _LVLMLoss(CachedLossMixin, nn.Module):
     """Encoding, temperature and gradient caching that the losses here share."""
 
@@ -236,10 +240,18 @@ class _LVLMLoss(CachedLossMixin, nn.Module):
             # One forward: an image that both sides show is encoded once, and under DDP, which takes the last forward
             # before a backward to tell it which parameters a step uses, there must be but one.
             sizes = [len(column["present"]) for column in features]
-            columns = self.model(joined)["sentence_embedding"].split(sizes)
+            columns = self.model(joined)[_EMBEDDED].split(sizes)
         else:
-            columns = [self.model(column)["sentence_embedding"] for column in features]
+            columns = [_given(column, self.model) for column in features]
         return self.calculate_loss([[column] for column in columns], labels)
+
+    def embed_minibatch(
+        self, sentence_feature: dict[str, Tensor], begin: int, end: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        """As the platform's; what is embedded already is taken as it is, and gets no gradient."""
+        if _EMBEDDED in sentence_feature:
+            return sentence_feature[_EMBEDDED][begin:end], None
+        return super().embed_minibatch(sentence_feature, begin, end, *args, **kwargs)
 
     def calculate_loss(self, reps: Sequence[Sequence[Tensor]], labels: Any = None, *, with_backward: bool = False):
         """Loss of embeddings that are already there: `reps[0]` the queries' chunks, the rest the demonstrations'."""
@@ -269,6 +281,11 @@ class _LVLMLoss(CachedLossMixin, nn.Module):
     def list_loss(self, similarities: Tensor, batch: ListBatch) -> Tensor:
         """Loss of each query, (B,), from similarities (B, U)."""
         raise NotImplementedError(f"{type(self).__name__} must define list_loss")
+
+
+def _given(column: dict[str, Tensor], model: nn.Module) -> Tensor:
+    """A column's embeddings: those that it brings along, or else what the model makes of it."""
+    return column[_EMBEDDED] if _EMBEDDED in column else model(column)[_EMBEDDED]
 
 
 def _joined(features: Sequence[dict[str, Tensor]]) -> dict[str, Tensor] | None:

@@ -139,16 +139,24 @@ class CandidateTable:
         self.rounds += 1
 
     def sample(
-        self, query_id: str, size: int, rng: np.random.Generator, *, sampling: Sampling = "listwise", ends: int = 5
+        self,
+        query_id: str,
+        size: int,
+        rng: np.random.Generator,
+        *,
+        sampling: Sampling = "listwise",
+        ends: int = 5,
+        hard: bool = True,
     ) -> tuple[list[str], list[float]]:
         """Draw a training list from a query's pool.
 
         Args:
             size: at most so many candidates; fewer where the pool is smaller.
             sampling: "listwise": one of the `ends` best by the LVLM, one of the `ends` worst, the rest from between
-                (UDR), and at least one hard candidate where the pool has one (our choice).
+                (UDR), and at least one hard candidate where the pool has one (our choice; see `hard`).
                 "contrastive": one of the `ends` best first, then others of the `ends` worst (EPR).
             ends: UDR's and EPR's value 5; at most half of the pool.
+            hard: False leaves the hard candidate to chance, as UDR does.
 
         Returns:
             ids and scores, in one order.
@@ -168,9 +176,9 @@ class CandidateTable:
         else:
             first, last = int(rng.choice(order[:ends])), int(rng.choice(order[count - ends :]))
             between = [int(r) for r in rng.permutation(order) if r not in (first, last)][: size - 2]
-            hard = pool.hard(worth)
-            if between and len(hard) and not {first, last, *between} & set(hard.tolist()):
-                between[-1] = int(rng.choice(hard))
+            wanted = pool.hard(worth) if hard else np.empty(0, np.int64)
+            if between and len(wanted) and not {first, last, *between} & set(wanted.tolist()):
+                between[-1] = int(rng.choice(wanted))
             chosen = [first, last, *between]
         return [pool.ids[r] for r in chosen], [float(worth[r]) for r in chosen]
 

@@ -61,6 +61,13 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
         in_batch: targets of the in-batch term: "soft" (ours) or "best" (UDR); see `ListwiseLVLMLoss`.
         temperature: where the learnable temperature starts; our choice.
         pool_ends: how many of a pool count as its best and its worst when lists are sampled; UDR's and EPR's value 5.
+        hard_candidates: a list holds one that retriever and LVLM disagree on, where the pool has one; our choice (UDR
+            draws without).
+        mine_once: the pairs of all rounds are bought in the first one, by the retriever as it is before training, and
+            with as many random ones; `rounds`, `epochs_per_round`, `candidates_per_round` and `random_share` are set
+            to that. For an ablation: it leaves out mining.
+        frozen_candidates: the demonstrations' embeddings stay those of the encoder as it is before training; only the
+            queries' side is trained (MSIER). The retriever then holds both encoders.
         mini_batch_size: gradient caching in chunks of so many items; off by default.
         score_store: SQLite file of every LVLM score; `scores.sqlite` in `output_dir` by default.
         cascade_keep: share of each query's new pairs that the LVLM itself scores, the best by `cheap_lvlm`; the rest
@@ -81,6 +88,9 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
     in_batch: InBatch = dataclasses.field(default="soft", metadata={"help": "soft targets (ours) or best (UDR)"})
     temperature: float = dataclasses.field(default=0.05, metadata={"help": "start of the learnable temperature"})
     pool_ends: int = dataclasses.field(default=5, metadata={"help": "pool's best and worst for sampling"})
+    hard_candidates: bool = dataclasses.field(default=True, metadata={"help": "a hard candidate in every list"})
+    mine_once: bool = dataclasses.field(default=False, metadata={"help": "buy all rounds' pairs in the first one"})
+    frozen_candidates: bool = dataclasses.field(default=False, metadata={"help": "train the queries' side alone"})
     mini_batch_size: int | None = dataclasses.field(default=None, metadata={"help": "gradient caching chunk"})
     score_store: str | None = dataclasses.field(default=None, metadata={"help": "SQLite file of LVLM scores"})
     cascade_keep: float = dataclasses.field(default=1.0, metadata={"help": "share of pairs that the LVLM scores"})
@@ -99,6 +109,11 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
             raise ValueError(f"expected cascade_keep above 0 and up to 1; got {self.cascade_keep}")
         if self.list_size < 2:
             raise ValueError(f"expected list_size of at least 2, something to rank; got {self.list_size}")
+        if self.mine_once:  # once it is done, there is one round, and doing it again changes nothing
+            self.random_share /= self.rounds
+            self.candidates_per_round *= self.rounds
+            self.epochs_per_round *= self.rounds
+            self.rounds = 1
         if self.dataloader_persistent_workers:
             raise ValueError(
                 "dataloader_persistent_workers=True would train on the first round's candidates for ever, since its "
@@ -191,6 +206,8 @@ class DrumTrainer(SentenceTransformerTrainer):
         args = args or DrumTrainingArguments(output_dir="drum-output")
         assert args.output_dir is not None  # the platform has filled it in
         self.retriever = retriever
+        if args.frozen_candidates and retriever.support_encoder is None:
+            retriever.freeze_support()
         self.queries = retriever.support if train_dataset is None else TripletTable.from_dataset(train_dataset)
         store = ScoreStore(args.score_store or Path(args.output_dir) / "scores.sqlite")
         self.feedback = Feedback(lvlm, retriever.support, self.queries, store=store, choices=choices)
@@ -271,7 +288,12 @@ class DrumTrainer(SentenceTransformerTrainer):
                 ]
             )
             ids, scores = self.table.sample(
-                query_id, self.args.list_size, rng, sampling=self.args.objective, ends=self.args.pool_ends
+                query_id,
+                self.args.list_size,
+                rng,
+                sampling=self.args.objective,
+                ends=self.args.pool_ends,
+                hard=self.args.hard_candidates,
             )
             lists["query"].append(query_id)
             lists["candidates"].append(ids)
@@ -284,7 +306,7 @@ class DrumTrainer(SentenceTransformerTrainer):
         encoder = self.retriever.encoder
         training = encoder.training
         encoder.eval()
-        self.retriever.refresh()
+        self._refresh()
         yield
         encoder.train(training)
 
@@ -305,6 +327,10 @@ class DrumTrainer(SentenceTransformerTrainer):
         """The next round's candidates to be scored in company, as `mine_company` gives them."""
         with self._fresh_index():
             return mine_company(self.retriever, self.table, self.query, count=self.args.candidates_per_round)
+
+    def _refresh(self) -> None:
+        if self.retriever.support_encoder is None:  # else the support set's embeddings are what they were
+            self.retriever.refresh()
 
     def mine(self) -> None:
         """One mining round: propose, score what is new, extend the table.

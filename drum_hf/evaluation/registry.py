@@ -1,0 +1,199 @@
+"""Strategies by name: what the command line, a suite and a table call them, and what makes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Iterable, Mapping
+
+from ..data import TripletTable
+from ..lvlm.feedback import Feedback
+from ..retriever import STRATEGIES as COMPARED
+from ..retriever import DemoRetriever
+from ..selection import Selector, get_selector
+from ..training.methods import METHODS
+from .strategies import BM25, MMICES, Fixed, Random, Retrieved, SameAnswerOracle, ScoreOracle, Strategy, ZeroShot
+from .untrained import UntrainedRetrievers
+
+__all__ = ["STRATEGIES", "Comparison", "StrategyInfo", "check_names", "make_strategy", "takes_selector"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StrategyInfo:
+    """What there is to know of a strategy before it is made.
+
+    Attributes:
+        label: as tables show it.
+        about: one line, with its source.
+        needs_draft: the LVLM's draft of each query is read.
+        trained: a trained retriever is needed.
+        looks_at_gold: it reads the gold answer: a ceiling, not a method.
+        seeded: another seed chooses otherwise.
+    """
+
+    label: str
+    about: str
+    needs_draft: bool = False
+    trained: bool = False
+    looks_at_gold: bool = False
+    seeded: bool = False
+
+
+#: Every strategy, in the order of tables.
+STRATEGIES: dict[str, StrategyInfo] = {
+    "zero-shot": StrategyInfo("zero-shot", "no demonstration"),
+    "random": StrategyInfo("random", "drawn for each query", seeded=True),
+    "fixed": StrategyInfo("fixed", "the same for every query, drawn once", seeded=True),
+    "si": StrategyInfo("SI (RICES)", "similar image (RICES, arXiv 2109.05014; OpenFlamingo)"),
+    "st": StrategyInfo("ST", "similar prompt"),
+    "sit": StrategyInfo("SIT", "similar image and prompt"),
+    "sit+draft": StrategyInfo(
+        "SIT + draft", "similar image, prompt, and response to the LVLM's draft (DRUM, untrained)", needs_draft=True
+    ),
+    "si+draft": StrategyInfo("SI + draft", "similar image, and response to the draft", needs_draft=True),
+    "st+draft": StrategyInfo("ST + draft", "similar prompt, and response to the draft", needs_draft=True),
+    "bm25": StrategyInfo("BM25", "shared words of prompt and draft with prompt and response", needs_draft=True),
+    "mmices": StrategyInfo("MMICES", "the 200 most similar images, re-ranked by prompt (arXiv 2311.18021)"),
+    **{
+        name: StrategyInfo(method.label, method.about, needs_draft="draft" in method.query, trained=True)
+        for name, method in METHODS.items()
+    },
+    "oracle": StrategyInfo(
+        "oracle (same answer)",
+        "rows with the gold answer, drawn; in captioning, where no two rows have one, as oracle-score",
+        looks_at_gold=True,
+        seeded=True,
+    ),
+    "oracle-score": StrategyInfo(
+        "oracle (LVLM's own)",
+        "the LVLM's own ranking: the whole support set scored for each query",
+        looks_at_gold=True,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What all strategies of a comparison share.
+
+    Attributes:
+        support, queries: where demonstrations come from, and what is asked.
+        feedback: the LVLM's, over both.
+        encoder: a CLIP or SigLIP checkpoint that every retriever starts from.
+        task: "vqa", "classification" or "captioning".
+        drafts: query id -> the LVLM's zero-shot answer; may be empty where no strategy needs them.
+        lora: retrievers train adapters rather than all weights.
+    """
+
+    support: TripletTable
+    queries: TripletTable
+    feedback: Feedback
+    encoder: str
+    task: str
+    drafts: Mapping[str, str]
+    lora: bool = False
+
+    @functools.cached_property
+    def untrained(self) -> UntrainedRetrievers:
+        """The encoder's retrievers without training, by the names of `drum_hf.retriever.STRATEGIES`."""
+        return UntrainedRetrievers(self.encoder, self.support)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse what is no strategy's name.
+
+    Raises:
+        ValueError: names it, and the nearest that is one.
+
+    >>> check_names(["zero-shot", "sit-draft"])
+    Traceback (most recent call last):
+    ...
+    ValueError: strategy 'sit-draft' is none of those there are; did you mean 'sit+draft'?
+    """
+    for name in names:
+        if name not in STRATEGIES:
+            near = difflib.get_close_matches(name, STRATEGIES, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(STRATEGIES)}"
+            raise ValueError(f"strategy {name!r} is none of those there are; {hint}")
+
+
+def takes_selector(name: str) -> bool:
+    """Whether a retriever ranks this strategy's candidates, so that a selector can choose among them."""
+    return STRATEGIES[name].trained or name in COMPARED
+
+
+def make_strategy(
+    name: str,
+    comparison: Comparison,
+    *,
+    seed: int = 0,
+    retriever: DemoRetriever | None = None,
+    selector: str | None = None,
+) -> Strategy:
+    """A strategy by name.
+
+    Args:
+        name: of `STRATEGIES`.
+        comparison: what it chooses from, and for what.
+        seed: of strategies that are seeded; no matter to the others.
+        retriever: for trained strategies, and for these alone.
+        selector: chooses among what a retriever found, by a name for
+            [`get_selector`][drum_hf.selection.get_selector]; the strategy is then called "name + selector".
+
+    Raises:
+        ValueError: an unknown name of either; a trained strategy without a retriever, or another with one; a selector
+            where no retriever ranks; a strategy that compares drafts, where queries lack them; a retriever whose
+            support set is not the comparison's.
+    """
+    check_names([name])
+    info = STRATEGIES[name]
+    if info.trained and retriever is None:
+        raise ValueError(f"strategy {name!r} needs a trained retriever: pass retriever= (--retriever {name}=FOLDER)")
+    if retriever is not None and not info.trained:
+        trained = ", ".join(other for other, its in STRATEGIES.items() if its.trained)
+        raise ValueError(f"strategy {name!r} takes no retriever; those that do are {trained}")
+    if selector is not None and not takes_selector(name):
+        raise ValueError(
+            f"strategy {name!r} takes no selector, since no retriever ranks its candidates; those that do are "
+            f"{', '.join(filter(takes_selector, STRATEGIES))}"
+        )
+    if takes_selector(name):
+        return _retrieved(name, comparison, retriever, selector)
+    if name == "zero-shot":
+        return ZeroShot()
+    if name == "random":
+        return Random(comparison.support, seed)
+    if name == "fixed":
+        return Fixed(comparison.support, seed)
+    if name == "bm25":
+        return BM25(comparison.support)
+    if name == "mmices":
+        return MMICES(comparison.untrained("si"), comparison.untrained("st"))
+    if name == "oracle" and comparison.task != "captioning":
+        return SameAnswerOracle(comparison.support, comparison.queries, seed)
+    return ScoreOracle(comparison.feedback, name=name)
+
+
+def _retrieved(name: str, comparison: Comparison, retriever: DemoRetriever | None, selector: str | None) -> Retrieved:
+    if retriever is None:
+        retriever = comparison.untrained(name)
+    elif strange := set(retriever.support.ids) - set(comparison.support.ids):
+        raise ValueError(
+            f"expected the retriever of {name!r} to find demonstrations of the comparison's support set; "
+            f"{len(strange)} of its {len(retriever)}, such as {min(strange)!r}, are not there. Load it with "
+            "support=, or compare on its own support set"
+        )
+    if retriever.uses_drafts:
+        bare = [id for id in comparison.queries.ids if id not in comparison.drafts]
+        if bare:
+            raise ValueError(
+                f"strategy {name!r} compares the LVLM's drafts, and {len(bare)} of {len(comparison.queries)} queries, "
+                f"such as {bare[0]!r}, have none; pass Feedback.drafts() of them"
+            )
+    chosen: Selector | None = None
+    if selector is not None:
+        options = {"lvlm": comparison.feedback.lvlm} if selector == "budget" else {}
+        chosen = get_selector(selector, **options)
+        name = f"{name} + {selector}"
+    return Retrieved(name, retriever, selector=chosen)
