@@ -86,11 +86,11 @@ def random_ranking(rng, ties):
     return ranked, scores, int(rng.integers(1, 12))
 
 
-def test_lvlm_ndcg_equals_scikit_learn_on_thousands_of_rankings():
+def test_lvlm_ndcg_equals_scikit_learn_on_generated_rankings():
     from sklearn.metrics import ndcg_score
 
     rng = np.random.default_rng(0)
-    for case in range(2000):
+    for case in range(300):
         ranked, scores, k = random_ranking(rng, ties=case % 2)
         gains = np.exp([scores[i] for i in scores])  # scikit-learn's is free of the scale
         place = {i: -rank for rank, i in enumerate(ranked)}
@@ -98,7 +98,6 @@ def test_lvlm_ndcg_equals_scikit_learn_on_thousands_of_rankings():
         if len(scores) == 1:  # scikit-learn wants two
             assert lvlm_ndcg_at_k(ranked, scores, k) == len(ranked)
         else:
-            # what was left out is tied last there, with the mean gain of it; here it has none
             whole = ranked + [i for i in scores if i not in ranked]
             expected = ndcg_score([gains], [[-float(whole.index(i)) for i in scores]], k=k)
             assert lvlm_ndcg_at_k(whole, scores, k) == pytest.approx(expected, abs=1e-9)
@@ -166,7 +165,7 @@ def area_by_definition(scores, positive):
 two_classes = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=30)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(two_classes)
 def test_roc_auc_is_its_definition_and_the_mean_of_the_items(rows):
     scores, positive = zip(*rows, strict=True)
@@ -184,7 +183,7 @@ def test_roc_auc_items_are_scikit_learns_area_and_delongs_variance(ties):
     from sklearn.metrics import roc_auc_score
 
     rng = np.random.default_rng(3)
-    for _ in range(200):
+    for _ in range(50):
         positive = rng.random(int(rng.integers(10, 200))) < 0.3
         if len(set(positive.tolist())) < 2 or min(positive.sum(), (~positive).sum()) < 2:
             continue

@@ -81,7 +81,7 @@ def accuracy(prediction: str, references: Sequence[str], *, always_normalize: bo
     return sum(shares) / len(shares)
 
 
-WORDS = ["a", "an", "the", "A", "The", "dog", "dogs", "Red", "blue", "yes", "No", "left", *NUMBERS, *SHORT_FORMS]
+WORDS = ["a", "an", "the", "A", "The", "dog", "dogs", "Dark", "blue", "yes", "No", "left", *NUMBERS, *SHORT_FORMS]
 NUMERALS = ["3", "10", "1,000", "2.5", ".5", "3.", "12:30", "1/2", "10,000", "$5", "50%", "3,4,5", "٣,٤"]
 JOINTS = [" ", " ", " ", "  ", ", ", ",", " / ", "/", "-", " -", ".", ". ", "\n", "\t", "; ", "'", "(", ") ", "!", "?"]
 
