@@ -10,7 +10,7 @@ from tiny_encoders import tiny_clip
 from tiny_training import COLOURS, StubLVLM, coloured_table, forbidden, worded_table
 
 from drum_hf.data import TripletTable
-from drum_hf.errors import LeakError, MissingIdError
+from drum_hf.errors import LeakError, MissingIdError, RowError
 from drum_hf.evaluation.evaluator import ICLEvaluator
 from drum_hf.evaluation.strategies import BM25, Fixed, Random, Retrieved, SameAnswerOracle, ScoreOracle, ZeroShot
 from drum_hf.lvlm.feedback import Feedback
@@ -227,6 +227,116 @@ def test_leaks_raise_unless_told_otherwise():
     result = ICLEvaluator(StubLVLM(), SUPPORT, leaky, on_leak="ignore").evaluate(ZeroShot(), 4)
     assert result.answers == ["unsure", "unsure"]
     assert result.ids == [[], []]
+
+
+def test_a_metric_of_each_kind_of_query():
+    result = ICLEvaluator(StubLVLM(), SUPPORT, ASKED).evaluate(Listed(["t0"]), 1)
+    assert result.by(["yes/no", "number", "number", "other"]) == {"yes/no": 1.0, "number": 0.0, "other": 0.0}
+    with pytest.raises(ValueError, match="2 kinds"):
+        result.by(["yes/no", "other"])
+
+
+# Closed label sets, by likelihood
+
+
+class LabelLVLM:
+    """Gives each label the logit that the query's prompt lists for it; a demonstration of a label adds one."""
+
+    fingerprint = "labels-1"
+
+    def __init__(self):
+        self.scored = 0
+
+    @staticmethod
+    def logits(request):
+        listed = dict(zip(("no", "yes", "maybe"), map(float, request.query.prompt.split()), strict=False))
+        shown = [d.response for d in request.demonstrations]
+        return np.array([listed[label] + shown.count(label) for label in request.choices])
+
+    def score(self, requests):
+        self.scored += len(requests)
+        values = [self.logits(r) for r in requests]
+        return np.array(
+            [
+                v[r.choices.index(r.responses[0])] - np.logaddexp.reduce(v)
+                for v, r in zip(values, requests, strict=True)
+            ]
+        )
+
+    def generate(self, requests, *, max_new_tokens=32):
+        raise AssertionError("nothing is to be generated")
+
+
+def labelled(prompts, responses, prefix):
+    return TripletTable.from_dataset(
+        [
+            {"id": f"{prefix}{i}", "prompt": prompt, "response": response, "label": response}
+            for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+        ]
+    )
+
+
+LABELLED = labelled(["a", "b", "c"], ["no", "yes", "no"], "s")
+
+
+def binary(count=40, seed=0):
+    rng = np.random.default_rng(seed)
+    gold = rng.choice(["no", "yes"], count).tolist()
+    logits = rng.normal(size=(count, 2)) + [[0.0, g == "yes"] for g in gold]
+    logits[-6:] = logits[:6]  # ties, some of them between the classes
+    return labelled([f"{a} {b}" for a, b in logits.tolist()], gold, "q"), logits, np.array(gold)
+
+
+def test_roc_auc_by_likelihood_is_scikit_learns():
+    from sklearn.metrics import roc_auc_score
+
+    asked, logits, gold = binary()
+    lvlm = LabelLVLM()
+    evaluator = ICLEvaluator(lvlm, LABELLED, asked, metric="roc_auc")
+    result = evaluator.evaluate(ZeroShot(), 0)
+    margin = logits[:, 1] - logits[:, 0]
+    assert result.mean == pytest.approx(roc_auc_score(gold == "yes", margin), abs=1e-12)
+    assert lvlm.scored == len(asked) - 6  # one label's probability is the other's; what repeats is asked once
+    assert [item["yes"] for item in result.probabilities] == pytest.approx(1 / (1 + np.exp(-margin)))
+    row = result.to_dict()
+    assert row["ci"][0] < row["metric"] < row["ci"][1]
+    swapped = ICLEvaluator(LabelLVLM(), LABELLED, asked, metric="roc_auc", choices=["yes", "no"])
+    np.testing.assert_allclose(swapped.evaluate(ZeroShot(), 0).values, result.values, atol=1e-12)
+
+
+def test_top1_by_likelihood_takes_the_likeliest_label_after_the_demonstrations():
+    asked = labelled(["0.5 0", "0 0.5", "0 0", "3 0"], ["no", "yes", "yes", "no"], "q")
+    evaluator = ICLEvaluator(LabelLVLM(), LABELLED, asked, metric="top1", scoring="likelihood")
+    assert evaluator.evaluate(ZeroShot(), 0).answers == ["no", "yes", "no", "no"]  # of equals, the first
+    result = evaluator.evaluate(Listed(["s1"]), 1)
+    assert result.answers == ["yes", "yes", "yes", "no"]
+    assert result.values.tolist() == [0.0, 1.0, 1.0, 1.0]
+    three = ICLEvaluator(
+        LabelLVLM(),
+        LABELLED,
+        labelled(["0 1 2", "2 1 0"], ["yes", "no"], "q"),
+        metric="top1",
+        scoring="likelihood",
+        choices=["no", "yes", "maybe"],
+    )
+    assert three.evaluate(ZeroShot(), 0).answers == ["maybe", "no"]
+    assert ICLEvaluator(StubLVLM(), SUPPORT, ASKED).evaluate(Listed(["t0"]), 1).probabilities is None
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"metric": "roc_auc", "scoring": "generation"}, ValueError, "generated answers do not have"),
+        ({"metric": "roc_auc", "choices": ["no", "yes", "maybe"]}, ValueError, "expected 2 labels"),
+        ({"scoring": "likelihood", "choices": ["no"]}, ValueError, "two labels or more"),
+        ({"scoring": "likelihood", "choices": ["yes", "maybe"]}, RowError, "'q0'.*among the 2 labels"),
+        ({"scoring": "guess"}, ValueError, "'guess'"),
+    ],
+)
+def test_scoring_by_likelihood_refuses_before_anything_is_paid(options, error, message):
+    asked = labelled(["0 1"], ["no"], "q")
+    with pytest.raises(error, match=message):
+        ICLEvaluator(LabelLVLM(), LABELLED, asked, **options)
 
 
 # Feedback

@@ -5,26 +5,30 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 import pickle
+import random
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import vqa_rule
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from drum_hf.errors import DuplicateIdError, RowError
-from drum_hf.evaluation import metrics
+from drum_hf.errors import RowError
+from drum_hf.evaluation import answers, metrics
 from drum_hf.evaluation.cider import cider_d, ptb_tokenize
 from drum_hf.evaluation.metrics import (
     METRICS,
     Metric,
     exact_match,
     get_metric,
-    ndcg_at_k,
+    lvlm_ndcg_at_k,
+    lvlm_recall_at_k,
     normalize_vqa_answer,
-    recall_at_k,
     top1,
     vqa_accuracy,
 )
@@ -63,14 +67,14 @@ def test_vqa_accuracy_is_its_definition(prediction, references):
     assert vqa_accuracy(prediction, references) == pytest.approx(expected, abs=1e-12)
 
 
-answers = st.lists(
+answer_texts = st.lists(
     st.sampled_from(["a", "The", "two", "none", "dog", "dont", "1,000", ".", ",", "/", "-", "3", " ", "\n", "?"]),
     max_size=6,
 ).map("".join)
 
 
 @settings(max_examples=200, deadline=None)
-@given(answers, st.lists(answers, min_size=10, max_size=10))
+@given(answer_texts, st.lists(answer_texts, min_size=10, max_size=10))
 def test_vqa_answers_are_normalized_unless_all_annotators_agree(prediction, references):
     def clean(text):
         return text.replace("\n", " ").strip()
@@ -117,8 +121,28 @@ def test_vqa_normalization(text, expected):
     assert normalize_vqa_answer(text) == expected
 
 
+def test_vqa_accuracy_is_the_official_rule_on_thousands_of_answers():
+    rng = random.Random(5)
+    apart = between = 0
+    for _ in range(5000):
+        first = vqa_rule.random_answer(rng)
+        agreeing = 10 if rng.random() < 0.3 else rng.randrange(10)
+        others = [vqa_rule.random_answer(rng) for _ in range(10 - agreeing)]
+        same = [first] * agreeing if rng.random() < 0.3 else [vqa_rule.variants(first, rng) for _ in range(agreeing)]
+        references = rng.sample(same + others, 10)
+        prediction = vqa_rule.variants(first, rng)
+        assert normalize_vqa_answer(prediction) == vqa_rule.normalized(vqa_rule.cleaned(prediction))
+        official = vqa_accuracy(prediction, references)
+        always = vqa_accuracy(prediction, references, always_normalize=True)
+        assert abs(official - vqa_rule.accuracy(prediction, references)) < 1e-12
+        assert abs(always - vqa_rule.accuracy(prediction, references, always_normalize=True)) < 1e-12
+        apart += official != always
+        between += 0 < official < 1
+    assert apart > 50 and between > 500  # the cases are not all of one kind
+
+
 def test_contractions_table_has_the_official_size():
-    assert len(metrics._VQA_CONTRACTIONS) == 114
+    assert len(answers._VQA_CONTRACTIONS) == 114
 
 
 # --- exact match, top-1 --------------------------------------------------------------------------------------------
@@ -172,6 +196,33 @@ def test_cider_d_equals_pycocoevalcap(corpus, sigma):
     ours = cider_d(predictions, references, sigma=sigma, tokens=True)
     assert ours.dtype == np.float64
     np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("items", "references", "seed"), [(2000, 3, 0), (1000, 1, 1), (300, 10, 2), (1, 3, 3)])
+def test_cider_d_equals_pycocoevalcap_on_thousands_of_captions(items, references, seed):
+    """Words as frequent as in a language, captions of up to 30 of them that share words with their references."""
+    cider = pytest.importorskip("pycocoevalcap.cider.cider")
+    rng = np.random.default_rng(seed)
+    words = np.array([f"w{i}" for i in range(2000)])
+
+    def caption(like):
+        fresh = words[np.minimum(rng.zipf(1.3, rng.integers(1, 30)), len(words)) - 1].tolist()
+        start, stop = sorted(rng.integers(0, len(like) + 1, 2))
+        return (fresh[: len(fresh) // 2] + like[start:stop])[:30] or fresh
+
+    gold, predictions = [], []
+    for _ in range(items):
+        first = caption([])
+        gold.append([first, *(caption(first) for _ in range(references - 1))])
+        predictions.append(caption(first))
+    mean, expected = cider.Cider().compute_score(
+        {i: [" ".join(text) for text in texts] for i, texts in enumerate(gold)},
+        {i: [" ".join(text)] for i, text in enumerate(predictions)},
+    )
+    ours = cider_d(predictions, gold, tokens=True)
+    np.testing.assert_allclose(ours, expected, atol=1e-6, rtol=0)
+    assert ours.mean() == pytest.approx(mean, abs=1e-6)
+    assert items == 1 or (ours > 0.1).mean() > 0.2
 
 
 @settings(max_examples=100, deadline=None)
@@ -260,7 +311,7 @@ REFERENCES = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(METRICS))
+@pytest.mark.parametrize("name", sorted(REFERENCES))
 def test_registry(name):
     metric = get_metric(name)
     assert metric.name == name and metric.higher_is_better and metric.scale == 100.0
@@ -303,13 +354,17 @@ def test_reference_counts_are_checked():
         exact_match("yes", [])
 
 
+def test_every_metric_is_tested_here_or_takes_labels():
+    assert {name for name, metric in METRICS.items() if metric.labels is None} == set(REFERENCES)
+
+
 def test_a_metric_of_ones_own():
     metric = Metric("length", lambda predictions, references: np.array([float(len(p)) for p in predictions]), "length")
     assert metric(["ab"], [["x"]]).tolist() == [2.0]
 
 
 def test_unknown_metric_lists_the_known():
-    with pytest.raises(ValueError, match=r"'bleu'.*cider_d, exact_match, top1, vqa_accuracy"):
+    with pytest.raises(ValueError, match=r"'bleu'.*cider_d, exact_match, roc_auc, top1, vqa_accuracy"):
         get_metric("bleu")
 
 
@@ -363,6 +418,90 @@ def test_evaluate_metrics_pass_options_and_name_the_item(tmp_path):
         metrics.ExactMatch(cache_dir=str(tmp_path)).compute(predictions=["a", "b"], references=[["a"], []])
 
 
+def test_vqa_accuracy_by_answer_and_question_type():
+    rng = random.Random(1)
+    answers_ = [vqa_rule.random_answer(rng) for _ in range(200)]
+    references = [[vqa_rule.variants(text, rng) for _ in range(10)] for text in answers_]
+    kinds = [rng.choice(["yes/no", "number", "other"]) for _ in answers_]
+    questions = [rng.choice(["how many", "what is the", "is this"]) for _ in answers_]
+    metric = metrics.VQAAccuracy()
+    result = metric.compute(predictions=answers_, references=references, answer_types=kinds, question_types=questions)
+    by_hand = [vqa_rule.accuracy(*pair) for pair in zip(answers_, references, strict=True)]
+    assert result["vqa_accuracy"] == pytest.approx(np.mean(by_hand))
+    for key, types in (("per_answer_type", kinds), ("per_question_type", questions)):
+        assert set(result[key]) == set(types)
+        for kind in set(types):
+            own = [value for value, other in zip(by_hand, types, strict=True) if other == kind]
+            assert result[key][kind] == pytest.approx(np.mean(own))
+    for text, gold in zip(answers_, references, strict=True):  # one by one
+        metric.add(prediction=text, reference=gold)
+    assert metric.compute(answer_types=kinds, question_types=questions) == result
+    assert "per_answer_type" not in metric.compute(predictions=answers_[:1], references=references[:1])
+    with pytest.raises(ValueError, match="2 kinds for values of shape"):
+        metric.compute(predictions=answers_[:1], references=references[:1], answer_types=["number", "other"])
+
+
+def test_evaluate_roc_auc_and_utility():
+    result = metrics.ROCAUC().compute(prediction_scores=[-0.1, -2.3, -0.7, -0.7], references=[1, 0, 1, 0])
+    assert result == {"roc_auc": 0.875}
+    close = np.array([1.0, 1.0 + 1e-12])  # float32 would make a tie of them
+    assert metrics.ROCAUC().compute(prediction_scores=close, references=[0, 1]) == {"roc_auc": 1.0}
+    gain = metrics.Utility().compute(predictions=[-0.5, -2.0], references=[-1.5, -1.5])
+    assert gain == {"utility": 0.25, "per_item": [1.0, -0.5]}
+
+
+def test_evaluate_rankings_equal_the_functions():
+    ranked = [["b", "a", "c"], ["a"]]
+    scores = [{"a": -0.1, "b": -2.0, "c": -3.0}, {"a": -1.0, "d": -0.5}]
+    rows = [[{"id": i, "score": value} for i, value in own.items()] for own in scores]
+    for cls, key, function in (
+        (metrics.NDCG, "ndcg", lvlm_ndcg_at_k),
+        (metrics.RecallAtK, "recall", lvlm_recall_at_k),
+    ):
+        expected = [function(ids, own, 2) for ids, own in zip(ranked, scores, strict=True)]
+        result = cls().compute(predictions=ranked, references=rows, k=2)
+        assert result == {key: pytest.approx(np.mean(expected)), "per_item": expected}
+
+
+def test_evaluate_metrics_write_nothing_and_need_no_hub(tmp_path):
+    (tmp_path / "here").mkdir()
+    code = """
+from drum_hf.evaluation import metrics
+print(metrics.VQAAccuracy().compute(predictions=["2"], references=[["2"] * 10])["vqa_accuracy"])
+for name in ("ExactMatch", "Top1Accuracy", "CIDErD"):
+    getattr(metrics, name)().compute(predictions=["a"], references=[["a"]])
+metrics.ROCAUC().compute(prediction_scores=[0.0, 1.0], references=[0, 1])
+metrics.Utility().compute(predictions=[0.0], references=[-1.0])
+for name in ("NDCG", "RecallAtK"):
+    getattr(metrics, name)().compute(predictions=[["a"]], references=[[{"id": "a", "score": -1.0}]])
+"""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "HOME": str(tmp_path / "home")}
+    package = str(Path(metrics.__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path / "here",
+        env=os.environ | offline | {"PYTHONPATH": package},
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "1.0"), done.stderr
+    assert list((tmp_path / "here").iterdir()) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_evaluate_metrics_of_several_processes_meet_in_a_folder(tmp_path):
+    together = metrics.ExactMatch(cache_dir=str(tmp_path), num_process=2, process_id=0)
+    assert not together.keep_in_memory and Path(together.data_dir).is_dir()
+    kept = metrics.ExactMatch(cache_dir=str(tmp_path / "none"), keep_in_memory=False)
+    assert kept.compute(predictions=["a"], references=[["a"]])["exact_match"] == 1.0
+
+
+def test_means_by_kind():
+    assert metrics.means_by([1, 0, 0.5], ["x", "y", "x"]) == {"x": 0.75, "y": 0.0}
+    with pytest.raises(ValueError, match="1 kinds"):
+        metrics.means_by([1.0, 2.0], ["x"])
+
+
 def test_unknown_attribute():
     with pytest.raises(AttributeError, match="NoSuchMetric"):
         _ = metrics.NoSuchMetric
@@ -373,59 +512,3 @@ def test_importing_the_metrics_is_light():
     code = f"import sys, drum_hf.evaluation.metrics, drum_hf.evaluation.statistics; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
-
-
-# --- rankings ------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.floats(0, 5), min_size=2, max_size=10), st.integers(1, 12), st.randoms(use_true_random=False))
-def test_ndcg_equals_scikit_learn(relevance, k, random):
-    from sklearn.metrics import ndcg_score
-
-    ranked = relevance[:]
-    random.shuffle(ranked)
-    descending = -np.arange(len(ranked), dtype=float)
-    expected = ndcg_score([ranked], [descending], k=k)
-    assert ndcg_at_k(ranked, relevance, k) == pytest.approx(expected, abs=1e-9)
-    assert ndcg_at_k(sorted(relevance, reverse=True), relevance, k) == pytest.approx(float(max(relevance) > 0))
-
-
-def test_ndcg_closed_forms():
-    assert ndcg_at_k([0, 0, 1], [0, 1, 0], 3) == pytest.approx(1 / math.log2(4))
-    assert ndcg_at_k([0, 0, 1], [0, 1, 0], 2) == 0.0
-    assert ndcg_at_k([], [1.0], 5) == 0.0
-    assert ndcg_at_k([0.0], [0.0, 0.0], 5) == 0.0
-    # What was not retrieved still belongs to the ideal.
-    assert ndcg_at_k([1.0], [1.0, 1.0], 2) == pytest.approx(1 / (1 + 1 / math.log2(3)))
-
-
-@pytest.mark.parametrize(
-    ("relevance", "ideal", "k", "message"),
-    [
-        ([1.0], [1.0], 0, "k >= 1"),
-        ([-0.5], [1.0], 1, "shift log-likelihoods"),
-        ([1.0], [float("nan")], 1, "finite"),
-        ([[1.0]], [1.0], 1, "one-dimensional"),
-        ([2.0], [1.0], 1, "exceeds"),
-    ],
-)
-def test_ndcg_refuses(relevance, ideal, k, message):
-    with pytest.raises(ValueError, match=message):
-        ndcg_at_k(relevance, ideal, k)
-
-
-@given(st.permutations(range(8)), st.sets(st.integers(0, 11), min_size=1), st.integers(1, 10))
-def test_recall_counts_what_is_among_the_first_k(ranked, relevant, k):
-    expected = sum(item in relevant for item in ranked[:k]) / len(relevant)
-    assert recall_at_k(ranked, relevant, k) == expected
-    assert recall_at_k(ranked, relevant, k) <= recall_at_k(ranked, relevant, k + 1)
-
-
-def test_recall_refuses():
-    with pytest.raises(ValueError, match="at least one relevant id"):
-        recall_at_k(["a"], [], 1)
-    with pytest.raises(DuplicateIdError, match="'b' twice"):
-        recall_at_k(["a", "b", "b"], ["a"], 1)
-    with pytest.raises(ValueError, match="k >= 1"):
-        recall_at_k(["a"], ["a"], 0)

@@ -83,7 +83,9 @@ def data_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
         "--skip-bad-rows", action="store_true", help="leave out rows that can't be used, and count them"
     )
     group.add_argument("--task", choices=TASKS, default="vqa", help="default: %(default)s")
-    group.add_argument("--metric", help="exact_match, vqa_accuracy, top1 or cider_d; by default the task's own")
+    group.add_argument(
+        "--metric", help="exact_match, vqa_accuracy, top1, cider_d or roc_auc; by default the task's own"
+    )
 
 
 def training_options(parser: argparse.ArgumentParser) -> None:

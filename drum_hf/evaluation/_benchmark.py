@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,9 +11,10 @@ from typing import Any, Literal
 import numpy as np
 
 from ..lvlm.cached import CachedLVLM
-from ..lvlm.store import ScoreStore, request_key
+from ..lvlm.store import ScoreStore
 from ..types import LVLM, ICLRequest
-from .metrics import exact_match
+from ._likelihood import likeliest, option_probabilities
+from .answers import exact_match
 from .statistics import bootstrap_interval
 
 __all__ = [
@@ -100,16 +100,16 @@ class BenchmarkItem:
 class _Requests(Sequence[ICLRequest]):
     """Requests of items, made one by one as they are read."""
 
-    def __init__(self, items: Sequence[BenchmarkItem]) -> None:
-        self._items = items
+    def __init__(self, items: Sequence[BenchmarkItem], make: Callable[[BenchmarkItem], ICLRequest]) -> None:
+        self._items, self._make = items, make
 
     def __len__(self) -> int:
         return len(self._items)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return _Requests(self._items[index])
-        return self._items[index].build()
+            return _Requests(self._items[index], self._make)
+        return self._make(self._items[index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +290,8 @@ class Benchmark:
             if way == "likelihood":
                 predictions[way], values[way] = self._by_likelihood(asked, progress)
             else:
-                answers = asked.generate(_Requests(self.items), max_new_tokens=self.max_new_tokens, progress=progress)
+                requests = _Requests(self.items, lambda item: item.build())
+                answers = asked.generate(requests, max_new_tokens=self.max_new_tokens, progress=progress)
                 pairs = zip(answers, self.items, strict=True)
                 predictions[way] = answers
                 values[way] = np.array([self.scorer(answer, item.gold) for answer, item in pairs], dtype=np.float64)
@@ -303,30 +304,14 @@ class Benchmark:
 
     def _by_likelihood(self, lvlm: CachedLVLM, progress: bool | None) -> tuple[list[str], np.ndarray]:
         """The likeliest option of each item, and what it is worth."""
-        keys: list[bytes] = []
-        shared: list[int] = []
-        wanted: list[tuple[int, str]] = []
-        for i, item in enumerate(self.items):
-            request = item.request
-            # The options' probabilities sum to 1: the last one's is what the others leave.
-            for option in item.options[:-1]:
-                keys.append(request_key(dataclasses.replace(request, responses=(option,)), lvlm.fingerprint))
-                wanted.append((i, option))
-                shared.append(i)
-
-        def build(positions: Sequence[int]) -> list[ICLRequest]:
-            asked = ((self.items[i], option) for i, option in (wanted[p] for p in positions))
-            return [dataclasses.replace(item.request, responses=(option,)) for item, option in asked]
-
-        scores = iter(lvlm.score_lazily(keys, build, shared=shared, progress=progress))
+        requests = _Requests(self.items, lambda item: item.request)
         predictions, values = [], []
-        for item in self.items:
-            known = [math.exp(next(scores)) for _ in item.options[:-1]]
-            probabilities = np.array([*known, max(0.0, 1.0 - sum(known))])
-            best = np.flatnonzero(probabilities >= probabilities.max() - 1e-9)
-            likeliest = [item.options[k] for k in best]
-            predictions.append(likeliest[0])
-            values.append((item.gold in likeliest) / len(likeliest))
+        for item, probabilities in zip(
+            self.items, option_probabilities(lvlm, requests, progress=progress), strict=True
+        ):
+            best = [item.options[k] for k in likeliest(probabilities)]
+            predictions.append(best[0])
+            values.append((item.gold in best) / len(best))
         return predictions, np.array(values, dtype=np.float64)
 
     def baselines(self, items: Sequence[BenchmarkItem]) -> dict[str, np.ndarray]:

@@ -254,8 +254,18 @@ class TransformersLVLM:
             NonFiniteScoreError: the model returned NaN or infinity.
             RowError: a text holds the placeholder that stands for an image.
         """
-        parts = self._runner.logprobs(requests, [wanted_answers(request) for request in requests], progress)
-        return np.array([combine_answers(r, p) for r, p in zip(requests, parts, strict=True)], dtype=np.float64)
+        wanted = [wanted_answers(request) for request in requests]
+        # Requests that ask for one choice after another have their choices computed once.
+        contents = [
+            (r.query.key, tuple(d.key for d in r.demonstrations), tuple(w))
+            for r, w in zip(requests, wanted, strict=True)
+        ]
+        first = {content: i for i, content in reversed(list(enumerate(contents)))}
+        rows = sorted(first.values())
+        parts = self._runner.logprobs([requests[i] for i in rows], [wanted[i] for i in rows], progress)
+        of_row = dict(zip(rows, parts, strict=True))
+        scores = [combine_answers(r, of_row[first[c]]) for r, c in zip(requests, contents, strict=True)]
+        return np.array(scores, dtype=np.float64)
 
     def score_tokens(self, requests: Sequence[ICLRequest], *, progress: bool = False) -> list[np.ndarray]:
         """Log-probability of every token of each request's first response; errors as in `score`.
