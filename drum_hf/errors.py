@@ -23,6 +23,7 @@ __all__ = [
     "RowError",
     "SavedFileError",
     "ScoringUnsupportedError",
+    "SuiteError",
     "TooFewDemonstrationsError",
 ]
 
@@ -120,3 +121,7 @@ class SavedFileError(DrumError, OSError):
 
 class DependencyError(DrumError, ImportError):
     """An optional package is missing, or two packages that exclude one another are both installed."""
+
+
+class SuiteError(DrumError, ValueError):
+    """A suite file says something that can't be run: an unknown key, a value of another type, a name nobody has."""

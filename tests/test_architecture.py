@@ -29,6 +29,7 @@ ROOMS = (
     "evaluation",
     "playground",
     "experiment",
+    "suite",
     "bench",
     "pipelines",
     "app",
@@ -47,7 +48,7 @@ PARTS = {
 #: Rooms that import less than the list lets them.
 NARROWER = {"model_card": set(), "playground": {"errors", "types", "_compat", "data", "lvlm", "tuning", "evaluation"}}
 #: Who may import the playground, which nothing but a demonstration of the library needs.
-PLAYGROUND_VISITORS = {"experiment", "bench", "cli"}
+PLAYGROUND_VISITORS = {"experiment", "suite", "bench", "cli"}
 
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 

@@ -1,4 +1,4 @@
-"""`drum-hf eval`: evaluate retrievers and baselines."""
+"""`drum-hf eval`: evaluate retrievers and baselines, or carry out a suite."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import data_options, ints, load_lvlm, model_options, read_table, read_tables, write_json
+from .options import data_options, ints, load_lvlm, model_options, names, read_table, read_tables, write_json
 
 if TYPE_CHECKING:
     from ..retriever import DemoRetriever
@@ -21,14 +21,16 @@ _UNTRAINED = (
     "oracle-score (the LVLM's own ranking)"
 )
 _TRAINED = (
-    "drum, drum-rank, drum-position, drum-kl, udr, epr, msier, drum-no-draft, drum-no-image, drum-no-prompt, "
-    "drum-no-list, drum-no-in-batch, drum-no-mining"
+    "drum, drum-rank, drum-rank-weights, drum-position, drum-kl, udr, epr, msier, drum-no-draft, drum-no-image, drum-no-prompt, "
+    "drum-no-list, drum-no-in-batch, drum-best, drum-alone, drum-no-mining"
 )
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the verb and its options."""
-    parser = commands.add_parser("eval", help="evaluate retrievers and baselines on a table of queries")
+    parser = commands.add_parser(
+        "eval", help="evaluate retrievers and baselines on a table of queries, or carry out a suite"
+    )
     parser.add_argument(
         "--retriever",
         action="append",
@@ -39,11 +41,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--strategies",
-        default="zero-shot,random,sit+draft,drum",
+        type=names,
         metavar="NAMES",
-        help=f"comma-separated (default: %(default)s), of: {_UNTRAINED}; with a --retriever: {_TRAINED}",
+        help="comma-separated (default: zero-shot,random,sit+draft,drum; with --suite the suite's), of: "
+        f"{_UNTRAINED}; with a --retriever or a suite: {_TRAINED}",
     )
-    parser.add_argument("--shots", type=ints, default=(4,), help="such as 1,2,4 (default: 4)")
+    parser.add_argument("--shots", type=ints, help="such as 1,2,4 (default: 4; with --suite the suite's)")
     parser.add_argument(
         "--order",
         choices=("best_last", "best_first", "shuffled"),
@@ -55,6 +58,12 @@ def add(commands: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help="chooses among what each retriever ranks best: mmr, dpp, coverage, answers or budget",
     )
+    suite = parser.add_argument_group("suite")
+    suite.add_argument("--suite", help="playground, playground-ablations, drum-paper, or a YAML file")
+    suite.add_argument("--out", type=Path, help="folder of the results; the same command goes on where it stopped")
+    suite.add_argument("--world-seeds", type=ints, help="of the playground's worlds, such as 1,2,3")
+    suite.add_argument("--tasks", type=names, help="data sets or tasks of the suite, such as vqa,captioning")
+    suite.add_argument("--dry-run", action="store_true", help="say what would be downloaded, trained and asked")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--store", type=Path, help="SQLite file that keeps answers, so that none is generated twice")
     data_options(parser, required=False)
@@ -64,6 +73,12 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Carry it out."""
+    if args.suite:
+        _run_suite(args)
+        return
+    for option in ("out", "world_seeds", "tasks", "dry_run"):
+        if getattr(args, option):
+            raise ValueError(f"--{option.replace('_', '-')} is for a suite; give --suite NAME or FILE.yaml")
     from ..evaluation.report import format_table
     from ..experiment import evaluate_strategies
 
@@ -77,8 +92,8 @@ def run(args: argparse.Namespace) -> None:
     results = evaluate_strategies(
         support,
         queries,
-        names=args.strategies.split(","),
-        shots=args.shots,
+        names=args.strategies or ("zero-shot", "random", "sit+draft", "drum"),
+        shots=args.shots or (4,),
         lvlm=load_lvlm(args),
         encoder=args.encoder,
         retriever=retrievers,
@@ -109,3 +124,22 @@ def _load_retrievers(given: Sequence[str], device: str | None) -> dict[str, Demo
         folders[name] = folder
     check_names(folders)
     return {name: DemoRetriever.from_pretrained(folder, device=device) for name, folder in folders.items()}
+
+
+def _run_suite(args: argparse.Namespace) -> None:
+    from ..suite import format_plan, load_suite, plan_suite, run_suite
+
+    spec = load_suite(args.suite).narrowed(
+        tasks=args.tasks, strategies=args.strategies, shots=args.shots, world_seeds=args.world_seeds
+    )
+    if args.dry_run:
+        plan = plan_suite(spec)
+        write_json(args.json, plan)
+        sys.stdout.write(format_plan(plan) + "\n")
+        return
+    if args.data or args.retriever:
+        raise ValueError("--data and --retriever don't go with --suite; a suite file names data sets and trains")
+    out = args.out or Path("out") / spec.name
+    summary = run_suite(spec, out, store=args.store, command="drum-hf " + " ".join(sys.argv[1:]))
+    write_json(args.json, summary)
+    sys.stdout.write((out / "tables.md").read_text(encoding="utf-8") + f"\n{out / 'report.html'}\n")

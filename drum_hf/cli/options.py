@@ -20,6 +20,7 @@ __all__ = [
     "load_lvlm",
     "make_settings",
     "model_options",
+    "names",
     "read_table",
     "read_tables",
     "training_options",
@@ -31,6 +32,10 @@ TASKS = ("vqa", "classification", "captioning")
 
 def ints(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
+
+
+def names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def model_options(parser: argparse.ArgumentParser, *, lvlm: bool = True, encoder: bool = True) -> None:

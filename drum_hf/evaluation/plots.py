@@ -8,8 +8,9 @@ The input is the JSON that `drum-hf demo` prints, for one task or, under "tasks"
      "metric_name": str, "paired": {"drum - epr": {"mean", "lo", "hi", "p"}}, ...}
 
 Metrics are fractions, drawn and printed × 100 as papers do; a `ci` is a 95% interval. `ci`, `by_shots`, `by_pairs`,
-`by_round`, `metric_name` and `paired` may be absent. Strategies that are not known here keep their key as their name
-and count as learnt if they have `by_pairs` or `by_round`.
+`by_round`, `metric_name` and `paired` may be absent. A strategy's `label` is its name for readers, and `learnt` tells
+whether it was trained. Without them, one that is not known here keeps its key as its name and counts as learnt if it
+has `by_pairs` or `by_round`.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ def _strategy(key: str, entry: Any, shots: int, where: str) -> StrategyResult:
     by_shots[shots] = main
     pairs = sorted(_pair(point, f"{where}['by_pairs']") for point in _optional(entry, "by_pairs", Sequence, where))
     rounds = tuple(_number(value, f"{where}['by_round']") for value in _optional(entry, "by_round", Sequence, where))
-    learnt = key in _LEARNT or (key not in _NAMES and bool(pairs or rounds))
+    learnt = bool(entry.get("learnt", key in _LEARNT or (key not in _NAMES and bool(pairs or rounds))))
     name = str(entry.get("label") or _NAMES.get(key, key))
     return StrategyResult(key, name, learnt, main, by_shots, tuple(pairs), rounds)
 

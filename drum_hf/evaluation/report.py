@@ -20,7 +20,16 @@ from .plots import Estimate, StrategyResult, TaskResult, plot_pairs, plot_rounds
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["format_table", "headline", "plot_pairs", "plot_rounds", "plot_shots", "write_report"]
+__all__ = [
+    "escape_latex",
+    "escape_markdown",
+    "format_table",
+    "headline",
+    "plot_pairs",
+    "plot_rounds",
+    "plot_shots",
+    "write_report",
+]
 
 _SMALL, _LARGE = 96, 320  # pixels: drawn crisp up to the first, shrunk to the second (our choice)
 
@@ -121,7 +130,7 @@ def _markdown_table(task: TaskResult) -> str:
     header, rows = _cells(task)
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     for strategy, row in zip(task.strategies, rows, strict=True):
-        cells = [re.sub(r"([|\\`*_<\[\]])", r"\\\1", row[0]), *row[1:]]
+        cells = [escape_markdown(row[0]), *row[1:]]
         if strategy is task.best_learnt:
             cells = [cell if cell == "–" else f"**{cell}**" for cell in cells]
         lines.append("| " + " | ".join(cells) + " |")
@@ -134,14 +143,33 @@ _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "–": "--",
+    "−": "$-$",
+    ">": r"\textgreater{}",
+    "<": r"\textless{}",
     "×": r"$\times$",
 }
 
 
-def _latex_table(task: TaskResult) -> str:
-    def escape(text: str) -> str:
-        return "".join(_LATEX.get(c, c) for c in text)
+def escape_markdown(text: str) -> str:
+    """Text for a cell of a Markdown table.
 
+    >>> escape_markdown("a|b")
+    'a\\\\|b'
+    """
+    return re.sub(r"([|\\`*_<\[\]])", r"\\\1", text)
+
+
+def escape_latex(text: str) -> str:
+    r"""Text for a cell of a LaTeX table.
+
+    >>> escape_latex("95% of a_b")
+    '95\\% of a\\_b'
+    """
+    return "".join(_LATEX.get(c, c) for c in text)
+
+
+def _latex_table(task: TaskResult) -> str:
+    escape = escape_latex
     header, rows = _cells(task)
     lines = [
         f"% {escape(' '.join(task.task.split()))}: {escape(task.metric_name)} x 100; needs \\usepackage{{booktabs}}",
