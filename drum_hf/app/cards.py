@@ -27,6 +27,7 @@ _NAMES = {"image": "image", "prompt": "prompt", "response": "draft"}
 CSS = """
 #examples .caption-label { display: none; } /* it would hide a third of the picture, and stands in the question box */
 #error:not(:has(.drum-error)), #zero-shot:not(:has(.drum-answer)) { display: none; }
+:is(#error, #zero-shot, [id^="strategy-"]) .html-container { padding: 0 !important; }
 .drum-error { border-left: 4px solid #c0392b; background: #c0392b1a; padding: .6rem .9rem; border-radius: 4px; }
 .drum-answer { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .6rem .9rem; }
 .drum-answer strong { font-size: 1.2rem; overflow-wrap: anywhere; }
@@ -46,6 +47,7 @@ CSS = """
 .drum-bar i, .drum-key i { background: #0072b2; }
 .drum-bar i.prompt, .drum-key i.prompt { background: #e69f00; }
 .drum-bar i.response, .drum-key i.response { background: #009e73; }
+.drum-key { margin-top: .5rem; }
 .drum-key i { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin: 0 .3em; }
 """
 

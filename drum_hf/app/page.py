@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _EXAMPLES = 24  # pictures in the gallery (our choice)
 _MOST_SHOTS = 16  # of the slider (our choice); more do not fit most contexts
 _WAITING = 32  # users in the queue before others are told to come back (our choice)
-_LABELS = {"image": "Image weight", "prompt": "Prompt weight", "response": "Draft weight"}
+_LABELS = {"image": "Image", "prompt": "Prompt", "response": "Draft"}
 _SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 
 
@@ -62,7 +62,7 @@ def build_app(
     gr: Any = require("gradio", "the app")
     given = [retriever] if second is None else [retriever, second]
     strategies = [
-        s if isinstance(s, Strategy) else Strategy(s, "trained retriever" if s.teacher else "") for s in given
+        s if isinstance(s, Strategy) else Strategy(s, "Trained retriever" if s.teacher else "") for s in given
     ]
     compare = Comparer(lvlm, strategies, max_new_tokens=max_new_tokens)
     for strategy in strategies:
@@ -110,7 +110,7 @@ def build_app(
         with gr.Row(equal_height=False):
             for place, strategy in enumerate(strategies):
                 with gr.Column(min_width=320):
-                    gr.Markdown(f"## {'AB'[place]}: {strategy.name or 'untrained similarity'}\n{_about(strategy)}")
+                    gr.Markdown(f"## {'AB'[place]}: {strategy.name or 'Similarity, untrained'}\n{_about(strategy)}")
                     sliders += _sliders(gr, strategy)
                     results.append(gr.HTML(elem_id=f"strategy-{place + 1}", min_height=80))
 
@@ -215,8 +215,8 @@ def launch(
 def _about(strategy: Strategy) -> str:
     retriever = strategy.retriever
     if retriever.teacher:
-        return f"{retriever.base_model}, trained on the feedback of {retriever.teacher.get('name')}"
-    return f"{retriever.base_model}, as it is"
+        return f"{retriever.base_model}, trained on the feedback of {retriever.teacher.get('name')}. Part weights:"
+    return f"{retriever.base_model}, as it is. Part weights:"
 
 
 def _placeholder(support: TripletTable) -> str:
