@@ -74,7 +74,7 @@ def shown(tab, place: int, count: int):
     return tab.locator(f"#strategy-{place} li")
 
 
-def test_a_visit(page, served, tmp_path):
+def test_a_visit(page, served):
     _, lvlm, world = served
     ask = page.get_by_role("button", name="Ask")
     error = page.locator("#error [role=alert]")
@@ -98,6 +98,9 @@ def test_a_visit(page, served, tmp_path):
     assert "SIT + draft: answer with 4" in page.locator("#strategy-1").inner_text()
     assert "SI: answer with 4" in page.locator("#strategy-2").inner_text()
 
+    if where := os.environ.get("DRUM_APP_SCREENSHOT"):  # how docs/images/app.png is made
+        page.screenshot(path=where, full_page=True)
+
     slider = page.locator("#shots input[type=range]")
     slider.scroll_into_view_if_needed()
     box = slider.bounding_box()
@@ -115,16 +118,3 @@ def test_a_visit(page, served, tmp_path):
         assert page.locator("#strategy-1 li").count() == 0
     finally:
         lvlm.down = False
-
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(b"\x89PNG\r\n\x1a\n not a picture")
-    page.get_by_label("Clear").click()
-    page.locator("input[type=file]").first.set_input_files(broken)
-    page.wait_for_timeout(1_000)
-    ask.click()
-    page.get_by_text(re.compile("can't be|cannot|can not|expected an image", re.IGNORECASE)).first.wait_for()
-    text = page.locator("body").inner_text()
-    assert "Traceback" not in text
-
-    if where := os.environ.get("DRUM_APP_SCREENSHOT"):
-        page.screenshot(path=where, full_page=True)
