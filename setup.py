@@ -9,7 +9,7 @@ here = Path(__file__).parent
 extras = {
     "plot": ["matplotlib>=3.8"],
     "bm25": ["bm25s>=0.2"],
-    "app": ["gradio>=5"],
+    "app": ["gradio>=6"],
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.25"],
     # Replaces faiss-cpu: see the README for the install line.
     "gpu": ["faiss-gpu>=1.11"],
