@@ -91,7 +91,7 @@ def test_extend_appends_in_the_flat_order_of_the_scores():
         ("a", "z", -4.0, 0, 1, None),
         ("b", "x", -3.0, 4, 0, None),
     ]
-    assert (len(table), table.rounds, table.query_ids) == (4, 2, ["a", "b"])
+    assert (len(table), table.rounds, table.bought, table.query_ids) == (4, 2, [3, 4], ["a", "b"])
 
 
 # In company
@@ -126,7 +126,7 @@ def test_scores_in_company_are_kept_beside_those_alone():
     table = in_company()
     assert (table.companion("q"), table.alone("q")) == ("b", ["d"])
     assert (table.companion("other"), table.alone("other"), table.candidates("other")) == (None, [], {})
-    assert len(table) == 6 and table.rounds == 2
+    assert len(table) == 6 and table.bought == [4, 6]
     assert [(c, row[-1]) for _, c, *row in table.rows()] == [
         ("a", math.log(0.7)),
         ("b", None),
@@ -262,7 +262,7 @@ def test_a_file_gives_back_the_same_table(tmp_path, table):
     table.save(tmp_path / "candidates.parquet")
     loaded = CandidateTable.load(tmp_path / "candidates.parquet")
     assert list(loaded.rows()) == list(table.rows())
-    assert (loaded.query_ids, loaded.rounds) == (table.query_ids, table.rounds)
+    assert (loaded.query_ids, loaded.bought) == (table.query_ids, table.bought)
     assert [p.name for p in tmp_path.iterdir()] == ["candidates.parquet"]  # nothing half-written is left
     for query_id in table.query_ids:
         drawn = [t.sample(query_id, 2, np.random.default_rng(3)) for t in (table, loaded)]
@@ -272,9 +272,10 @@ def test_a_file_gives_back_the_same_table(tmp_path, table):
 def test_a_table_of_the_first_format_has_no_scores_in_company(tmp_path):
     path = tmp_path / "candidates.parquet"
     grown().save(path)
-    with_state(format_version=1)(path)
+    with_state(format_version=1, rounds=3, bought=None)(path)
     pq.write_table(pq.read_table(path).drop_columns(["company"]), path)
     loaded = CandidateTable.load(path)
+    assert loaded.bought == [3, 4, 4]
     assert [row[:-1] for row in loaded.rows()] == [row[:-1] for row in grown().rows()]
     assert {row[-1] for row in loaded.rows()} == {None}
 
@@ -312,7 +313,7 @@ def other_columns(path):
         with_state(format_version=1),  # which had no such columns
         with_state(query_ids=["a"]),  # pairs of a query that is not listed
         with_state(query_ids=None),
-        with_state(rounds="many"),
+        with_state(bought="many"),
         other_columns,
     ],
 )

@@ -21,8 +21,8 @@ _UNTRAINED = (
     "oracle-score (the LVLM's own ranking)"
 )
 _TRAINED = (
-    "drum, drum-rank, drum-rank-weights, drum-position, drum-kl, udr, epr, msier, drum-no-draft, drum-no-image, drum-no-prompt, "
-    "drum-no-list, drum-no-in-batch, drum-best, drum-alone, drum-no-mining"
+    "drum, drum-rank, udr, epr, msier, drum-rank-weights, drum-position, drum-kl, drum-no-draft, drum-no-image, "
+    "drum-no-prompt, drum-no-list, drum-no-in-batch, drum-best, drum-alone, drum-no-mining"
 )
 
 

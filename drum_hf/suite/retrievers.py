@@ -109,8 +109,7 @@ def train_retriever(
     if checkpoint is not None:
         logger.info("%s goes on from %s", method, checkpoint.name)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    proposed = [row[-1] for row in trainer.table.rows()]  # the round of each pair, from 0
-    pairs = tuple(sum(r <= done for r in proposed) for done in range(trainer.table.rounds))
+    pairs = tuple(trainer.table.bought)
     retriever.save_pretrained(folder / f"round-{len(pairs)}", include_support=False)
     partial = folder / f"{_DONE}.partial"
     partial.write_text(json.dumps({"method": method, "seed": seed, "pairs": pairs}), encoding="utf-8")

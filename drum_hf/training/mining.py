@@ -73,13 +73,18 @@ class CandidateTable:
         company_weight: of what a demonstration is worth in company, beside what it is worth alone; our choice.
 
     Attributes:
-        rounds: number of finished mining rounds.
+        bought: scores bought in all, after each finished mining round.
     """
 
     def __init__(self, query_ids: Sequence[str], *, company_weight: float = COMPANY_WEIGHT) -> None:
         self.company_weight = company_weight
         self._pools: dict[str, _Pool] = {q: _Pool() for q in query_ids}
-        self.rounds = 0
+        self.bought: list[int] = []
+
+    @property
+    def rounds(self) -> int:
+        """Number of finished mining rounds."""
+        return len(self.bought)
 
     @property
     def query_ids(self) -> list[str]:
@@ -127,7 +132,7 @@ class CandidateTable:
                 pool.scores.append(float(next(flat)))
                 pool.rounds.append(self.rounds)
                 pool.company.append(np.nan)
-        self.rounds += 1
+        self.bought.append(len(self))
 
     def extend_company(self, asked: Mapping[str, Sequence[str]], scores: Sequence[float] | np.ndarray) -> None:
         """Add a round of scores in company of candidates that are there; `scores` in the same flat order."""
@@ -136,7 +141,7 @@ class CandidateTable:
             pool = self._pool(query_id)
             for candidate in candidates:
                 pool.company[pool.ids.index(candidate)] = float(next(flat))
-        self.rounds += 1
+        self.bought.append(len(self))
 
     def sample(
         self,
@@ -198,7 +203,7 @@ class CandidateTable:
         columns = list(zip(*self.rows(), strict=True)) or [()] * len(_COLUMNS)
         types = (pa.string(), pa.string(), pa.float64(), pa.int32(), pa.int32(), pa.float64())
         table = pa.table({n: pa.array(c, t) for n, c, t in zip(_COLUMNS, columns, types, strict=True)})
-        state = json.dumps({"format_version": _FORMAT, "rounds": self.rounds, "query_ids": self.query_ids})
+        state = json.dumps({"format_version": _FORMAT, "bought": self.bought, "query_ids": self.query_ids})
         part = Path(path).with_suffix(".part")
         pq.write_table(table.replace_schema_metadata({"drum_hf": state}), part)
         part.replace(path)
@@ -231,7 +236,10 @@ class CandidateTable:
                 pool.places.append(place)
                 pool.rounds.append(round_)
                 pool.company.append(np.nan if company is None else company)
-            table.rounds = int(state["rounds"])
+            if state.get("bought") is not None:
+                table.bought = [int(count) for count in state["bought"]]
+            else:
+                table.bought = [sum(r <= done for r in data["round"].to_pylist()) for done in range(state["rounds"])]
         except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
             raise SavedFileError(
                 f"expected a candidate table at {path}; reading it failed ({error}); {remedy}"
