@@ -1,11 +1,13 @@
 # %% [markdown]
 # # Answers from an endpoint
 #
-# A commercial LVLM answers, but rarely tells how likely it finds a given response, so it can't teach. An open LVLM that runs
-# here does: the retriever is trained with its feedback, and then chooses demonstrations for the one behind the endpoint.
+# A commercial LVLM answers, but rarely tells how likely it finds a given response, so it can't teach. An open LVLM
+# that runs here does: the retriever is trained with its feedback, and then chooses demonstrations for the one behind
+# the endpoint.
 #
-# Set `BASE_URL` and `MODEL`, and the environment variable `OPENAI_API_KEY`. The key is read from there and never shown. Mind
-# that the playground's pictures and private words are made for its own tiny LVLM; with a commercial one use your data.
+# Set `BASE_URL` and `MODEL`, and the environment variable `OPENAI_API_KEY`. The key is read from there and never
+# shown. Mind that the playground's pictures and private words are made for its own tiny LVLM; with a commercial one
+# use your data.
 
 # %%
 from drum_hf import DemoRetriever, DrumTrainer, DrumTrainingArguments, ICLEvaluator, OpenAILVLM, TransformersLVLM
@@ -43,8 +45,8 @@ DrumTrainer(retriever, lvlm=TransformersLVLM.from_pretrained(TEACHER), args=argu
 # %% [markdown]
 # ## Ask the endpoint
 #
-# `max_requests` is a cap that is never passed. Answers are kept in a store as they come: stopped by the cap, by Ctrl-C or by
-# a lost connection, the same lines go on without paying twice.
+# `max_requests` is a cap that is never passed. Answers are kept in a store as they come: stopped by the cap, by Ctrl-C
+# or by a lost connection, the same lines go on without paying twice.
 
 # %%
 endpoint = OpenAILVLM(MODEL, base_url=BASE_URL, max_requests=4 * QUERIES, image_detail="low")

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Mine, score, train: a round at a time
 #
-# What `DrumTrainer.train()` does in each round, by the public pieces it is made of. Use the trainer for real work: it adds
-# checkpoints, several processes, in-batch negatives, and a price before the bill.
+# What `DrumTrainer.train()` does in each round, by the public pieces it is made of. Use the trainer for real work: it
+# adds checkpoints, several processes, in-batch negatives, and a price before the bill.
 
 # %%
 import numpy as np
@@ -25,8 +25,8 @@ rng = np.random.default_rng(0)
 torch.manual_seed(0)
 
 # %% [markdown]
-# `Feedback` is the LVLM asked by id, through a score store: no pair is ever paid for twice. Every row is also a training
-# query; its draft is the LVLM's zero-shot answer, never the gold one.
+# `Feedback` is the LVLM asked by id, through a score store: no pair is ever paid for twice. Every row is also a
+# training query; its draft is the LVLM's zero-shot answer, never the gold one.
 
 # %%
 feedback = Feedback(TransformersLVLM.from_pretrained("playground/lvlm"), rows, rows, store=ScoreStore())
@@ -39,8 +39,8 @@ def make_query(query_id):
 
 
 # %% [markdown]
-# **Mine.** The retriever as it is now proposes demonstrations that were never scored for the query. In the first round half
-# of them are drawn at random, so that there is something to tell apart.
+# **Mine.** The retriever as it is now proposes demonstrations that were never scored for the query. In the first round
+# half of them are drawn at random, so that there is something to tell apart.
 #
 # **Score.** The LVLM says how likely it finds the gold response after each.
 
@@ -90,8 +90,9 @@ def train():
 
 
 # %% [markdown]
-# Round after round the table grows by `CANDIDATES` pairs a query. The last column says what it is good for: the likelihood a
-# token of the gold response after the one demonstration that the retriever ranks first, in the mean over all rows.
+# Round after round the table grows by `CANDIDATES` pairs a query. The last column says what it is good for: the
+# likelihood a token of the gold response after the one demonstration that the retriever ranks first, in the mean over
+# all rows.
 
 
 # %%

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Twenty pictures and a CSV
 #
-# Your data lies in a folder: pictures, and a table that says what is asked about each and what the answer is. This script
-# draws such a folder itself, so that it runs anywhere; point `FOLDER` at yours and leave the second cell out.
+# Your data lies in a folder: pictures, and a table that says what is asked about each and what the answer is. This
+# script draws such a folder itself, so that it runs anywhere; point `FOLDER` at yours and leave the second cell out.
 
 # %%
 import csv
@@ -27,8 +27,8 @@ FOLDER = Path(tempfile.mkdtemp()) / "my_folder"
 ROUNDS = 3
 
 # %% [markdown]
-# The table has a line for each question. Two questions about one picture stand in one `group`: neither may be shown as a
-# demonstration for the other.
+# The table has a line for each question. Two questions about one picture stand in one `group`: neither may be shown as
+# a demonstration for the other.
 
 # %%
 FOLDER.mkdir()
@@ -61,8 +61,9 @@ support, queries = split_table(load_table(FOLDER), queries=0.25)
 print(len(support), "demonstrations,", len(queries), "queries")
 
 # %% [markdown]
-# Training on so little is a matter of seconds here. With a real LVLM, `DrumTrainer(…).plan().describe()` tells beforehand how
-# long it will take. LoRA adapters are the better choice for a large encoder: `from_encoder(…, lora=True)`.
+# Training on so little is a matter of seconds here. With a real LVLM, `DrumTrainer(…).plan().describe()` tells
+# beforehand how long it will take. LoRA adapters are the better choice for a large encoder: `from_encoder(…,
+# lora=True)`.
 
 # %%
 lvlm = TransformersLVLM.from_pretrained("playground/lvlm")
@@ -87,9 +88,7 @@ print(len(trainer.table), "pairs scored")
 # %%
 evaluator = ICLEvaluator(lvlm, support, queries)
 bare = evaluator.evaluate(ZeroShot(), shots=0)
-evaluator = ICLEvaluator(
-    evaluator.lvlm, support, queries, drafts=dict(zip(queries.ids, bare.answers, strict=True))
-)
+evaluator = ICLEvaluator(evaluator.lvlm, support, queries, drafts=dict(zip(queries.ids, bare.answers, strict=True)))
 random = evaluator.evaluate([Random(support, seed) for seed in range(3)], shots=4)
 drum = evaluator.evaluate(Retrieved("drum", retriever), shots=4)
 for result in (bare, random, drum):

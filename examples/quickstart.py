@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Train, save, load, answer
 #
-# A demonstration retriever trained with an LVLM's feedback, in one script and without a Hub. It takes about two minutes on
-# two CPU cores. `playground/clip` and `playground/lvlm` are tiny models that ship with the package; put a Hub id or a folder
-# in their place, and a table of your own in place of the world.
+# A demonstration retriever trained with an LVLM's feedback, in one script and without a Hub. It takes about two
+# minutes on two CPU cores. `playground/clip` and `playground/lvlm` are tiny models that ship with the package; put a
+# Hub id or a folder in their place, and a table of your own in place of the world.
 
 # %%
 from pathlib import Path
@@ -16,8 +16,8 @@ ROUNDS = 2
 OUT = Path("out/quickstart")
 
 # %% [markdown]
-# A world is a table of pictures, questions and answers whose words only demonstrations can teach. Its support set is what
-# demonstrations are taken from, and also what the retriever is trained on: a row never demonstrates itself.
+# A world is a table of pictures, questions and answers whose words only demonstrations can teach. Its support set is
+# what demonstrations are taken from, and also what the retriever is trained on: a row never demonstrates itself.
 
 # %%
 world = make_world(seed=0, task="vqa", difficulty=WORLD)

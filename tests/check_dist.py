@@ -24,10 +24,12 @@ def package_files(top: Path = TOP) -> set[str]:
     }
 
 
-def tracked_files(top: Path = TOP) -> set[str]:
-    """Every file of the repository; none where git does not know it."""
-    found = subprocess.run(["git", "-C", str(top), "ls-files"], capture_output=True, text=True)
-    return set(found.stdout.split()) if found.returncode == 0 else set()
+def repository_files(top: Path = TOP) -> set[str]:
+    """Every file that git has, or would take; none where it does not know the folder."""
+    command = ["git", "-C", str(top), "ls-files", "--cached", "--others", "--exclude-standard"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    names = found.stdout.splitlines() if found.returncode == 0 else []
+    return {name for name in names if (top / name).is_file()}
 
 
 def wheel_faults(names: Iterable[str], size: int, expected: set[str]) -> list[str]:
@@ -54,12 +56,14 @@ def main(argv: Sequence[str]) -> int:
     with zipfile.ZipFile(wheel) as archive:
         faults = wheel_faults(archive.namelist(), wheel.stat().st_size, package_files())
     with tarfile.open(sdist) as archive:
-        hidden = {name for name in tracked_files() if name.startswith(".")}
-        faults += sdist_faults(archive.getnames(), (tracked_files() or package_files()) - hidden)
+        wanted = repository_files() or package_files()
+        faults += sdist_faults(archive.getnames(), {name for name in wanted if not name.startswith(".")})
     for fault in faults:
         sys.stderr.write(fault + "\n")
     if not faults:
-        sys.stdout.write(f"{wheel.name} ({wheel.stat().st_size / 1e6:.1f} MB) and {sdist.name} hold what they should\n")
+        sys.stdout.write(
+            f"{wheel.name} ({wheel.stat().st_size / 1e6:.1f} MB) and {sdist.name} hold what they should\n"
+        )
     return 1 if faults else 0
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from transformers import TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
@@ -15,58 +18,47 @@ import drum_hf
 from drum_hf import DemoRetriever, DrumTrainer, DrumTrainingArguments, TransformersLVLM
 from drum_hf.playground import make_world
 
-#: Every public name, which loads every room.
-USE = "import drum_hf\nfor name in drum_hf.__all__: getattr(drum_hf, name)\n"
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+
+#: Loads every room, then asks for models that are nowhere; prints what that changed, what was said, who was called.
+PROBE = """
+import json, logging, random, socket
+import datasets, faiss, numpy, peft, sentence_transformers, torch, transformers
+
+def state():
+    ours = [l for l in map(logging.getLogger, list(logging.root.manager.loggerDict)) if l.name.startswith("drum_hf")]
+    return [
+        [repr(handler) for handler in logging.root.handlers], logging.root.level,
+        [[l.name, l.level, l.handlers] for l in ours if l.level or l.handlers],
+        repr(random.getstate()), numpy.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist(),
+        torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype(),
+    ]
+
+called = []
+socket.getaddrinfo = lambda host, *rest, **more: called.append(host) or []
+before = state()
+import drum_hf
+for name in drum_hf.__all__:
+    getattr(drum_hf, name)
+changed = [a for a, b in zip(state(), before, strict=True) if a != b]
+said = []
+for load in (drum_hf.TransformersLVLM.from_pretrained, drum_hf.DemoRetriever.from_pretrained):
+    try:
+        load("nobody/nothing-of-the-kind")
+    except (drum_hf.errors.DrumError, OSError) as error:
+        said.append(type(error).__name__)
+print(json.dumps([repr(changed), said, called]))
+"""
 
 
-def run(code: str, **environment: str) -> dict:
-    """What a fresh interpreter prints, as JSON."""
-    import os
-
+def test_logging_seeds_and_the_network_are_left_alone():
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, env=os.environ | environment
+        [sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=900, env=os.environ | OFFLINE
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def test_importing_leaves_logging_seeds_and_the_network_alone():
-    found = run(
-        "import json, logging, random, socket, sys\n"
-        "import numpy, torch, transformers, sentence_transformers, datasets, faiss, peft\n"
-        "def state():\n"
-        "    loggers = [logging.getLogger(), *map(logging.getLogger, sorted(logging.root.manager.loggerDict))]\n"
-        "    ours = [l for l in loggers if l.name.split('.')[0] == 'drum_hf']\n"
-        "    return {'root': [repr(h) for h in logging.root.handlers], 'level': logging.root.level,\n"
-        "        'ours': [[l.name, l.level, len(l.handlers)] for l in ours if l.level or l.handlers],\n"
-        "        'python': hash(random.getstate()), 'numpy': numpy.random.get_state()[1].tolist(),\n"
-        "        'torch': torch.random.get_rng_state().tolist(), 'threads': torch.get_num_threads(),\n"
-        "        'deterministic': torch.are_deterministic_algorithms_enabled()}\n"
-        "class Refused(socket.socket):\n"
-        "    def connect(self, address): raise AssertionError(f'connected to {address}')\n"
-        "socket.socket = Refused\n"
-        "before = state()\n" + USE + "print(json.dumps([before == state(), state()['ours']]))"
-    )
-    assert found == [True, []]
-
-
-def test_offline_is_believed():
-    found = run(
-        "import json, time\n"
-        + USE
-        + "from drum_hf.errors import DrumError\n"
-        + "import socket\n"
-        + "asked = []\n"
-        + "real = socket.getaddrinfo\n"
-        + "socket.getaddrinfo = lambda *a, **k: asked.append(a[0]) or real(*a, **k)\n"
-        + "said = []\n"
-        + "for load in (drum_hf.TransformersLVLM.from_pretrained, drum_hf.DemoRetriever.from_pretrained):\n"
-        + "    try: load('nobody/nothing-of-the-kind')\n"
-        + "    except (DrumError, OSError) as error: said.append(type(error).__name__)\n"
-        + "print(json.dumps([said, asked]))",
-        HF_HUB_OFFLINE="1",
-    )
-    assert len(found[0]) == 2 and found[1] == []
+    changed, said, called = json.loads(done.stdout.strip().splitlines()[-1])
+    assert changed == "[]" and called == []
+    assert len(said) == 2  # offline is believed, and refused by name
 
 
 def test_the_package_is_typed():
@@ -119,17 +111,11 @@ def test_trackers_by_name_are_told_every_step(trained):
     assert "train_loss" in tracker.logs[-1]
 
 
-def test_no_tracker_where_none_is_named(trained):
-    assert trained([])[0] == [] == trained("none")[0]
-
-
 def test_the_seed_decides_and_nothing_else_does(trained):
-    import numpy as np
-    import torch
-
-    _, table, vectors = trained([])
+    nobody, table, vectors = trained([])
+    assert nobody == []  # no tracker where none is named
     torch.manual_seed(99)  # a user's own seeds don't matter
     np.random.seed(99)
-    _, same_table, same_vectors = trained([], out="again")
+    _, same_table, same_vectors = trained("none", out="again")
     assert same_table == table and np.array_equal(same_vectors, vectors)
     assert trained([], out="other", seed=1)[1] != table

@@ -24,7 +24,7 @@ def dist(tmp_path_factory):
     if not (TOP / "setup.py").is_file():
         pytest.skip("not a source tree")
     copy = tmp_path_factory.mktemp("source")
-    names = check_dist.tracked_files() or {
+    names = check_dist.repository_files() or {
         path.relative_to(TOP).as_posix()
         for part in ("drum_hf", "docs", "examples", "tests")
         for path in (TOP / part).rglob("*")
@@ -63,7 +63,7 @@ def test_what_the_wheel_says_of_itself(dist):
     assert pinned == []  # ranges only: a pin would keep users from security updates
 
 
-def test_faults_are_found(dist, tmp_path, capsys):
+def test_faults_are_found(dist):
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     with ZipFile(wheel) as archive:
         names = archive.namelist()

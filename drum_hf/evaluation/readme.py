@@ -1,7 +1,7 @@
 """The demo's results on a page: ``python -m drum_hf.evaluation.readme out/demo README.md``.
 
-Writes the table between the page's marks ``<!-- results:begin -->`` and ``<!-- results:end -->``, and replaces those of
-the demo's figures that lie in ``docs/images`` beside the page.
+Writes the table between the page's marks ``<!-- results:begin -->`` and ``<!-- results:end -->``, and replaces those
+of the demo's figures that lie in ``docs/images`` beside the page.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def write_results(out: str | Path, page: str | Path) -> list[Path]:
         before, rest = text.split(BEGIN)
         _, after = rest.split(END)
     except (OSError, ValueError) as error:
-        raise SavedFileError(f"expected {page} to hold {BEGIN} and {END} once each, in that order ({error})") from error
+        raise SavedFileError(
+            f"expected {page} to hold {BEGIN} and {END} once each, in that order ({error})"
+        ) from error
     page.write_text(f"{before}{BEGIN}\n{results_block(results)}\n{END}{after}", encoding="utf-8")
     written = [page]
     for figure in sorted((page.parent / "docs" / "images").glob("*.png")):
