@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= out/demo
 DEMO_ARGS ?=
 
-.PHONY: demo test test-app lint format clean
+.PHONY: demo readme test lint docs dist format clean
 
 $(VENV)/.demo: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,28 +20,32 @@ $(VENV)/.dev: $(VENV)/.demo
 demo: $(VENV)/.demo
 	$(BIN)/drum-hf demo --out $(OUT) $(DEMO_ARGS)
 
+# README's table and pictures, from the demo's output.
+readme: demo
+	$(BIN)/python -m drum_hf.evaluation.readme $(OUT) README.md
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+test: lint docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not network"
 
-# The app's page and a visit in a browser, in an environment of their own: Gradio wants an older Pillow than the rest.
-APP := .venv-app
-$(APP)/.app: setup.py constraints.txt constraints-app.txt
-	$(PYTHON) -m venv $(APP)
-	grep -vi '^pillow==' constraints.txt | cat - constraints-app.txt > $(APP)/constraints.txt
-	$(APP)/bin/python -m pip install --constraint $(APP)/constraints.txt --editable ".[app]" playwright pytest
-	touch $@
-
-test-app: $(APP)/.app
-	OMP_NUM_THREADS=1 $(APP)/bin/python -m pytest tests/test_app.py tests/test_app_browser.py
+# What would be uploaded, checked and tried in an environment of its own; RELEASING.md has the steps.
+dist: $(VENV)/.dev
+	rm -rf dist build
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tests/check_dist.py dist
+	sh tests/try_wheel.sh $(PYTHON) dist/*.whl constraints.txt
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(APP) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

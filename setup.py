@@ -1,10 +1,23 @@
 """Packaging of drum-hf. Ranges only; the exact set that is tested stands in constraints.txt."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
+
+#: Where the repository is shown, such as "https://github.com/OWNER/drum-hf"; set it before a release.
+REPOSITORY = ""
+
+
+def description(readme: str, repository: str) -> str:
+    """The README for PyPI, where links into the repository lead nowhere unless they name it."""
+    if not repository:
+        return readme
+    readme = re.sub(r"(!\[[^]]*\]\()(?!https?:|#)", rf"\1{repository}/raw/HEAD/", readme)
+    return re.sub(r"((?<!!)\[[^]]*\]\()(?!https?:|#)", rf"\1{repository}/blob/HEAD/", readme)
+
 
 extras = {
     "plot": ["matplotlib>=3.8"],
@@ -15,22 +28,28 @@ extras = {
     "gpu": ["faiss-gpu>=1.11"],
 }
 extras["demo"] = extras["plot"] + extras["bm25"]
-extras["dev"] = extras["demo"] + [
+extras["dev"] = [
+    *extras["app"],
+    *extras["demo"],
+    *extras["docs"],
+    "build>=1",
     "hypothesis>=6.100",
     "mypy>=1.10",
+    "playwright>=1.40",
     "pre-commit>=3.7",
     "pycocoevalcap>=1.2",
     "pytest>=8",
     "pytest-xdist>=3.5",
     "ruff>=0.6",
     "transformers[serving]>=5",
+    "twine>=6",
 ]
 
 setup(
     name="drum-hf",
     version="0.1.0.dev0",
     description="Learn which demonstrations your large vision-language model needs in its prompt, and retrieve them.",
-    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description=description((here / "README.md").read_text(encoding="utf-8"), REPOSITORY),
     long_description_content_type="text/markdown",
     author="The drum-hf authors",
     license="Apache-2.0",
@@ -70,6 +89,7 @@ setup(
         "Typing :: Typed",
     ],
     keywords="vision-language in-context-learning retrieval demonstrations huggingface",
+    url=REPOSITORY or None,
     project_urls={
         "DRUM (paper)": "https://arxiv.org/abs/2412.07619",
         "ICL tuning (paper)": "https://arxiv.org/abs/2403.12736",

@@ -16,10 +16,15 @@ import numpy as np
 from ..errors import SavedFileError
 from .statistics import paired_bootstrap
 
-__all__ = ["main", "summarise"]
+__all__ = ["main", "read_json", "summarise"]
 
 
-def _read(folder: Path, name: str) -> dict[str, Any]:
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file of a demo's folder.
+
+    Raises:
+        SavedFileError: it is not there, or can't be read.
+    """
     try:
         return json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -38,8 +43,8 @@ def summarise(folders: Sequence[str | Path]) -> str:
         SavedFileError: a folder lacks its results.
         ValueError: the folders hold different tasks.
     """
-    results = [_read(Path(f), "results.json") for f in folders]
-    values = [_read(Path(f), "values.json") for f in folders]
+    results = [read_json(Path(f), "results.json") for f in folders]
+    values = [read_json(Path(f), "values.json") for f in folders]
     if len({r["task"] for r in results}) != 1:
         raise ValueError(f"expected folders of one task; got {sorted({r['task'] for r in results})}")
     names = list(results[0]["strategies"])
