@@ -57,9 +57,9 @@ def model_options(parser: argparse.ArgumentParser, *, lvlm: bool = True, encoder
             metavar="URL",
             action="extend",
             nargs="+",
-            help="ask a chat endpoint that speaks OpenAI's protocol, such as http://localhost:8000/v1, or several that "
-            "serve the same model; --lvlm is then the model's name there, and --lvlm-revision what you know of its "
-            "weights",
+            help="ask a chat endpoint that speaks OpenAI's protocol, such as http://localhost:8000/v1, or several "
+            "that serve the same model; --lvlm is then the model's name there, and --lvlm-revision what you know of "
+            "its weights",
         )
         group.add_argument(
             "--api-key-env", metavar="NAME", help="environment variable with the endpoint's key (OPENAI_API_KEY)"
