@@ -25,11 +25,11 @@ def test_plans_are_what_a_million_rows_were_measured_to_take(dimension, kind, st
 
 @pytest.mark.parametrize(("kind", "storage"), [("flat", "float32"), ("hnsw", "float16"), ("ivfpq", "int8")])
 def test_disk_is_what_is_written(kind, storage, tmp_path):
-    count = 12_000
-    index = DemoIndex(32, kind=kind, storage=storage, pq_bytes=16, ef_construction=20)
-    index.add([f"row-{i}" for i in range(count)], np.random.default_rng(0).normal(size=(count, 32)))
+    count = 10_000
+    index = DemoIndex(16, kind=kind, storage=storage, pq_bytes=8, ef_construction=20)
+    index.add([f"row-{i}" for i in range(count)], np.random.default_rng(0).normal(size=(count, 16)))
     index.save(tmp_path)
-    plan = plan_index(count, 32, kind=kind, storage=storage, pq_bytes=16, calibrate=0)
+    plan = plan_index(count, 16, kind=kind, storage=storage, pq_bytes=8, calibrate=0)
     assert plan.disk == pytest.approx(sum(file.stat().st_size for file in tmp_path.iterdir()), rel=0.1)
 
 

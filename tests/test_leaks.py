@@ -5,9 +5,11 @@ from __future__ import annotations
 import leaks
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from drum_hf.data import check_leaks, load_table
+from drum_hf.data import TripletTable, check_leaks, find_twins, load_table
 from drum_hf.errors import LeakError
 
 
@@ -47,3 +49,29 @@ def test_the_same_pixels_under_other_names_and_formats_are_found(tmp_path):
     assert check_leaks(*tables, on_leak="ignore") == [("test0", "train0")]
     with pytest.raises(LeakError, match="test0"):
         check_leaks(*tables)
+
+
+cells = st.tuples(st.integers(0, 3), st.sampled_from(["", "g", "h"]))  # content, group
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["", "g", "h"])), min_size=1, max_size=9), st.integers(0, 9)
+)
+def test_twins_are_rows_of_the_same_content_that_nothing_keeps_apart(cells, cut):
+    rows = [
+        {"id": f"r{i}", "prompt": f"prompt {content}", "response": "x", "group": group}
+        for i, (content, group) in enumerate(cells)
+    ]
+    support, queries = TripletTable.from_dataset(rows[: max(1, cut)]), TripletTable.from_dataset(rows)
+    expected = [
+        query["id"]
+        for query in rows
+        if any(
+            row["prompt"] == query["prompt"]
+            and row["id"] != query["id"]
+            and not (row["group"] and row["group"] == query["group"])
+            for row in rows[: max(1, cut)]
+        )
+    ]
+    assert find_twins(support, queries) == expected

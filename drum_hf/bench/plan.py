@@ -19,7 +19,7 @@ _BYTES = {"float32": 4, "float16": 2, "int8": 1}
 #: measured to take beside vectors and structure, with ids of six digits.
 _ROW_BYTES = 160
 #: An id in `index.json`, and its group.
-_ID_BYTES = 40
+_ID_BYTES = 25
 #: Inverted lists grow by doubling: what they hold in reserve on average.
 _RESERVE = 1.4
 #: Rows of a block that is added, and its copy of unit length.
