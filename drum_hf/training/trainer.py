@@ -203,8 +203,8 @@ class DrumTrainer(SentenceTransformerTrainer):
         if self.processes.is_main and (twins := find_twins(retriever.support, self.queries)):
             logger.warning(
                 "%d of %d training queries share an image (or, without one, a prompt) with a demonstration that "
-                "neither id nor group keeps from them, so that it may hand them the answer; the first is %r. Give such "
-                "rows a common 'group'", len(twins), len(self.queries), twins[0],
+                "neither id nor group keeps from them, so that it may hand them the answer; the first is %r. Give "
+                "such rows a common 'group'", len(twins), len(self.queries), twins[0],
             )  # fmt: skip
         self.rates: list[Rates | None] | None = None
         self.on_round_end = on_round_end
