@@ -68,14 +68,15 @@ def _gb(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def _structure_bytes(rows: int, dimension: int, kind: str, options: DemoIndex) -> float:
+def _structure_bytes(rows: int, dimension: int, kind: str, options: DemoIndex, *, saved: bool = False) -> float:
     """Beside the vectors: a graph's links, or lists, codes and what they were learned to."""
     if kind == "hnsw":
         links = 2 * options.hnsw_m + options.hnsw_m / (options.hnsw_m - 1)  # the lowest level's, and all above it
         return rows * (4 * links + 4 + 8)
     if kind == "ivfpq":
-        lists = 4 * math.sqrt(rows)
-        return rows * (options.pq_bytes + 8) * _RESERVE + (lists + 256) * dimension * 4
+        lists = min(4 * math.sqrt(rows), rows / 39)
+        row = options.pq_bytes + 4 if saved else (options.pq_bytes + 8) * _RESERVE
+        return rows * row + (lists + 256) * dimension * 4
     return 0.0
 
 
@@ -115,6 +116,7 @@ def plan_index(
     size = min(rows, shard_rows or rows)
     shards = -(-rows // size)
     vectors, structure = size * dimension * _BYTES[storage], _structure_bytes(size, dimension, kind, sample)
+    written = _structure_bytes(size, dimension, kind, sample, saved=True)
     ids = rows * _ROW_BYTES
     block = 2 * min(_BLOCK, size) * dimension * 4
     learned = min(size, max(1 << 16, 256 * math.sqrt(size))) * dimension * 4 if kind == "ivfpq" else 0
@@ -132,7 +134,7 @@ def plan_index(
         mapped_memory=None if kind == "hnsw" else round(shards * structure + ids),
         # vectors are copied whenever their array grows
         build_memory=round(2 * vectors + structure + ids + block + learned),
-        disk=round(shards * (vectors + structure / (_RESERVE if kind == "ivfpq" else 1)) + rows * _ID_BYTES),
+        disk=round(shards * (vectors + written) + rows * _ID_BYTES),
         build_seconds=seconds,
     )
 
