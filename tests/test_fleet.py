@@ -191,7 +191,7 @@ class Named(TinyChat):
         (TinyChat("spaced"), "vllm", "tokens.* for one and"),
         (TinyChat("spaced"), "none", "tokens.* for one and"),
         (TinyChat(boost={" five": 4.0}), "vllm", "the weights are not the same"),
-        (Named("other"), "vllm", "calls its model 'other'"),
+        (Named("other"), "vllm", "calls its model .*'other'"),
         (TinyChat(), "none", "without log-probabilities"),
     ],
     ids=["template", "template unseen", "weights", "name", "fields"],
