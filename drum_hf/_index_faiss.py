@@ -48,6 +48,7 @@ class Flat:
 
     def __init__(self, dimension: int, storage: Storage) -> None:
         self.dimension, self.storage = dimension, storage
+        self.mapped: np.ndarray | None = None  # the stored vectors, where they stay in their file
         self.index = self._make()
 
     def _make(self) -> Any:
@@ -63,11 +64,16 @@ class Flat:
 
     @property
     def size(self) -> int:
-        return self.table.ntotal
+        return self.table.ntotal if self.mapped is None else len(self.mapped)
 
     @property
     def exact(self) -> bool:
         """Whether the proposals are the nearest stored vectors, but for rounding."""
+        return True
+
+    @property
+    def filters(self) -> bool:
+        """Whether removed rows are never proposed."""
         return True
 
     def empty(self) -> Flat:
@@ -84,6 +90,8 @@ class Flat:
 
     def codes(self) -> np.ndarray:
         """The rows as stored, (size, dimension) of the storage's type; a view, valid until the next change."""
+        if self.mapped is not None:
+            return self.mapped
         if not self.size:
             return np.zeros((0, self.dimension), CODES[self.storage])
         table = self.table
@@ -125,6 +133,8 @@ class Flat:
 
     def remove(self, rows: np.ndarray) -> bool:
         """Take rows out; the others close up, in order. False: this structure can't, and must be built anew."""
+        if self.mapped is not None:
+            return False
         self.index.remove_ids(rows)
         return True
 
@@ -140,8 +150,28 @@ class Flat:
         Returns:
             float32 scores and int64 rows, both (q, length), the best first; row -1 where there are fewer.
         """
+        if self.mapped is not None:
+            return self._compare(queries, length, living)
         parameters = None if living is None else require_faiss().SearchParameters(sel=_selector(living))
         return self.index.search(queries, length, params=parameters)
+
+    def _compare(self, queries: np.ndarray, length: int, living: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """As `propose`, by products with some rows at a time."""
+        best = np.full((len(queries), length), -np.inf, np.float32)
+        rows = np.full((len(queries), length), -1, np.int64)
+        for start in range(0, self.size, _BLOCK):
+            block = slice(start, min(start + _BLOCK, self.size))
+            products = queries @ self.vectors(block).T
+            if living is not None:
+                products[:, ~_unpacked(living, block)] = -np.inf
+            kept = min(length, products.shape[1])
+            near = np.argpartition(-products, kept - 1, axis=1)[:, :kept]
+            best = np.concatenate([best, np.take_along_axis(products, near, 1)], axis=1)
+            rows = np.concatenate([rows, near + start], axis=1)
+            first = np.argsort(-best, axis=1, kind="stable")[:, :length]
+            best, rows = np.take_along_axis(best, first, 1), np.take_along_axis(rows, first, 1)
+        rows[np.isneginf(best)] = -1
+        return best, rows
 
     # Its state, as plain arrays
 
@@ -149,8 +179,15 @@ class Flat:
         """All that `restore` needs beside the vectors themselves."""
         return {"ranges": self.ranges()} if self.storage == "int8" and self.size else {}
 
-    def restore(self, codes: Iterator[np.ndarray], state: Mapping[str, np.ndarray]) -> None:
+    def restore(
+        self, codes: Iterator[np.ndarray], state: Mapping[str, np.ndarray], mapped: np.ndarray | None = None
+    ) -> None:
         """Become what was saved.
+
+        Args:
+            codes: the stored vectors, some rows at a time.
+            state: what `state` gave.
+            mapped: all stored vectors in their file, where they shall stay; `codes` is not read then.
 
         Raises:
             ValueError: the arrays do not fit one another; nothing is read or written out of bounds.
@@ -160,6 +197,11 @@ class Flat:
             if not np.isfinite(ranges).all():
                 raise ValueError("'ranges' are not finite")
             self._set_ranges(ranges)
+        if mapped is not None:
+            if len(mapped) and not self.table.is_trained:
+                raise ValueError("'ranges' are missing")
+            self.mapped = mapped
+            return
         for block in codes:
             if not self.table.is_trained:
                 raise ValueError("'ranges' are missing")
@@ -220,8 +262,10 @@ class Graph(Flat):
         entry = np.asarray([hnsw.entry_point], np.int32)
         return super().state() | {name: faiss.vector_to_array(v) for name, v in graph.items()} | {"entry": entry}
 
-    def restore(self, codes: Iterator[np.ndarray], state: Mapping[str, np.ndarray]) -> None:
-        super().restore(codes, state)
+    def restore(
+        self, codes: Iterator[np.ndarray], state: Mapping[str, np.ndarray], mapped: np.ndarray | None = None
+    ) -> None:
+        super().restore(codes, state, mapped)
         faiss, hnsw, size = require_faiss(), self.index.hnsw, self.size
         if not size:
             return
@@ -329,8 +373,10 @@ class Lists(Flat):
             "learned_from": np.asarray([self.learned_from], np.int64),
         }
 
-    def restore(self, codes: Iterator[np.ndarray], state: Mapping[str, np.ndarray]) -> None:
-        super().restore(codes, state)
+    def restore(
+        self, codes: Iterator[np.ndarray], state: Mapping[str, np.ndarray], mapped: np.ndarray | None = None
+    ) -> None:
+        super().restore(codes, state, mapped)
         if "centres" not in state:
             return
         faiss, size = require_faiss(), self.size
@@ -368,6 +414,12 @@ def rebuilt(structure: Flat, rows: np.ndarray) -> Flat:
 def _quantizer(storage: Storage) -> int:
     quantizer = require_faiss().ScalarQuantizer
     return {"float16": quantizer.QT_fp16, "int8": quantizer.QT_8bit}[storage]
+
+
+def _unpacked(living: np.ndarray, block: slice) -> np.ndarray:
+    """Of rows of a block that begins at a whole byte, whether they live."""
+    count = block.stop - block.start
+    return np.unpackbits(living[block.start // 8 : -(-block.stop // 8)], count=count, bitorder="little").astype(bool)
 
 
 def _selector(living: np.ndarray) -> Any:

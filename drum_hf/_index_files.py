@@ -27,6 +27,7 @@ _MORE: dict[int, dict[str, type]] = {
     1: {"batches": list},
     2: {"storage": str} | dict.fromkeys(("pq_bytes", "nprobe", "refine"), int),
 }
+_DTYPES = {np.float32: "F32", np.float16: "F16", np.uint8: "U8", np.int32: "I32", np.int64: "I64"}
 #: Rows read at once, so that a large file is never in memory beside the index that is made of it.
 _BLOCK = 1 << 16
 
@@ -39,8 +40,6 @@ def write(
     Each file is written aside and renamed, so that a killed save leaves whole files; should it leave a new one beside
     an old one, `reading` says so.
     """
-    from safetensors.numpy import save_file
-
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {"vectors": vectors, **state}
@@ -49,16 +48,34 @@ def write(
         digest.update(np.ascontiguousarray(tensors[name]).data)
     meta = {"format_version": _FORMAT_VERSION, "vectors_sha256": digest.hexdigest(), **entries}
     with _replacing(folder / VECTORS) as path:
-        save_file(tensors, path)
+        _write_tensors(path, tensors)
     with _replacing(folder / META) as path:
         path.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """A safetensors file, written from the arrays themselves: the library's own `save_file` copies them all first."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # so that every tensor is aligned
+    header: dict[str, Any] = {}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        dtype, shape = _DTYPES[tensors[name].dtype.type], list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            array = np.ascontiguousarray(tensors[name])
+            file.write(array.data if array.size else b"")
 
 
 class Saved:
     """What `write` wrote, checked; tensors are read when they are asked for."""
 
-    def __init__(self, meta: dict[str, Any], file: Any) -> None:
-        self.meta, self._file = meta, file
+    def __init__(self, meta: dict[str, Any], file: Any, path: Path) -> None:
+        self.meta, self._file, self._path = meta, file, path
 
     @property
     def version(self) -> int:
@@ -67,6 +84,18 @@ class Saved:
     def vectors(self) -> np.ndarray:
         """All stored vectors: (n, dimension)."""
         return self._file.get_tensor("vectors")
+
+    def mapped(self) -> np.ndarray:
+        """As `vectors`, read from the file only where they are looked at."""
+        dtype = CODES[self.meta.get("storage", "float32")]
+        rows = len(self.meta["ids"])
+        if not rows:
+            return self.vectors()
+        with self._path.open("rb") as file:  # its header was checked when it was opened
+            length = int.from_bytes(file.read(8), "little")
+            start = json.loads(file.read(length))["vectors"]["data_offsets"][0]
+        shape = (rows, self.meta["dimension"])
+        return np.memmap(self._path, dtype, mode="r", offset=8 + length + start, shape=shape)
 
     def blocks(self, name: str = "vectors") -> Iterator[np.ndarray]:
         """The rows of a tensor, some at a time."""
@@ -95,7 +124,7 @@ def reading(directory: str | os.PathLike[str]) -> Iterator[Saved]:
     except (OSError, SafetensorError, ValueError) as error:
         raise broken(path, f"the file is truncated or not safetensors ({error})") from error
     with file:
-        saved = Saved(meta, file)
+        saved = Saved(meta, file, path)
         _check_vectors(path, file, meta)
         digest = hashlib.sha256()
         for name in sorted(file.keys()):

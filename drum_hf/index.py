@@ -154,6 +154,11 @@ class DemoIndex:
         with self._lock.reading():
             return self._groups()
 
+    @property
+    def mapped(self) -> bool:
+        """Whether the stored vectors are in their file rather than in memory."""
+        return self._structure.mapped is not None
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -218,6 +223,11 @@ class DemoIndex:
                 f"expected ids that are new and unique, but {_first(twice)} came twice or are in the index; "
                 "remove() the old rows first, or give the new ones other ids"
             )
+        if ids and self.mapped:
+            raise ValueError(
+                "an index that was loaded with mmap=True takes no rows: load it without, or add to another shard of a "
+                "ShardedIndex"
+            )
         if ids:
             self._structure.add(unit)
             self._note(ids, groups)
@@ -260,12 +270,12 @@ class DemoIndex:
                 self._rows = {id: row for row, id in enumerate(self._row_ids)}
                 self._group_of_row = self._group_of_row[self._alive]
                 self._alive = np.ones(len(self._rows), bool)
-            elif 2 * len(self._rows) < len(self._row_ids):
+            elif 2 * len(self._rows) < len(self._row_ids) and not self.mapped:
                 self._compact()
             self._mark_living()
 
     def compact(self) -> None:
-        """Build the index anew without its removed rows; nothing to do where none was removed."""
+        """Build the index anew without its removed rows, in memory; nothing to do where none was removed."""
         with self._lock.writing():
             if len(self._rows) < len(self._row_ids):
                 self._compact()
@@ -275,6 +285,32 @@ class DemoIndex:
         self._structure = rebuilt(self._structure, np.flatnonzero(self._alive))
         self._forget()
         self._note(ids, groups)
+
+    def to_gpu(self, device: int = 0) -> DemoIndex:
+        """Have a GPU search it (`flat` and `ivfpq`; needs faiss-gpu). Returns itself.
+
+        The stored vectors stay in memory, and decide: on `flat` the results are those of the CPU. Removed rows are
+        kept until `compact`, also on `flat`: a GPU can't leave rows out, so that more are fetched from it, and those
+        that a query must not get are left out here. Searches of several threads take turns; send queries in batches.
+
+        Raises:
+            DependencyError: faiss has no GPU support, or there is no such GPU.
+            ValueError: an `hnsw` index, or one loaded with `mmap=True`.
+        """
+        from ._index_gpu import OnGpu, transfer
+
+        with self._lock.writing():
+            self._structure = OnGpu(self._host(), transfer(device))
+        return self
+
+    def to_cpu(self) -> DemoIndex:
+        """Have the CPU search it again. Returns itself."""
+        with self._lock.writing():
+            self._structure = self._host()
+        return self
+
+    def _host(self) -> Flat:
+        return getattr(self._structure, "host", self._structure)
 
     # Searching it
 
@@ -337,7 +373,11 @@ class DemoIndex:
         least = 0 if structure.exact else least
         # More than FAISS may be asked for are compared one and all: for what is wanted, not for what is refined.
         refined = np.minimum(least + excluded.counts, _MAX_FETCH)
-        fetch = np.minimum(np.maximum(wanted + _SLACK + excluded.counts, refined), total)
+        fetch = np.maximum(wanted + _SLACK + excluded.counts, refined)
+        if not structure.filters and total > len(self._rows):  # removed rows are among what comes
+            most = np.maximum(fetch, _MAX_FETCH)
+            fetch = np.minimum(np.ceil(fetch * (total / len(self._rows))).astype(np.int64), most)
+        fetch = np.minimum(fetch, total)
         # Queries that lose as many rows, to a power of two, go together: one large group must not slow all others.
         sizes = np.ceil(np.log2(fetch)).astype(int)
         for size in np.unique(sizes[wanted > 0]):
@@ -435,11 +475,17 @@ class DemoIndex:
                 return
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> DemoIndex:
+    def load(cls, directory: str | os.PathLike[str], *, mmap: bool = False) -> DemoIndex:
         """Read what `save` wrote; searches give the same results as before.
+
+        Args:
+            mmap: leave the stored vectors in their file, and read from it what a search looks at: every row of
+                `flat`, some hundred of `ivfpq`, whose lists and codes are in memory. Rows can be removed, but not
+                added; the file must stay as it is.
 
         Raises:
             SavedFileError: a file is missing or altered, does not fit the other, or has an unknown format version.
+            ValueError: `mmap` of an `hnsw` index, which walks over its vectors, or of a save of format version 1.
         """
         with _index_files.reading(directory) as saved:
             meta = saved.meta
@@ -450,11 +496,16 @@ class DemoIndex:
             except ValueError as error:
                 raise _index_files.broken(Path(directory, _index_files.META), str(error)) from error
             ids, groups = meta["ids"], meta["groups"]
+            if mmap and (kind == "hnsw" or saved.version == 1):
+                raise ValueError(
+                    f"mmap=True is for flat and ivfpq, saved in format version 2; {directory} holds {kind!r} of "
+                    f"version {saved.version}: load it without mmap, or build it as ivfpq"
+                )
             if saved.version == 1:  # held no graph, but the batches that it was built from
                 index._add_batches(ids, groups, meta["batches"], saved.vectors())
             else:
                 try:
-                    index._structure.restore(saved.blocks(), saved.state())
+                    index._structure.restore(saved.blocks(), saved.state(), saved.mapped() if mmap else None)
                 except ValueError as error:
                     raise _index_files.broken(Path(directory, _index_files.VECTORS), str(error)) from error
                 index._note(ids, groups)
@@ -470,7 +521,7 @@ class DemoIndex:
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock.reading():
-            return {**self.__dict__, "_lock": None}
+            return {**self.__dict__, "_lock": None, "_structure": self._host()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=SharedLock())

@@ -39,6 +39,8 @@ ROOMS = (
 PARTS = {
     "_index_faiss": "index",
     "_index_files": "index",
+    "_index_gpu": "index",
+    "sharded_index": "index",
     "_index_lock": "index",
     "_queries": "retriever",
     "_saved": "retriever",

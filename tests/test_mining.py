@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from tiny_training import forbidden, worded_table
 
 from drum_hf.errors import MissingIdError, SavedFileError
+from drum_hf.training import mining
 from drum_hf.training.mining import CandidateTable, mine_candidates, mine_company
 
 
@@ -113,6 +115,13 @@ def test_worth_is_the_mean_of_what_a_demonstration_does_alone_and_in_company():
             for alone, beside in ((0.1, 0.7), (0.8, 0.8), (0.2, 0.3), (0.1, 0.5))
         ]
         np.testing.assert_allclose([math.exp(worth[i]) for i in "abcd"], expected, atol=1e-12)
+
+
+def test_scores_in_company_are_of_candidates_that_are_there():
+    with pytest.raises(MissingIdError, match="candidate 'z' of query 'q' was not scored alone"):
+        in_company().extend_company({"q": ["z"]}, [-1.0])
+    with pytest.raises(ValueError, match="each of 1 candidates, got 2"):
+        in_company().extend_company({"q": ["d"]}, [-1.0, -2.0])
 
 
 def test_a_companion_counts_as_the_others_where_they_do_better_with_it_than_it_does_alone():
@@ -244,6 +253,40 @@ def test_queries_apart_from_the_support_set():
     )
     for query_id, found in mined.items():
         assert sorted(c for c, _ in found) == sorted(retriever.ranking(query_id))
+
+
+@pytest.mark.parametrize("total", [1, 50, 5000])
+def test_random_rows_are_all_rows_in_random_order(total):
+    drawn = list(mining._random_rows(total, np.random.default_rng(0)))
+    assert sorted(drawn) == list(range(total))
+    assert drawn == list(mining._random_rows(total, np.random.default_rng(0)))
+    first = [next(iter(mining._random_rows(total, np.random.default_rng(seed)))) for seed in range(200)]
+    assert abs(np.mean(first) - (total - 1) / 2) < 4 * total / np.sqrt(12 * 200)
+
+
+def test_a_random_draw_from_many_rows_looks_at_few_of_them():
+    class Watched(np.random.Generator):
+        def permutation(self, *args, **kwargs):
+            raise AssertionError("all rows were permuted")
+
+    rows = mining._random_rows(1_000_000, Watched(np.random.PCG64(0)))
+    assert len({next(rows) for _ in range(500)}) == 500
+
+
+def test_a_table_takes_little_more_than_its_numbers():
+    table, count = CandidateTable([f"q{i}" for i in range(2000)]), 30
+    tracemalloc.start()
+    mined = {f"q{i}": [(f"c{(7 * i + j) % 3000}", j) for j in range(count)] for i in range(2000)}
+    table.extend(mined, np.zeros(2000 * count))
+    del mined
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert taken / len(table) < 40  # bytes a pair; objects of Python would be 75 and more
+
+
+def test_scores_must_be_as_many_as_pairs():
+    with pytest.raises(ValueError, match="each of 2 pairs, got 1"):
+        CandidateTable(["a"]).extend({"a": [("x", 0), ("y", 1)]}, [-1.0])
 
 
 # Files

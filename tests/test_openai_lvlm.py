@@ -818,4 +818,4 @@ def test_the_command_line_names_what_is_missing(options, message, capsys, tmp_pa
         load_lvlm(parser.parse_args(options))
     given = ["--endpoint", "http://host/v1", "--lvlm", "m", "--lvlm-revision", "r", "--max-tokens", "5"]
     lvlm = load_lvlm(parser.parse_args(given))
-    assert (lvlm.name, lvlm.revision, lvlm.identity["endpoint"], lvlm._client.max_tokens) == ("m", "r", None, 5)
+    assert (lvlm.name, lvlm.revision, lvlm.identity["endpoint"], lvlm._client.meter.max_tokens) == ("m", "r", None, 5)

@@ -23,6 +23,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         "cascade": _cascade_options,
         "retrieve": _retrieve_options,
         "train": _train_options,
+        "mine": _mine_options,
+        "threads": _threads_options,
+        "plan": _plan_options,
     }
     for name, add_options in options.items():
         add_options(benches.add_parser(name, help=_HELP[name], description=_HELP[name]))
@@ -33,6 +36,9 @@ _HELP = {
     "cascade": "what scoring by a cheaper LVLM first saves, and what it costs, on the playground",
     "retrieve": "encode overhead against the bare CLIP; recall@10 against latency against memory of every index",
     "train": "a list-wise training step against encoding each of its images once",
+    "mine": "a round of mining, split into encoder, index and Python",
+    "threads": "an index asked from several threads at once, against one query after the other",
+    "plan": "memory, disk and time of an index of so many rows, before it is built",
 }
 
 
@@ -94,6 +100,9 @@ def _retrieve_options(parser: argparse.ArgumentParser) -> None:
         "--max-gb", type=float, default=4.0, help="leave out indexes whose vectors take more (default: %(default)s)"
     )
     parser.add_argument(
+        "--growth", action="store_true", help="also tell how cost grew with the number of vectors, as exponents"
+    )
+    parser.add_argument(
         "--items", type=int, default=256, help="items of the encode measurement, 0 for none (default: %(default)s)"
     )
     _shape_options(parser, batch=64)
@@ -104,6 +113,44 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list-size", type=int, default=8, help="candidates of a query (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="steps measured (default: %(default)s)")
     _shape_options(parser, batch=16)
+
+
+def _mine_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(bench_run=_mine)
+    parser.add_argument("--queries", type=int, default=500, help="rows mined for (default: %(default)s)")
+    parser.add_argument("--support", type=int, default=2000, help="rows of the support set (default: %(default)s)")
+    parser.add_argument("--candidates", type=int, default=10, help="new pairs for each (default: %(default)s)")
+    parser.add_argument("--known", type=int, default=10, help="pairs from a round before (default: %(default)s)")
+    parser.add_argument("--kind", default="flat", help="flat, hnsw or ivfpq (default: %(default)s)")
+    parser.add_argument("--shape", default="playground", help="encoder, as in bench train (default: %(default)s)")
+    parser.add_argument("--device", help="cuda, cpu, …; the best one there is by default")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+
+
+def _threads_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(bench_run=_threads)
+    parser.add_argument("--rows", type=int, default=20_000, help="default: %(default)s")
+    parser.add_argument("--kinds", default="flat,hnsw,ivfpq", help="default: %(default)s")
+    parser.add_argument("--storage", default="float32", help="default: %(default)s")
+    parser.add_argument("--queries", type=int, default=320, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(bench_run=_plan)
+    parser.add_argument("--rows", type=int, required=True)
+    parser.add_argument("--dim", type=int, required=True, help="width of the vectors")
+    parser.add_argument("--kind", default="ivfpq", help="flat, hnsw or ivfpq (default: %(default)s)")
+    parser.add_argument("--storage", default="int8", help="float32, float16 or int8 (default: %(default)s)")
+    parser.add_argument("--shard-rows", type=int, help="rows of a shard; by default a single index")
+    parser.add_argument(
+        "--calibrate",
+        type=int,
+        default=20_000,
+        help="rows built here to tell the time, 0 for none (%(default)s)",
+    )
+    parser.add_argument("--json", type=Path, help="write the results to this file")
 
 
 def _shape_options(parser: argparse.ArgumentParser, *, batch: int) -> None:
@@ -155,6 +202,7 @@ def _cascade(args: argparse.Namespace) -> None:
 def _retrieve(args: argparse.Namespace) -> None:
     from ..bench.encode import measure_encode
     from ..bench.machine import describe_machine
+    from ..bench.plan import growth
     from ..bench.retrieve import Setup, best_point, measure_retrieval
     from ..bench.vectors import PlaygroundVectors, SyntheticVectors, playground_rows
 
@@ -184,7 +232,54 @@ def _retrieve(args: argparse.Namespace) -> None:
             more = {key: row[key] for key in ("memory_mb", "build_seconds", "skipped") if key in row}
             _tell(about | point | more for point in row.get("points", [{}]))
             write_json(args.json, content)
+    if args.growth:
+        content["growth"] = growth(content["retrieve"])
+        _tell(content["growth"])
     write_json(args.json, content)
+
+
+def _mine(args: argparse.Namespace) -> None:
+    from ..bench.machine import describe_machine
+    from ..bench.mine import measure_mining
+
+    how = {name: getattr(args, name) for name in ("queries", "support", "candidates", "known", "kind", "device")}
+    measured = measure_mining(args.shape, **how)
+    write_json(args.json, {"machine": describe_machine(), **measured})
+    _tell([measured])
+
+
+def _threads(args: argparse.Namespace) -> None:
+    from ..bench.machine import describe_machine
+    from ..bench.mine import measure_threads
+    from ..bench.vectors import SyntheticVectors
+    from ..index import DemoIndex
+
+    vectors = SyntheticVectors(args.rows, args.queries, parts=1)
+    content: dict[str, Any] = {"machine": describe_machine(), "threads": []}
+    for kind in args.kinds.split(","):
+        index = DemoIndex(vectors.dimension, kind=kind, storage=args.storage)
+        for block in vectors.blocks(args.rows):
+            index.add([str(len(index) + i) for i in range(len(block))], block)
+        content["threads"].append(measure_threads(index, vectors.asked(), threads=args.threads))
+        _tell(content["threads"][-1:])
+    write_json(args.json, content)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    import dataclasses
+
+    from ..bench.plan import plan_index
+
+    plan = plan_index(
+        args.rows,
+        args.dim,
+        kind=args.kind,
+        storage=args.storage,
+        shard_rows=args.shard_rows,
+        calibrate=args.calibrate,
+    )
+    write_json(args.json, dataclasses.asdict(plan))
+    sys.stdout.write(plan.describe() + "\n")
 
 
 def _train(args: argparse.Namespace) -> None:

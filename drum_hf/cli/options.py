@@ -60,13 +60,18 @@ def model_options(parser: argparse.ArgumentParser, *, lvlm: bool = True, encoder
         group.add_argument(
             "--endpoint",
             metavar="URL",
-            help="ask a chat endpoint that speaks OpenAI's protocol, such as http://localhost:8000/v1; --lvlm is then "
-            "the model's name there, and --lvlm-revision what you know of its weights",
+            action="extend",
+            nargs="+",
+            help="ask a chat endpoint that speaks OpenAI's protocol, such as http://localhost:8000/v1, or several "
+            "that serve the same model; --lvlm is then the model's name there, and --lvlm-revision what you know of "
+            "its weights",
         )
         group.add_argument(
             "--api-key-env", metavar="NAME", help="environment variable with the endpoint's key (OPENAI_API_KEY)"
         )
-        group.add_argument("--concurrency", type=int, default=8, help="requests at once (default: %(default)s)")
+        group.add_argument(
+            "--concurrency", type=int, default=8, help="requests at once, at each endpoint (%(default)s)"
+        )
         group.add_argument("--max-requests", type=int, help="stop before the endpoint was sent more requests")
         group.add_argument("--max-tokens", type=int, help="stop when the endpoint has reported so many tokens")
     if encoder:

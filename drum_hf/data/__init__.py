@@ -3,7 +3,7 @@
 from ._check import TableReport, check_table
 from .files import load_table
 from .sources import SOURCES, Source, SourcePart, find_source, load_triplets
-from .triplets import MAX_PIXELS, TripletTable, check_leaks
+from .triplets import MAX_PIXELS, TripletTable, check_leaks, find_twins
 
 __all__ = [
     "MAX_PIXELS",
@@ -13,6 +13,7 @@ __all__ = [
     "TableReport",
     "TripletTable",
     "check_leaks",
+    "find_twins",
     "check_table",
     "find_source",
     "load_table",

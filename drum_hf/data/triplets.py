@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import datasets
     from PIL.Image import Image
 
-__all__ = ["MAX_PIXELS", "TripletTable", "check_leaks"]
+__all__ = ["MAX_PIXELS", "TripletTable", "check_leaks", "find_twins"]
 
 logger = logging.getLogger(__name__)
 
@@ -382,3 +382,31 @@ def check_leaks(
             raise LeakError(message)
         logger.warning(message)
     return pairs
+
+
+def find_twins(support: TripletTable, queries: TripletTable) -> list[str]:
+    """Queries that other rows of the support set give away, though neither id nor group keeps these from them.
+
+    Such a row shows the query's pixels, or, where there is no image, asks its prompt: retrieved for the query, it
+    may hand it the answer. Other file formats and names don't matter, a changed pixel does.
+
+    Returns:
+        Ids, in the order of `queries`; empty where groups name all that belongs together.
+    """
+    rows: Counter[str] = Counter()
+    guarded: Counter[tuple[str, str | None]] = Counter()
+    for record in support._records:
+        content = record.image_key or record.query_key
+        rows[content] += 1
+        guarded[content, record.group] += record.group is not None
+    twins = []
+    for record in queries._records:
+        content = record.image_key or record.query_key
+        left = rows[content] - (guarded[content, record.group] if record.group is not None else 0)
+        if record.id in support:
+            own = support._records[support.row(record.id)]
+            ours = (own.image_key or own.query_key) == content
+            left -= ours and (record.group is None or own.group != record.group)
+        if left > 0:
+            twins.append(record.id)
+    return twins

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import email.utils
 import json
 import logging
@@ -18,9 +17,10 @@ from urllib.parse import urlsplit, urlunsplit
 
 import requests
 
-from ..errors import BudgetExceededError, ContextOverflowError, EndpointError
+from ..errors import ContextOverflowError, EndpointError
+from ._spending import Meter, Spending
 
-__all__ = ["ChatClient", "Spending", "StoppedError"]
+__all__ = ["ChatClient", "PassingError", "StoppedError", "wait_before"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,40 +53,13 @@ class StoppedError(Exception):
     """Another request failed for good, so this one was not sent."""
 
 
-class _PassingError(Exception):
+class PassingError(Exception):
     """A fault that a repetition may cure."""
 
     def __init__(self, message: str, *, status: int | None = None, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.status = status
         self.retry_after = retry_after
-
-
-@dataclasses.dataclass(frozen=True)
-class Spending:
-    """What was asked of an endpoint so far.
-
-    Attributes:
-        requests: HTTP requests sent, repetitions and probes included.
-        retries: those of them that were repetitions.
-        prompt_tokens, completion_tokens: as the endpoint reports them in `usage`.
-    """
-
-    requests: int = 0
-    retries: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Prompt and completion tokens together."""
-        return self.prompt_tokens + self.completion_tokens
-
-    def __str__(self) -> str:
-        return (
-            f"{self.requests:,} requests ({self.retries:,} of them repetitions), "
-            f"{self.prompt_tokens:,} prompt tokens, {self.completion_tokens:,} completion tokens"
-        )
 
 
 class _Bearer(requests.auth.AuthBase):
@@ -110,6 +83,7 @@ class ChatClient:
         timeout: seconds to wait for a connection, and for the endpoint's next byte.
         max_retries: repetitions of one request.
         max_requests, max_tokens: spending cap, or None; see `Spending`.
+        meter: counts and caps instead, where several clients spend together.
 
     Attributes:
         base_url: without the path of the chat endpoint, user name or password.
@@ -128,8 +102,9 @@ class ChatClient:
         *,
         timeout: float,
         max_retries: int,
-        max_requests: int | None,
-        max_tokens: int | None,
+        max_requests: int | None = None,
+        max_tokens: int | None = None,
+        meter: Meter | None = None,
     ) -> None:
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -146,21 +121,16 @@ class ChatClient:
             raise ValueError("expected an API key of printable ASCII characters without blanks; copy it again")
         self.timeout = timeout
         self.max_retries = max_retries
-        self.max_requests = max_requests
-        self.max_tokens = max_tokens
         self.sleep: Callable[[float, threading.Event], Any] = lambda seconds, stop: stop.wait(seconds)
         self.now = time.time
         self.uniform = random.SystemRandom().uniform  # not the seeded one: clients must not move in step
-        self._lock = threading.Lock()
-        self._spent = Spending()
-        self._metered = True
+        self.meter = meter or Meter(self.base_url, max_requests=max_requests, max_tokens=max_tokens)
         # A session is for one thread at a time, and its connections are worth keeping from one call to the next.
         self._sessions: queue.SimpleQueue[requests.Session] = queue.SimpleQueue()
 
     @property
     def spent(self) -> Spending:
-        with self._lock:
-            return self._spent
+        return self.meter.spent
 
     def complete(self, body: dict[str, Any], stop: threading.Event) -> dict[str, Any]:
         """The endpoint's answer to one chat completion, as parsed JSON.
@@ -171,73 +141,32 @@ class ChatClient:
             BudgetExceededError: the cap is reached; nothing was sent.
             StoppedError: `stop` was set before the request was sent.
         """
-        data = json.dumps(body).encode()
         attempt = 0
         while True:
-            self._reserve(stop, repetition=attempt > 0)
             try:
-                return self._send(data)
-            except _PassingError as fault:
+                return self.attempt(body, stop, repetition=attempt > 0)
+            except PassingError as fault:
                 if attempt == self.max_retries:
                     raise EndpointError(
                         f"{fault}; gave up after {attempt + 1} attempts. Is the endpoint up, and base_url right? "
                         "Raise max_retries or timeout, or lower max_concurrency; what was answered before is kept",
                         status=fault.status,
                     ) from fault
-                seconds = self._wait(attempt, fault.retry_after)
+                seconds = wait_before(attempt, fault, self.base_url, self.uniform)
                 logger.info("%s; repeated in %.1f s (%d of %d)", fault, seconds, attempt + 1, self.max_retries)
             self.sleep(seconds, stop)
             attempt += 1
 
-    def _wait(self, attempt: int, retry_after: float | None) -> float:
-        """Seconds until the next attempt: what the endpoint asks for, or an exponential back-off with full jitter."""
-        if retry_after is None:
-            return self.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt))
-        if retry_after > _LONGEST_RETRY_AFTER:
-            raise EndpointError(
-                f"{self.base_url} asks for a pause of {retry_after:.0f} s, longer than the "
-                f"{_LONGEST_RETRY_AFTER:.0f} s that are waited for; run again later, what was answered before is kept",
-                status=429,
-            )
-        return retry_after + self.uniform(0, _FIRST_WAIT)  # whoever was told the same shall not come back at once
+    def attempt(self, body: dict[str, Any], stop: threading.Event, *, repetition: bool = False) -> dict[str, Any]:
+        """As `complete`, sent once.
 
-    # ---- the cap ----
-
-    def _reserve(self, stop: threading.Event, *, repetition: bool) -> None:
-        with self._lock:
-            spent = self._spent
-            if stop.is_set():
-                raise StoppedError
-            if self.max_requests is not None and spent.requests >= self.max_requests:
-                self._refuse("max_requests", self.max_requests)
-            if self.max_tokens is not None:
-                if not self._metered:
-                    raise EndpointError(
-                        f"expected {self.base_url} to report the tokens of each answer in `usage`, which it doesn't: "
-                        "max_tokens can't be kept; cap the spending with max_requests"
-                    )
-                if spent.tokens >= self.max_tokens:
-                    self._refuse("max_tokens", self.max_tokens)
-            self._spent = dataclasses.replace(
-                spent, requests=spent.requests + 1, retries=spent.retries + int(repetition)
-            )
-
-    def _refuse(self, cap: str, limit: int) -> NoReturn:
-        raise BudgetExceededError(
-            f"expected to spend at most {cap}={limit:,} at {self.base_url}, and that is spent: {self._spent}. What "
-            f"was answered is kept where a score store is in use: raise {cap} and run the same again to go on"
-        )
-
-    def _count(self, usage: Any) -> None:
-        counts = usage if isinstance(usage, dict) else {}
-        asked, answered = (counts.get(f"{part}_tokens") for part in ("prompt", "completion"))
-        with self._lock:
-            self._metered &= isinstance(asked, int)
-            self._spent = dataclasses.replace(
-                self._spent,
-                prompt_tokens=self._spent.prompt_tokens + (asked if isinstance(asked, int) else 0),
-                completion_tokens=self._spent.completion_tokens + (answered if isinstance(answered, int) else 0),
-            )
+        Raises:
+            PassingError: a fault that a repetition may cure.
+        """
+        if stop.is_set():
+            raise StoppedError
+        self.meter.reserve(repetition=repetition)
+        return self._send(json.dumps(body).encode())
 
     # ---- one attempt ----
 
@@ -258,9 +187,9 @@ class ChatClient:
         except requests.exceptions.SSLError as error:
             raise EndpointError(self._said(f"{self.base_url}: no secure connection: {error}")) from error
         except requests.exceptions.Timeout as error:
-            raise _PassingError(f"{self.base_url} did not answer within {self.timeout:g} s") from error
+            raise PassingError(f"{self.base_url} did not answer within {self.timeout:g} s") from error
         except (requests.exceptions.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
-            raise _PassingError(self._said(f"{self.base_url}: the connection failed: {error}")) from error
+            raise PassingError(self._said(f"{self.base_url}: the connection failed: {error}")) from error
         except requests.exceptions.RequestException as error:
             raise EndpointError(self._said(f"{self.base_url} can't be asked: {error}")) from error
         finally:
@@ -270,12 +199,12 @@ class ChatClient:
         try:
             answer = response.json()
         except ValueError as error:
-            raise _PassingError(
+            raise PassingError(
                 self._said(f"{self.base_url} answered with something that is not JSON: {response.text[:_SHOWN]!r}")
             ) from error
         if isinstance(answer, dict) and answer.get("error") and not answer.get("choices"):
             self._refused(response)  # some gateways report errors under status 200
-        self._count(answer.get("usage") if isinstance(answer, dict) else None)
+        self.meter.count(answer.get("usage") if isinstance(answer, dict) else None)
         if not isinstance(answer, dict):
             raise EndpointError(f"expected a JSON object from {self.base_url}, got a {type(answer).__name__}")
         return answer
@@ -290,7 +219,7 @@ class ChatClient:
         passing = status in _PASSING or status >= 500
         if passing and not _LASTING & set(codes):
             after = _retry_after(response.headers.get("Retry-After"), self.now())
-            raise _PassingError(text, status=status, retry_after=after)
+            raise PassingError(text, status=status, retry_after=after)
         if status in (400, 413, 422) and any(sign in part.lower() for sign in _TOO_LONG for part in (message, *codes)):
             raise ContextOverflowError(f"{text}; use fewer shots or smaller images")
         remedies = {
@@ -308,6 +237,23 @@ class ChatClient:
     def _said(self, text: str) -> str:
         """A message without the key, which some endpoints repeat in theirs."""
         return text.replace(self._key, "[API key]") if self._key else text
+
+
+def wait_before(attempt: int, fault: PassingError, base_url: str, uniform: Callable[[float, float], float]) -> float:
+    """Seconds until the next attempt: what the endpoint asks for, or an exponential back-off with full jitter.
+
+    Raises:
+        EndpointError: it asks for a longer pause than is waited for.
+    """
+    if fault.retry_after is None:
+        return uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt))
+    if fault.retry_after > _LONGEST_RETRY_AFTER:
+        raise EndpointError(
+            f"{base_url} asks for a pause of {fault.retry_after:.0f} s, longer than the "
+            f"{_LONGEST_RETRY_AFTER:.0f} s that are waited for; run again later, what was answered before is kept",
+            status=429,
+        )
+    return fault.retry_after + uniform(0, _FIRST_WAIT)  # whoever was told the same shall not come back at once
 
 
 def _fault(response: requests.Response) -> tuple[str, list[str]]:

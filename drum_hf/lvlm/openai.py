@@ -32,7 +32,9 @@ from ._endpoint_scores import (
     logprobs_of,
     prompt_tokens,
 )
-from ._http import ChatClient, Spending, StoppedError
+from ._fleet import ChatFleet, Greeting
+from ._http import ChatClient, StoppedError
+from ._spending import Spending
 from .prompts import ImagePosition
 
 __all__ = ["EndpointCapabilities", "OpenAILVLM", "Spending"]
@@ -93,9 +95,10 @@ class OpenAILVLM:
 
     Args:
         model: the model's name at the endpoint.
-        base_url: the address that `/chat/completions` follows, such as "http://localhost:8000/v1".
+        base_url: the address that `/chat/completions` follows, such as "http://localhost:8000/v1"; or several, of
+            servers of the same model (see below).
         api_key: sent as a bearer token; default: the environment variable OPENAI_API_KEY, or none. Never shown.
-        max_concurrency: requests under way at once.
+        max_concurrency: requests under way at once; at each of several endpoints.
         timeout: seconds to wait for a connection, and for the endpoint's next byte.
         max_retries: repetitions of a request after 408, 409, 425, 429, 5xx, a timeout or a lost connection. Between
             them: what `Retry-After` says, or else a random time up to 1, 2, 4, … 30 s. Other refusals raise at once.
@@ -113,11 +116,17 @@ class OpenAILVLM:
         name: what the model is called, where the endpoint's name for it is not the usual one.
         revision: what identifies the weights, such as a commit of the Hub repository.
 
+    Several endpoints are one LVLM: a request goes to the one with the most room. One that fails is left alone for a
+    while, and its requests go to the others; one that refuses the key or the model is left alone for good. Before an
+    endpoint is used, it answers to a fixed conversation, and `EndpointError` is raised where its model's name, its
+    template's tokens or (with `prompt_logprobs`) their log-probabilities are not the others'. Spending caps hold for
+    all of them together.
+
     With `name` or `revision` you vouch for which model answers: the fingerprint then leaves the endpoint's address
     out, so that scores are shared between all servers of that model. Without either, another address is another LVLM.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range; several endpoints, but neither `name` nor `revision`.
 
     >>> lvlm = OpenAILVLM("Qwen/Qwen2.5-VL-7B-Instruct", base_url="http://localhost:8000/v1", api_key="secret")
     >>> lvlm
@@ -130,7 +139,7 @@ class OpenAILVLM:
         self,
         model: str,
         *,
-        base_url: str,
+        base_url: str | Sequence[str],
         api_key: str | None = None,
         max_concurrency: int = 8,
         timeout: float = 60.0,
@@ -163,14 +172,23 @@ class OpenAILVLM:
         self.seed = seed
         self.extra_body = dict(extra_body or {})
         self._vouched = name is not None or revision is not None
-        self._client = ChatClient(
-            base_url,
-            os.environ.get("OPENAI_API_KEY") if api_key is None else api_key,
-            timeout=timeout,
-            max_retries=max_retries,
-            max_requests=max_requests,
-            max_tokens=max_tokens,
-        )
+        key = os.environ.get("OPENAI_API_KEY") if api_key is None else api_key
+        how: dict[str, Any] = {"timeout": timeout, "max_retries": max_retries}
+        how |= {"max_requests": max_requests, "max_tokens": max_tokens}
+        urls = [base_url] if isinstance(base_url, str) else list(base_url)
+        if not urls:
+            raise ValueError("expected at least one address as base_url, got none")
+        if len(urls) > 1 and not self._vouched:
+            raise ValueError(
+                f"expected revision= (or name=) with {len(urls)} endpoints: their scores are kept as one model's, and "
+                "which one it is can't be their addresses"
+            )
+        self._client: ChatClient | ChatFleet
+        if len(urls) == 1:
+            self._client = ChatClient(urls[0], key, **how)
+        else:
+            self._client = ChatFleet(urls, key, slots=max_concurrency, greet=self._greet, **how)
+        self._slots = max_concurrency * len(urls)
         self._limit = "max_tokens"  # what every server knows, but OpenAI's newest models
         self._lock = threading.RLock()
         self._probed: dict[str, _Probed] = {}
@@ -180,7 +198,7 @@ class OpenAILVLM:
 
     @property
     def base_url(self) -> str:
-        """The endpoint's address, without the path of its chat API."""
+        """The endpoint's address, without the path of its chat API; several joined by commas."""
         return self._client.base_url
 
     @property
@@ -342,13 +360,15 @@ class OpenAILVLM:
         self, messages: list[dict[str, Any]], stop: threading.Event, *, answered: bool = True
     ) -> list[PromptToken] | None:
         """Tokens of a conversation up to the end of its last message, or to where the model begins to answer."""
-        fields = {
+        return prompt_tokens(self._complete(messages, stop, **self._prefill_fields(answered=answered)))
+
+    def _prefill_fields(self, *, answered: bool) -> dict[str, Any]:
+        return {
             "prompt_logprobs": 0,
             "add_generation_prompt": not answered,
             "continue_final_message": answered,
             self._limit: 1,
         }
-        return prompt_tokens(self._complete(messages, stop, **fields))
 
     def _probe(self, field: str) -> _Probed:
         with self._lock:
@@ -393,17 +413,40 @@ class OpenAILVLM:
         return self._chat.messages(request)
 
     def _complete(self, messages: list[dict[str, Any]], stop: threading.Event, **fields: Any) -> dict[str, Any]:
+        return self._sent(lambda body: self._client.complete(body, stop), messages, fields)
+
+    def _sent(
+        self, send: Callable[[dict[str, Any]], dict[str, Any]], messages: list[dict[str, Any]], fields: dict[str, Any]
+    ) -> dict[str, Any]:
         body = {"model": self.model, "temperature": 0, "seed": self.seed, **self.extra_body}
         body = {field: value for field, value in body.items() if value is not None}
         try:
-            return self._client.complete({**body, **fields, "messages": messages}, stop)
+            return send({**body, **fields, "messages": messages})
         except EndpointError as error:
             other = "max_completion_tokens"
             if error.status != 400 or "max_tokens" not in fields or other not in str(error):
                 raise
             self._limit = other
             fields[other] = fields.pop("max_tokens")
-            return self._client.complete({**body, **fields, "messages": messages}, stop)
+            return send({**body, **fields, "messages": messages})
+
+    def _greet(self, send: Callable[[dict[str, Any]], dict[str, Any]]) -> Greeting:
+        """How one endpoint of several answers to a fixed conversation; up to two requests."""
+        asked, answer = _PROBES[0]
+        messages = [{"role": "user", "content": asked}]
+        answered = [*messages, {"role": "assistant", "content": answer}]
+        tokens: list[PromptToken] = []
+        try:
+            found = self._sent(send, answered, self._prefill_fields(answered=True))
+            with contextlib.suppress(ScoringUnsupportedError):
+                tokens = prompt_tokens(found) or []
+        except EndpointError as error:
+            if error.status is None or error.status in _NOT_ABOUT_FIELDS:
+                raise
+            found = self._sent(send, messages, {self._limit: 1})
+        usage = found.get("usage")
+        length = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+        return Greeting(found.get("model"), length, tuple(tokens))
 
     # ---- many at once ----
 
@@ -430,7 +473,7 @@ class OpenAILVLM:
 
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(tqdm(total=len(jobs), desc=title, unit="request", disable=not progress))
-            pool = stack.enter_context(ThreadPoolExecutor(min(self.max_concurrency, len(jobs)), "drum-hf-endpoint"))
+            pool = stack.enter_context(ThreadPoolExecutor(min(self._slots, len(jobs)), "drum-hf-endpoint"))
             futures = {pool.submit(guarded, job): i for i, job in enumerate(jobs)}
             done: dict[int, _Result] = {}
             try:

@@ -28,27 +28,45 @@ COMPANY_WEIGHT = 0.25
 #: Format 1 had no scores in company.
 _FORMAT = 2
 _COLUMNS = ("query_id", "candidate_id", "score", "place", "round", "company")
+#: Up to so many rows a random draw permutes them all; from more it picks, that many at a time.
+_FEW_ROWS, _PICKED = 4096, 64
+#: Queries whose pairs are written to a file at once.
+_BLOCK = 1 << 15
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class _Round:
+    """What one round added, query after query in the table's order: 28 bytes a pair, whatever ids look like."""
+
+    offsets: np.ndarray  # int64 (queries + 1,)
+    candidates: np.ndarray  # int64 (pairs,), numbers of ids
+    scores: np.ndarray  # float64
+    places: np.ndarray  # int32
+    company: np.ndarray  # float64, NaN where it was not asked for; filled in by a later round
+
+
+@dataclasses.dataclass(frozen=True)
 class _Pool:
     """One query's candidates, in the order they were scored."""
 
-    ids: list[str] = dataclasses.field(default_factory=list)
-    scores: list[float] = dataclasses.field(default_factory=list)
-    places: list[int] = dataclasses.field(default_factory=list)
-    rounds: list[int] = dataclasses.field(default_factory=list)
-    company: list[float] = dataclasses.field(default_factory=list)  # NaN where it was not asked for
+    candidates: np.ndarray
+    scores: np.ndarray
+    places: np.ndarray
+    company: np.ndarray
+    rounds: np.ndarray
+
+    def companion(self) -> int | None:
+        """Row of the candidate that the LVLM liked best alone."""
+        return int(np.argmax(self.scores)) if len(self.scores) else None
 
     def worth(self, company_weight: float) -> np.ndarray:
         """What each is worth, alone and in company; see `CandidateTable.candidates`."""
-        scores, company = np.asarray(self.scores), np.asarray(self.company)
-        asked = ~np.isnan(company)
+        asked = ~np.isnan(self.company)
         if not asked.any():
-            return scores
-        alone, usual = np.exp(scores), np.exp(company[asked]).mean()
-        beside = np.where(asked, np.exp(company), usual)
-        companion = int(np.argmax(scores))
+            return self.scores
+        alone, usual = np.exp(self.scores), np.exp(self.company[asked]).mean()
+        beside = np.where(asked, np.exp(self.company), usual)
+        companion = self.companion()
         if not asked[companion]:
             beside[companion] = max(usual, alone[companion])
         mean = (1 - company_weight) * alone + company_weight * beside
@@ -56,10 +74,10 @@ class _Pool:
 
     def hard(self, worth: np.ndarray) -> np.ndarray:
         """Rows where retriever and LVLM disagree most: in the best third of one and the worst third of the other."""
-        size = len(self.ids)
+        size = len(self.candidates)
         third = size // 3
         liked = np.argsort(np.argsort(-worth, kind="stable"), kind="stable")
-        retrieved = np.argsort(np.argsort(np.asarray(self.places), kind="stable"), kind="stable")
+        retrieved = np.argsort(np.argsort(self.places, kind="stable"), kind="stable")
         over = (retrieved < third) & (liked >= size - third)
         under = (retrieved >= size - third) & (liked < third)
         return np.flatnonzero(over | under)
@@ -78,7 +96,10 @@ class CandidateTable:
 
     def __init__(self, query_ids: Sequence[str], *, company_weight: float = COMPANY_WEIGHT) -> None:
         self.company_weight = company_weight
-        self._pools: dict[str, _Pool] = {q: _Pool() for q in query_ids}
+        self._rows = {query_id: row for row, query_id in enumerate(query_ids)}
+        self._rounds: dict[int, _Round] = {}
+        self._names: list[str] = []  # of candidates, by number
+        self._numbers: dict[str, int] = {}
         self.bought: list[int] = []
 
     @property
@@ -88,17 +109,56 @@ class CandidateTable:
 
     @property
     def query_ids(self) -> list[str]:
-        return list(self._pools)
+        return list(self._rows)
 
     def __len__(self) -> int:
         """Number of scores bought, alone and in company."""
-        return sum(len(p.ids) + len(p.company) - int(np.isnan(p.company).sum()) for p in self._pools.values())
+        return sum(2 * len(r.company) - int(np.isnan(r.company).sum()) for r in self._rounds.values())
 
-    def _pool(self, query_id: str) -> _Pool:
+    def _row(self, query_id: str) -> int:
         try:
-            return self._pools[query_id]
+            return self._rows[query_id]
         except KeyError:
             raise MissingIdError(f"query id {query_id!r} is not in the candidate table") from None
+
+    def _pool(self, query_id: str) -> _Pool:
+        row = self._row(query_id)
+        parts = [(number, added, slice(*added.offsets[row : row + 2])) for number, added in self._rounds.items()]
+        if not parts:
+            return _Pool(*(np.zeros(0, kind) for kind in (np.int64, np.float64, np.int32, np.float64, np.int64)))
+        return _Pool(
+            np.concatenate([added.candidates[own] for _, added, own in parts]),
+            np.concatenate([added.scores[own] for _, added, own in parts]),
+            np.concatenate([added.places[own] for _, added, own in parts]),
+            np.concatenate([added.company[own] for _, added, own in parts]),
+            np.concatenate([np.full(own.stop - own.start, number) for number, _, own in parts]),
+        )
+
+    def _number(self, candidate: str) -> int:
+        number = self._numbers.setdefault(candidate, len(self._names))
+        if number == len(self._names):
+            self._names.append(candidate)
+        return number
+
+    def _add(
+        self,
+        round_: int,
+        rows: np.ndarray,
+        candidates: np.ndarray,
+        scores: np.ndarray,
+        places: np.ndarray,
+        company: np.ndarray,
+    ) -> None:
+        """Add a round's pairs, in any order of queries."""
+        order = np.argsort(rows, kind="stable")
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(self._rows)))]).astype(np.int64)
+        self._rounds[round_] = _Round(
+            offsets,
+            candidates[order],
+            scores[order].astype(np.float64),
+            places[order].astype(np.int32),
+            company[order].astype(np.float64),
+        )
 
     def candidates(self, query_id: str) -> dict[str, float]:
         """Candidate id -> what it is worth to the LVLM, a log-probability, in the order scored.
@@ -109,38 +169,65 @@ class CandidateTable:
         companion, unless it does better alone (our choice).
         """
         pool = self._pool(query_id)
-        return dict(zip(pool.ids, pool.worth(self.company_weight).tolist(), strict=True))
+        worth = pool.worth(self.company_weight)
+        return {self._names[c]: value for c, value in zip(pool.candidates.tolist(), worth.tolist(), strict=True)}
 
     def companion(self, query_id: str) -> str | None:
         """The candidate that the LVLM liked best alone; None where there is none."""
         pool = self._pool(query_id)
-        return pool.ids[int(np.argmax(pool.scores))] if pool.ids else None
+        row = pool.companion()
+        return None if row is None else self._names[pool.candidates[row]]
 
     def alone(self, query_id: str) -> list[str]:
         """Candidates that were not scored in company, the companion left out, in the order scored."""
-        pool, companion = self._pool(query_id), self.companion(query_id)
-        return [i for i, score in zip(pool.ids, pool.company, strict=True) if np.isnan(score) and i != companion]
+        pool = self._pool(query_id)
+        rows = [row for row in np.flatnonzero(np.isnan(pool.company)).tolist() if row != pool.companion()]
+        return [self._names[c] for c in pool.candidates[rows].tolist()]
 
     def extend(self, mined: Mapping[str, Sequence[tuple[str, int]]], scores: Sequence[float] | np.ndarray) -> None:
-        """Add a round: per query its (candidate id, retriever's place) pairs; `scores` in the same flat order."""
-        flat = iter(scores)
-        for query_id, proposals in mined.items():
-            pool = self._pool(query_id)
-            for candidate, place in proposals:
-                pool.ids.append(candidate)
-                pool.places.append(place)
-                pool.scores.append(float(next(flat)))
-                pool.rounds.append(self.rounds)
-                pool.company.append(np.nan)
+        """Add a round: per query its (candidate id, retriever's place) pairs; `scores` in the same flat order.
+
+        Raises:
+            MissingIdError: a query is not in the table.
+            ValueError: there are not as many scores as pairs.
+        """
+        count = sum(map(len, mined.values()))
+        if len(scores) != count:
+            raise ValueError(f"expected a score for each of {count} pairs, got {len(scores)}")
+        rows = np.repeat(
+            np.fromiter((self._row(query_id) for query_id in mined), np.int64, len(mined)),
+            np.fromiter(map(len, mined.values()), np.int64, len(mined)),
+        )
+        candidates = np.fromiter((self._number(c) for found in mined.values() for c, _ in found), np.int64, count)
+        places = np.fromiter((place for found in mined.values() for _, place in found), np.int32, count)
+        self._add(
+            self.rounds, rows, candidates, np.asarray(scores, np.float64), places, np.full(count, np.nan, np.float64)
+        )
         self.bought.append(len(self))
 
     def extend_company(self, asked: Mapping[str, Sequence[str]], scores: Sequence[float] | np.ndarray) -> None:
-        """Add a round of scores in company of candidates that are there; `scores` in the same flat order."""
-        flat = iter(scores)
+        """Add a round of scores in company of candidates that are there; `scores` in the same flat order.
+
+        Raises:
+            MissingIdError: a query is not in the table, or a candidate not in its pool.
+            ValueError: there are not as many scores as candidates.
+        """
+        count = sum(map(len, asked.values()))
+        if len(scores) != count:
+            raise ValueError(f"expected a score for each of {count} candidates, got {len(scores)}")
+        flat = iter(np.asarray(scores, np.float64).tolist())
         for query_id, candidates in asked.items():
-            pool = self._pool(query_id)
+            row = self._row(query_id)
             for candidate in candidates:
-                pool.company[pool.ids.index(candidate)] = float(next(flat))
+                number, score = self._numbers.get(candidate, -1), next(flat)
+                for added in self._rounds.values():
+                    start, stop = added.offsets[row : row + 2].tolist()
+                    found = np.flatnonzero(added.candidates[start:stop] == number).tolist()
+                    if found:
+                        added.company[start + found[0]] = score
+                        break
+                else:
+                    raise MissingIdError(f"candidate {candidate!r} of query {query_id!r} was not scored alone before")
         self.bought.append(len(self))
 
     def sample(
@@ -167,7 +254,7 @@ class CandidateTable:
             ids and scores, in one order.
         """
         pool = self._pool(query_id)
-        count = len(pool.ids)
+        count = len(pool.candidates)
         size = min(size, count)
         ends = max(1, min(ends, count // 2))
         worth = pool.worth(self.company_weight)
@@ -185,13 +272,38 @@ class CandidateTable:
             if between and len(wanted) and not {first, last, *between} & set(wanted.tolist()):
                 between[-1] = int(rng.choice(wanted))
             chosen = [first, last, *between]
-        return [pool.ids[r] for r in chosen], [float(worth[r]) for r in chosen]
+        return [self._names[c] for c in pool.candidates[chosen].tolist()], worth[chosen].tolist()
 
     def rows(self) -> Iterator[tuple[str, str, float, int, int, float | None]]:
         """Every pair as (query id, candidate id, score, retriever's place, round, score in company or None)."""
-        for query_id, pool in self._pools.items():
-            for *row, company in zip(pool.ids, pool.scores, pool.places, pool.rounds, pool.company, strict=True):
-                yield (query_id, *row, None if np.isnan(company) else company)  # type: ignore[misc]
+        for query_id in self._rows:
+            pool = self._pool(query_id)
+            names = [self._names[c] for c in pool.candidates.tolist()]
+            columns = (names, pool.scores.tolist(), pool.places.tolist(), pool.rounds.tolist(), pool.company.tolist())
+            for candidate, score, place, round_, company in zip(*columns, strict=True):
+                yield query_id, candidate, score, place, round_, None if np.isnan(company) else company
+
+    def _columns(self, start: int, stop: int) -> list[np.ndarray]:
+        """Of the queries in rows `start` to `stop`: row and then the table's columns, in the order of `rows`."""
+        parts = []
+        for number, added in self._rounds.items():
+            own = slice(added.offsets[start], added.offsets[stop])
+            rows = np.repeat(np.arange(start, stop), np.diff(added.offsets[start : stop + 1]))
+            parts.append(
+                (
+                    rows,
+                    added.candidates[own],
+                    added.scores[own],
+                    added.places[own],
+                    np.full(len(rows), number),
+                    added.company[own],
+                )
+            )
+        if not parts:
+            return [np.zeros(0, kind) for kind in (np.int64, np.int64, np.float64, np.int32, np.int64, np.float64)]
+        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        order = np.argsort(columns[0], kind="stable")
+        return [column[order] for column in columns]
 
     def save(self, path: str | Path) -> None:
         """Write a parquet file; the query ids and the number of rounds stand in its metadata."""
@@ -200,12 +312,18 @@ class CandidateTable:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        columns = list(zip(*self.rows(), strict=True)) or [()] * len(_COLUMNS)
         types = (pa.string(), pa.string(), pa.float64(), pa.int32(), pa.int32(), pa.float64())
-        table = pa.table({n: pa.array(c, t) for n, c, t in zip(_COLUMNS, columns, types, strict=True)})
         state = json.dumps({"format_version": _FORMAT, "bought": self.bought, "query_ids": self.query_ids})
+        schema = pa.schema(list(zip(_COLUMNS, types, strict=True)), metadata={"drum_hf": state})
         part = Path(path).with_suffix(".part")
-        pq.write_table(table.replace_schema_metadata({"drum_hf": state}), part)
+        queries, names = pa.array(self.query_ids, pa.string()), pa.array(self._names, pa.string())
+        with pq.ParquetWriter(part, schema) as writer:
+            for start in range(0, len(self._rows), _BLOCK):
+                rows, candidates, *rest = self._columns(start, min(start + _BLOCK, len(self._rows)))
+                columns = (queries.take(pa.array(rows)), names.take(pa.array(candidates)), *rest)
+                # a missing score in company is NaN here and null in the file
+                arrays = [pa.array(c, t, from_pandas=True) for c, t in zip(columns, types, strict=True)]
+                writer.write_table(pa.table(arrays, schema=schema))
         part.replace(path)
 
     @classmethod
@@ -229,17 +347,19 @@ class CandidateTable:
             elif state["format_version"] != _FORMAT or data.column_names != list(_COLUMNS):
                 raise ColumnError(f"expected format {_FORMAT} with columns {_COLUMNS}; got {data.column_names}")
             table = cls(state["query_ids"], company_weight=company_weight)
-            for query_id, candidate, score, place, round_, company in zip(*data.to_pydict().values(), strict=True):
-                pool = table._pool(query_id)
-                pool.ids.append(candidate)
-                pool.scores.append(score)
-                pool.places.append(place)
-                pool.rounds.append(round_)
-                pool.company.append(np.nan if company is None else company)
-            if state.get("bought") is not None:
-                table.bought = [int(count) for count in state["bought"]]
+            asked, proposed = (data[name].dictionary_encode().combine_chunks() for name in _COLUMNS[:2])
+            known = np.array([table._row(query_id) for query_id in asked.dictionary.to_pylist()], np.int64)
+            rows = known[asked.indices.to_numpy()]
+            numbers = np.array([table._number(c) for c in proposed.dictionary.to_pylist()], np.int64)
+            candidates = numbers[proposed.indices.to_numpy()]
+            scores, places, rounds, company = (data[name].to_numpy() for name in _COLUMNS[2:])
+            for number in np.unique(rounds).tolist():
+                own = rounds == number
+                table._add(number, rows[own], candidates[own], scores[own], places[own], company[own])
+            if state["format_version"] == 1:
+                table.bought = [int((rounds <= done).sum()) for done in range(int(state["rounds"]))]
             else:
-                table.bought = [sum(r <= done for r in data["round"].to_pylist()) for done in range(state["rounds"])]
+                table.bought = [int(count) for count in state["bought"]]
         except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
             raise SavedFileError(
                 f"expected a candidate table at {path}; reading it failed ({error}); {remedy}"
@@ -301,6 +421,7 @@ def mine_candidates(
         Fewer than `count` where a query's eligible support set is used up. Never the query itself nor its group.
     """
     ids, support = table.query_ids, retriever.support
+    support_ids, support_groups = support.ids, support.groups
     total, drawn = len(support), round(count * random_share)
     mined: dict[str, list[tuple[str, int]]] = {}
     for start in range(0, len(ids), batch_size):
@@ -314,11 +435,24 @@ def mine_candidates(
             kept = fresh[: count - drawn]
             taken = {query.id, *scored, *(candidate for candidate, _ in kept)}
             if drawn:
-                for row in rng.permutation(total):
-                    candidate, group = support.ids[row], support.groups[row]
+                for row in _random_rows(total, rng):
+                    candidate, group = support_ids[row], support_groups[row]
                     if candidate not in taken and (group is None or group != query.group):
                         kept.append((candidate, total))
                     if len(kept) == count:
                         break
             mined[query.id or ""] = kept
     return mined
+
+
+def _random_rows(total: int, rng: np.random.Generator) -> Iterator[int]:
+    """All rows in random order; made as they are asked for where there are many."""
+    seen: set[int] = set()
+    while total > _FEW_ROWS and len(seen) < total // 2:
+        for row in rng.integers(total, size=_PICKED).tolist():
+            if row not in seen:
+                seen.add(row)
+                yield row
+    for row in rng.permutation(total).tolist():
+        if row not in seen:
+            yield row

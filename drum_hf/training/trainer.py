@@ -15,7 +15,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import TrainerCallback
 
-from ..data import TripletTable
+from ..data import TripletTable, find_twins
 from ..errors import SavedFileError, TooFewDemonstrationsError
 from ..lvlm.cascade import Cascade
 from ..lvlm.feedback import Feedback
@@ -230,6 +230,12 @@ class DrumTrainer(SentenceTransformerTrainer):
                 f"{len(self.queries)}. Set per_device_train_batch_size (--train-batch-size) to at most "
                 f"{len(self.queries) // several}, or start fewer processes"
             )
+        if self.processes.is_main and (twins := find_twins(retriever.support, self.queries)):
+            logger.warning(
+                "%d of %d training queries share an image (or, without one, a prompt) with a demonstration that "
+                "neither id nor group keeps from them, so that it may hand them the answer; the first is %r. Give "
+                "such rows a common 'group'", len(twins), len(self.queries), twins[0],
+            )  # fmt: skip
         self.rates: list[Rates | None] | None = None
         self.on_round_end = on_round_end
         self.epoch = 0
