@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["render_card", "render_tuned_card"]
+__all__ = ["render_card", "render_scores_card", "render_tuned_card"]
 
 _PIPELINE_TAGS = {
     "icl-vqa": "visual-question-answering",
@@ -130,6 +130,49 @@ def render_tuned_card(data: Mapping[str, Any]) -> str:
         _training(data),
         _results({"results": data.get("mix")}).replace("## Results", "## Conversations"),
         "## Limits\n\n" + "\n".join(f"- {_text(limit)}" for limit in limits),
+        f"## Citation\n\n{_CITATIONS}",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def render_scores_card(data: Mapping[str, Any]) -> str:
+    """The text of README.md of a data set of LVLM scores.
+
+    Args:
+        data: plain values: `repo_id`; `scores`, `texts` (counts); `lvlms`: a dict for each, with `fingerprint` and,
+            where known, `name`, `revision`, `dtype`, `chat_template` (hash).
+
+    Example:
+        >>> card = render_scores_card({"repo_id": "me/okvqa-scores", "scores": 1200, "texts": 0, "lvlms": []})
+        >>> print(card[: card.index("configs")])
+        ---
+        library_name: drum-hf
+        tags:
+        - drum-hf
+        - in-context-learning
+        - lvlm-scores
+        <BLANKLINE>
+    """
+    import yaml
+
+    meta = {
+        "library_name": "drum-hf",
+        "tags": ["drum-hf", "in-context-learning", "lvlm-scores"],
+        "configs": [{"config_name": "default", "data_files": "scores.parquet"}],
+    }
+    name = data.get("repo_id") or "owner/name"
+    columns = ("name", "revision", "dtype", "chat_template", "fingerprint")
+    rows = [{key: lvlm.get(key) for key in columns} for lvlm in data.get("lvlms") or ()]
+    sections = [
+        f"---\n{yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)}---",
+        f"# {_title(data)}",
+        f"{_cell(data.get('scores') or 0)} log-likelihoods of gold responses, and {_cell(data.get('texts') or 0)} "
+        "generations, of vision-language models that were shown demonstrations. Pictures and prompts are not in it, "
+        "but as hashes; responses and generations are, as text.",
+        f"## LVLMs\n\n{_table(rows)}" if rows else "",
+        f"## How to use\n\n```bash\npip install drum-hf\ndrum-hf scores pull {name} scores.sqlite\n```\n\n"
+        "Training and evaluation with `--store scores.sqlite` then pay for none of these pairs again. Scores of "
+        "another model, dtype or chat template than the store's are refused.",
         f"## Citation\n\n{_CITATIONS}",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"

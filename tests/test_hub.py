@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 from hub_server import LocalHub, serving, used_here
 from tiny_encoders import picture, tiny_clip
 
+from drum_hf.cli import main
 from drum_hf.data import TripletTable
 from drum_hf.errors import HubError, ImageError, SavedFileError
+from drum_hf.lvlm.store import RequestParts, ScoreStore
 from drum_hf.retriever import DemoRetriever
 from drum_hf.types import Query
 
@@ -465,6 +468,125 @@ def test_images_that_are_referred_to(table, pictures, clip, tmp_path):
     held = TripletTable.from_dataset([{"image": picture(1), "prompt": "a", "response": "b"}])
     with pytest.raises(ImageError, match="expected an image file to refer to"):
         held.save(tmp_path / "t.parquet", images="reference")
+
+
+# ---- the card ----
+
+
+def test_the_card_is_what_the_hub_reads(hub, base, table):
+    from huggingface_hub import ModelCard, metadata_load
+    from PIL import Image
+
+    retriever = lora(base, table)
+    retriever.record_training(
+        teacher={"name": "me/lvlm", "revision": "0123abc", "fingerprint": "f" * 32, "task": "icl-vqa"},
+        training={"rounds": 2, "scored_pairs": 160, "seed": 3},
+    )
+    retriever.card_data |= {
+        "license": "cc-by-4.0",
+        "rounds": [{"round": 1, "accuracy": 0.4}, {"round": 2, "accuracy": 0.6}],
+        "results": [{"strategy": "random", "accuracy": 0.3}, {"strategy": "drum", "accuracy": 0.6}],
+        "model_index": [{"dataset": "birds", "metric": "exact_match", "value": 0.6}],
+    }
+    picture_of_results = BytesIO()
+    Image.new("RGB", (8, 8), "red").save(picture_of_results, "PNG")
+    retriever.plot = picture_of_results.getvalue()
+    retriever.push_to_hub("me/drum", **ME)
+    found = load("me/drum")
+    assert found.plot == retriever.plot and found.card_data == retriever.card_data
+    files = hub.files("me/drum")
+    assert files["plot.png"] == retriever.plot
+    text = files["README.md"].decode()
+    card = ModelCard(text)
+    card.validate()  # by the Hub
+    assert card.data.library_name == "drum-hf" and card.data.base_model == "me/clip"
+    assert card.data.pipeline_tag == "visual-question-answering" and card.data.license == "cc-by-4.0"
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ("birds", "exact_match", 0.6)
+    for told in ("me/lvlm", "0123abc", table.fingerprint, "| 2 | 0.6 |", "| random | 0.3 |", "![", "(plot.png)"):
+        assert told in text
+    for told in (
+        "2412.07619",
+        "2403.12736",
+        "## Limits",
+        "Licence of the data**: cc-by-4.0",
+        hub.repo("me/clip").refs["main"],
+    ):
+        assert told in text
+    manifest = json.loads(files["manifest.json"])
+    assert manifest["seed"] == 3 and manifest["data"] == {"support": table.fingerprint}
+    assert manifest["lvlm"]["fingerprint"] == "f" * 32 and "hf_me" not in json.dumps(manifest)
+    folder = Path(hf_file("me/drum", "README.md"))
+    assert metadata_load(folder)["model-index"][0]["results"][0]["task"]["type"] == "visual-question-answering"
+
+
+def hf_file(repo: str, name: str) -> str:
+    from huggingface_hub import hf_hub_download
+
+    return hf_hub_download(repo, name)
+
+
+# ---- the command line ----
+
+
+def test_push_as_a_user_types_it(hub, base, table, tmp_path, capsys, monkeypatch):
+    retriever = lora(base, table)
+    retriever.save_pretrained(tmp_path / "r")
+    assert main(["-q", "push", str(tmp_path / "r"), "drum"]) == 2
+    assert "HubError: 'drum' can't be made on the Hub" in capsys.readouterr().err
+    monkeypatch.setenv("HF_TOKEN", "hf_me")
+    words = ["--private", "--form", "full", "--no-index", "--license", "mit", "--commit-message", "typed"]
+    assert main(["-q", "push", str(tmp_path / "r"), "drum", *words]) == 0
+    assert f"uploaded: {hub.endpoint}/me/drum/commit/" in capsys.readouterr().out
+    repo = hub.repo("me/drum")
+    assert repo.private and repo.at("main").message == "typed" and b"license: mit" in hub.files("me/drum")["README.md"]
+    assert same(load("me/drum"), retriever, atol=1e-5)
+    assert main(["-q", "push", str(tmp_path / "r"), "drum", "--create-pr"]) == 0
+    assert "/me/drum/discussions/1" in capsys.readouterr().out
+    assert main(["-q", "push", str(tmp_path / "none"), "drum"]) == 2
+    assert "there is no" in capsys.readouterr().err
+
+
+LVLMS = {
+    "f" * 32: {"name": "me/vlm", "revision": "0123456789", "dtype": "float32", "chat_template": "a" * 32},
+    "e" * 32: {"name": "me/vlm", "revision": "0123456789", "dtype": "bfloat16", "chat_template": "b" * 32},
+}
+
+
+def scored(path: Path, fingerprint: str, value: float = -1.0) -> Path:
+    parts = [RequestParts(f"{i:032x}", ("0" * 32,), (str(i),)) for i in range(5)]
+    keys = [part.key(fingerprint) for part in parts]
+    with ScoreStore(path) as store:
+        identity = LVLMS[fingerprint]
+        store.put_scores(keys, [value] * 5, fingerprint=fingerprint, parts=parts, identity=identity)
+    return path
+
+
+def test_scores_are_pushed_and_pulled(hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_me")
+    mine, theirs = scored(tmp_path / "s.sqlite", "f" * 32), scored(tmp_path / "t.sqlite", "e" * 32)
+    new = tmp_path / "new.sqlite"
+    assert main(["-q", "scores", "push", str(mine), "scores", "--private"]) == 0
+    assert f"5 scores and 0 generations in {hub.endpoint}/datasets/me/scores/commit/" in capsys.readouterr().out
+    assert hub.repo("me/scores", "dataset").private
+    card = hub.files("me/scores", kind="dataset")["README.md"].decode()
+    assert "| me/vlm |" in card and "drum-hf scores pull me/scores" in card
+    for said in ("5 new, 0 known before", "0 new, 5 known before"):
+        assert main(["-q", "scores", "pull", "me/scores", str(new)]) == 0
+        assert said in capsys.readouterr().out
+    with ScoreStore(mine) as one, ScoreStore(new) as two:
+        assert list(one.entries()) == list(two.entries()) and one.identities() == two.identities()
+    assert main(["-q", "scores", "pull", "me/scores", str(theirs)]) == 2
+    said = capsys.readouterr().err
+    assert "dtype differs: bfloat16 here, float32 there; chat template differs: bbbbbbbb… here" in said
+    assert main(["-q", "scores", "pull", "me/scores", str(theirs), "--any-lvlm"]) == 0
+    first = hub.repo("me/scores", "dataset").refs["main"]
+    assert main(["-q", "scores", "push", str(theirs), "scores", "--fingerprint", "e"]) == 0
+    assert main(["-q", "scores", "pull", "me/scores", str(tmp_path / "a.sqlite"), "--revision", first]) == 0
+    with ScoreStore(tmp_path / "a.sqlite") as store:
+        assert list(store.identities()) == ["f" * 32]
+    assert main(["-q", "scores", "pull", "me/none", str(new)]) == 2
+    assert "HubError: 'me/none' can't be fetched on the Hub" in capsys.readouterr().err
 
 
 # ---- older and newer formats ----

@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> None:
     """Carry it out."""
     from ..evaluation.report import format_table
     from ..experiment import evaluate_strategies
+    from ..manifest import manifest_beside
     from ..retriever import DemoRetriever
 
     retriever = DemoRetriever.from_pretrained(args.retriever, device=args.device) if args.retriever else None
@@ -39,12 +40,13 @@ def run(args: argparse.Namespace) -> None:
         support, queries = retriever.support, read_table(args.queries, args)
     else:
         raise ValueError("expected --data TABLE, or --retriever FOLDER with --queries TABLE; got neither")
+    lvlm = load_lvlm(args)
     results = evaluate_strategies(
         support,
         queries,
         names=args.strategies.split(","),
         shots=args.shots,
-        lvlm=load_lvlm(args),
+        lvlm=lvlm,
         encoder=args.encoder,
         retriever=retriever,
         task=args.task,
@@ -52,4 +54,7 @@ def run(args: argparse.Namespace) -> None:
         store=args.store,
     )
     write_json(args.json, results)
+    if args.json is not None:
+        data = {"support": support.fingerprint, "queries": queries.fingerprint}
+        manifest_beside(args.json, seed=0, data=data, lvlm=lvlm)
     sys.stdout.write(format_table(results) + "\n")

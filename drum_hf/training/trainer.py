@@ -391,6 +391,7 @@ class DrumTrainer(SentenceTransformerTrainer):
                 "queries": len(self.queries),
                 "objective": self.args.objective,
                 "weighting": self.args.weighting if self.args.objective == "listwise" else None,
+                "seed": self.args.seed,
             },
         )
         return output
