@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from .errors import HubError
 
-__all__ = ["commit_folder", "fetch_snapshot", "make_repository"]
+__all__ = ["commit_folder", "commit_of", "fetch_snapshot", "make_repository"]
 
 Result = TypeVar("Result")
 
@@ -133,6 +133,23 @@ def fetch_snapshot(
             revision=revision,
         )
     )
+
+
+def commit_of(
+    name: str | os.PathLike[str], *, revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None
+) -> str | None:
+    """The commit that a model of the Hub, once it has been loaded, was at, as the cache has it; None for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if os.path.isdir(name):
+        return None
+    try:
+        found = try_to_load_from_cache(os.fspath(name), "config.json", revision=revision, cache_dir=cache_dir)
+    except HFValidationError:
+        return None
+    commit = re.search(r"/snapshots/([0-9a-f]{40})/", Path(found).as_posix()) if isinstance(found, str) else None
+    return commit[1] if commit else None
 
 
 def _asking(call: Callable[[], Result], repo_id: str, verb: str, *, revision: str | None = None) -> Result:

@@ -18,9 +18,21 @@ if TYPE_CHECKING:
 
     from .encoder import JointEncoder
 
-__all__ = ["ADAPTER_CONFIG", "active_adapter", "add_adapter", "adapter_names", "merge_adapter", "plain_copy", "use"]
+__all__ = [
+    "ADAPTER_CONFIG",
+    "active_adapter",
+    "adapter_names",
+    "add_adapter",
+    "attach",
+    "merge_adapter",
+    "plain_copy",
+    "use",
+]
 
 ADAPTER_CONFIG = "adapter_config.json"
+#: How transformers renames weights when it saves a model. Loading an adapter puts the adapter's way in its place, by
+#: which a merged model would be saved under names that nobody reads; the model's own is kept beside it.
+_RENAMING, _RENAMING_ASIDE = "_weight_conversions", "_weight_conversions_without_adapter"
 
 
 def adapter_names(module: JointEncoder) -> list[str]:
@@ -64,12 +76,19 @@ def add_adapter(module: JointEncoder, folder: Path, name: str) -> list[float] | 
         )
     if name in adapter_names(module):
         raise ValueError(f"expected a new name for the adapter, {name!r} is taken; pass another name=")
-    module.model.load_adapter(os.fspath(folder), adapter_name=name, is_trainable=True)
+    attach(module.model, os.fspath(folder), name)
     for config in module.model.peft_config.values():  # peft looks there when it saves
         config.base_model_name_or_path = resolve_name(module.base_model)
     module.eval()
     saved = module.load_config(os.fspath(folder)).get("log_weights")
     return None if saved is None else [-math.inf if value is None else value for value in saved]
+
+
+def attach(model: Any, folder: str, name: str) -> None:
+    """Load an adapter from a folder onto a transformers model."""
+    if not hasattr(model, _RENAMING_ASIDE):
+        setattr(model, _RENAMING_ASIDE, getattr(model, _RENAMING, None))
+    model.load_adapter(folder, adapter_name=name, is_trainable=True)
 
 
 def use(module: JointEncoder, name: str | None) -> None:
@@ -102,8 +121,12 @@ def merge_adapter(module: JointEncoder) -> None:
             layer.merge(safe_merge=True, adapter_names=[active])
         above, _, own = name.rpartition(".")
         setattr(module.model.get_submodule(above), own, layer.get_base_layer())
-    module.model._hf_peft_config_loaded = False
-    del module.model.peft_config
+    model = module.model
+    if hasattr(model, _RENAMING_ASIDE):
+        setattr(model, _RENAMING, getattr(model, _RENAMING_ASIDE))
+        delattr(model, _RENAMING_ASIDE)
+    model._hf_peft_config_loaded = False
+    del model.peft_config
 
 
 def plain_copy(encoder: SentenceTransformer) -> SentenceTransformer:

@@ -24,7 +24,8 @@ from sentence_transformers.base.modules import Transformer
 from torch import nn
 
 from ._compat import local_name, resolve_name
-from .adapters import ADAPTER_CONFIG, active_adapter
+from ._hub import commit_of
+from .adapters import ADAPTER_CONFIG, active_adapter, attach
 from .errors import NonFiniteEmbeddingError
 
 if TYPE_CHECKING:
@@ -100,13 +101,16 @@ class JointEncoder(Transformer):
                 f"of type {family!r}; pass one such as 'openai/clip-vit-base-patch32' or "
                 "'google/siglip-base-patch16-224'"
             )
-        revision = (kwargs.get("model_kwargs") or {}).get("revision")
+        given = kwargs.get("model_kwargs") or {}
+        revision = given.get("revision")
         self.base_model, self.base_revision = local_name(model_name_or_path), revision
         if adapters := getattr(self.model, "peft_config", None):
             adapter = next(iter(adapters.values()))
             self.base_model, self.base_revision = str(adapter.base_model_name_or_path), adapter.revision
         elif not os.path.isdir(resolve_name(model_name_or_path)):
-            self.base_revision = getattr(self.config, "_commit_hash", None) or revision
+            # Not from the configuration, in which transformers 5.2x no longer notes it.
+            commit = commit_of(model_name_or_path, revision=revision, cache_dir=given.get("cache_dir"))
+            self.base_revision = commit or revision
         # SigLIP was trained on texts padded to full length, with the padding attended to and the last token read.
         self._whole_length = family == "siglip"
         text = self.config.text_config
@@ -367,7 +371,7 @@ class JointEncoder(Transformer):
             learn = config.get("learn_weights") if learn_weights is None else learn_weights
             kwargs["revision"] = base_revision
             module = cls.load(os.fspath(base_model), *args, weights=weights, learn_weights=learn, **kwargs)
-            module.model.load_adapter(model_name_or_path, is_trainable=True)
+            attach(module.model, model_name_or_path, "default")
             for adapter in module.model.peft_config.values():  # peft looks there when it saves; `save` notes the name
                 adapter.base_model_name_or_path = resolve_name(base_model)
             if weights is None and "log_weights" in config:

@@ -18,6 +18,7 @@ import numpy as np
 
 from .data import TripletTable
 from .evaluation.evaluator import ICLEvaluator, StrategyResult
+from .evaluation.metrics import Metric
 from .evaluation.plots import plot_shots
 from .evaluation.report import write_report
 from .evaluation.statistics import paired_bootstrap
@@ -252,7 +253,7 @@ def run_experiment(
     }
     values = {name: {str(pairs): r.values.round(6).tolist() for pairs, r in curve} for name, curve in curves.items()}
     (out / "values.json").write_text(json.dumps(values), encoding="utf-8")
-    _tell(trained["drum"], results, evaluator.metric.name, out)
+    _tell(trained["drum"], results, evaluator.metric, out)
     trained["drum"].save_pretrained(out / "retriever")
     examples = make_examples(run, asked, {"SIT + draft": untrained["sit+draft"], "DRUM": trained["drum"]}, drafts)
     write_report(results, examples, out)
@@ -266,15 +267,15 @@ def run_experiment(
     return results
 
 
-def _tell(retriever: DemoRetriever, results: Mapping[str, Any], metric: str, out: Path) -> None:
+def _tell(retriever: DemoRetriever, results: Mapping[str, Any], metric: Metric, out: Path) -> None:
     """Put what was measured, baselines too, on the retriever's card."""
     shots, label, rows = results["shots"], results["metric_name"], results["strategies"]
     plotted = plot_shots(results, out / "shots.png")
     retriever.plot = plotted.read_bytes()
-    table = [{"strategy": row.get("label", name), label: row["metric"]} for name, row in rows.items()]
+    table = [{"strategy": row.get("label", name), label: row["metric"] * metric.scale} for name, row in rows.items()]
     ours = rows["drum"]
     rounds = [
-        {"round": number, "scored pairs": pairs, label: value}
+        {"round": number, "scored pairs": pairs, label: value * metric.scale}
         for number, (pairs, value) in enumerate(ours["by_pairs"][1:], start=1)
     ]
     dataset = str(results.get("data") or results.get("world") or results["task"])
@@ -282,8 +283,10 @@ def _tell(retriever: DemoRetriever, results: Mapping[str, Any], metric: str, out
         "rounds": rounds,
         "results": table,
         "results_note": f"{label} at {shots} demonstrations, on held-out queries.",
-        "metrics": [metric],
-        "model_index": [{"dataset": Path(dataset).name, "metric": metric, "value": ours["metric"]}],
+        "metrics": [metric.name],
+        "model_index": [
+            {"dataset": Path(dataset).name, "metric": metric.name, "value": ours["metric"] * metric.scale}
+        ],
     }
 
 

@@ -137,5 +137,5 @@ def _lvlm(lvlm: Any) -> dict[str, Any] | None:
             key: identity.get(key) for key in ("chat_template", "image_position", "system", "score_end_of_turn")
         }
     if os.path.isabs(str(told.get("name", ""))):
-        told["name"] = Path(told["name"]).name
+        told["name"] = Path(str(told["name"])).name
     return told
