@@ -124,7 +124,7 @@ def fetch_snapshot(
                 allow_patterns=list(patterns),
                 revision=revision,
                 token=token,
-                cache_dir=cache_dir,
+                cache_dir=None if cache_dir is None else Path(cache_dir),
                 local_files_only=local_files_only,
                 force_download=force_download,
             ),
@@ -145,7 +145,8 @@ def commit_of(
     if os.path.isdir(name):
         return None
     try:
-        found = try_to_load_from_cache(os.fspath(name), "config.json", revision=revision, cache_dir=cache_dir)
+        place = None if cache_dir is None else Path(cache_dir)
+        found = try_to_load_from_cache(os.fspath(name), "config.json", revision=revision, cache_dir=place)
     except HFValidationError:
         return None
     commit = re.search(r"/snapshots/([0-9a-f]{40})/", Path(found).as_posix()) if isinstance(found, str) else None
