@@ -90,10 +90,11 @@ def find_processor(model: Any, local_files_only: bool) -> Any:
     Raises:
         ValueError: the model doesn't say where it was loaded from.
     """
-    name, commit = getattr(model, "name_or_path", ""), getattr(model.config, "_commit_hash", None)
+    name = getattr(model, "name_or_path", "")
     if not name:
         raise ValueError(
             f"expected processor= beside a {type(model).__name__} that doesn't say where it was loaded from"
         )
+    commit = getattr(model.config, "_commit_hash", None)  # where transformers notes it
     hub: dict[str, Any] = {"local_files_only": local_files_only} | ({"revision": commit} if commit else {})
     return load_processor(name, model.config, **hub)

@@ -1,16 +1,19 @@
-"""The files of a saved retriever: written, found, and checked when they are read."""
+"""The files of a saved retriever: written, found, brought up to date, and checked when they are read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from . import _hub
 from ._compat import resolve_name
+from .adapters import plain_copy
 from .errors import SavedFileError
+from .manifest import package_version, write_manifest
 from .model_card import render_card
 
 if TYPE_CHECKING:
@@ -20,45 +23,97 @@ __all__ = [
     "CARD",
     "CONFIG",
     "ENCODER",
-    "FOLDERS",
+    "PARTS",
+    "Form",
     "INDEX",
+    "Images",
+    "PLOT",
     "SUPPORT",
     "SUPPORT_ENCODER",
     "checksum",
     "locate",
     "move_into_place",
+    "patterns",
+    "plot",
     "read_config",
     "write",
 ]
 
-_FORMAT_VERSION = 1
+Form = Literal["adapter", "full"]
+Images = Literal["embedded", "reference"]
+
+#: 1 always held the index, and a support set with its images in it.
+_FORMAT_VERSION = 2
 CONFIG, CARD, SUPPORT, ENCODER, INDEX = "drum_config.json", "README.md", "support.parquet", "encoder", "index"
-SUPPORT_ENCODER = "support_encoder"
-FOLDERS = (ENCODER, SUPPORT_ENCODER, INDEX)
+SUPPORT_ENCODER, PLOT = "support_encoder", "plot.png"
+#: What a folder consists of, the configuration and the card aside.
+PARTS = (ENCODER, SUPPORT_ENCODER, INDEX, SUPPORT, PLOT)
+#: By these sentence-transformers finds the encoder in the folder, which it takes for a model of one module.
+_MODULES, _ST_CONFIG = "modules.json", "config_sentence_transformers.json"
 
 
-def write(retriever: DemoRetriever, folder: Path, *, include_support: bool, repo_id: str | None) -> None:
-    """Write every file of a retriever into an empty folder."""
-    retriever.encoder.save(os.fspath(folder / ENCODER), create_model_card=False)
+def _from_1(config: dict[str, Any]) -> dict[str, Any]:
+    more = {"index": {"included": True}, "support": {"images": "embedded"}}
+    return config | {key: config[key] | new for key, new in more.items() if isinstance(config.get(key), dict)}
+
+
+#: Format version -> what makes a configuration of it into one of the next version.
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+
+
+def write(
+    retriever: DemoRetriever,
+    folder: Path,
+    *,
+    form: Form | None = None,
+    include_support: bool = True,
+    include_index: bool = True,
+    images: Images = "embedded",
+    image_root: str | os.PathLike[str] | None = None,
+    repo_id: str | None = None,
+) -> None:
+    """Write every file of a retriever into an empty folder; see `DemoRetriever.save_pretrained`."""
+    encoder = retriever.encoder
+    has_adapter = retriever.active_adapter is not None
+    if form not in (None, "adapter", "full") or images not in ("embedded", "reference"):
+        raise ValueError(
+            f"expected form 'adapter', 'full' or None and images 'embedded' or 'reference', came {form!r} and "
+            f"{images!r}"
+        )
+    if form == "adapter" and not has_adapter:
+        raise ValueError(
+            "expected an adapter in use to save as form='adapter', there is none: train one with lora=True, choose "
+            "one with set_adapter, or save the whole encoder with form='full'"
+        )
+    if retriever.adapters and (form == "full" or not has_adapter):
+        encoder, has_adapter = plain_copy(encoder), False
+    encoder.save(os.fspath(folder / ENCODER), create_model_card=False)
     if retriever.support_encoder is not None:
         retriever.support_encoder.save(os.fspath(folder / SUPPORT_ENCODER), create_model_card=False)
-    retriever.index.save(folder / INDEX)
+    modules = [{"idx": 0, "name": "0", "path": ENCODER, "type": "drum_hf.encoder.JointEncoder"}]
+    (folder / _MODULES).write_text(json.dumps(modules, indent=2), encoding="utf-8")
+    (folder / _ST_CONFIG).write_bytes((folder / ENCODER / _ST_CONFIG).read_bytes())
+    if include_index:
+        retriever.index.save(folder / INDEX)
     if include_support:
-        retriever.support.save(folder / SUPPORT)
+        retriever.support.save(folder / SUPPORT, images=images, image_root=image_root)
+    if retriever.plot is not None:
+        (folder / PLOT).write_bytes(retriever.plot)
     config = {
         "format_version": _FORMAT_VERSION,
-        "drum_hf_version": _version(),
+        "drum_hf_version": package_version("drum-hf"),
         "strategy": retriever.strategy,
         "weights": retriever.weights,
         "base_model": retriever.base_model,
         "base_revision": retriever.base_revision,
-        "adapter": retriever.encoder[0].has_adapter,
+        "adapter": has_adapter,
         "support_encoder": retriever.support_encoder is not None,
-        "index": {"kind": retriever.index_kind, "options": retriever.index_options},
+        "index": {"kind": retriever.index_kind, "options": retriever.index_options, "included": include_index},
         "support": {
             "rows": len(retriever),
             "fingerprint": retriever.support.fingerprint,
             "included": include_support,
+            "images": images,
         },
         "teacher": retriever.teacher,
         "top_k": retriever.top_k,
@@ -69,6 +124,12 @@ def write(retriever: DemoRetriever, folder: Path, *, include_support: bool, repo
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     (folder / CARD).write_text(_card(retriever, config, repo_id), encoding="utf-8")
+    write_manifest(
+        folder,
+        seed=retriever.card_data.get("training", {}).get("seed"),
+        data={"support": retriever.support.fingerprint},
+        lvlm=retriever.teacher,
+    )
 
 
 def _card(retriever: DemoRetriever, config: Mapping[str, Any], repo_id: str | None) -> str:
@@ -83,12 +144,19 @@ def _card(retriever: DemoRetriever, config: Mapping[str, Any], repo_id: str | No
         "weights": config["weights"],
         "adapter": config["adapter"],
         "dimension": retriever.encoder.get_embedding_dimension(),
-        "index": retriever.index_kind,
+        "index": retriever.index_kind if config["index"]["included"] else None,
         "support": config["support"],
         "teacher": teacher,
+        "plot": PLOT if retriever.plot is not None else None,
         "version": config["drum_hf_version"],
     }
     return render_card(data | retriever.card_data)
+
+
+def plot(folder: Path) -> bytes | None:
+    """The plot of the card, where there is one."""
+    path = folder / PLOT
+    return path.read_bytes() if path.is_file() else None
 
 
 def checksum(path: Path) -> str:
@@ -116,23 +184,22 @@ def _is_inside(name: Any) -> bool:
     return not path.is_absolute() and ".." not in path.parts and "\\" not in str(path)
 
 
-def locate(name_or_path: str | os.PathLike[str], **hub: Any) -> Path:
-    """The folder, or a snapshot of the repository."""
+def patterns(parts: Iterable[str]) -> list[str]:
+    """What of a repository belongs to these of the `PARTS`."""
+    return [CONFIG, *(part if part in (SUPPORT, PLOT) else f"{part}/*" for part in parts)]
+
+
+def locate(name_or_path: str | os.PathLike[str], *, parts: Iterable[str] = PARTS, **hub: Any) -> Path:
+    """The folder, or a snapshot of the repository.
+
+    Raises:
+        HubError: it is no folder, and can't be fetched.
+    """
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    patterns = [CONFIG, CARD, SUPPORT, *(f"{name}/*" for name in FOLDERS)]
-    try:
-        return Path(snapshot_download(os.fspath(name_or_path), allow_patterns=patterns, **hub))
-    except (OSError, HFValidationError) as error:
-        raise SavedFileError(
-            f"expected a folder written by DemoRetriever.save_pretrained, or a repository on the Hub, but "
-            f"{os.fspath(name_or_path)!r} is no folder and can't be fetched ({error}); check the name, the "
-            "connection, and for a private repository the token"
-        ) from error
+    wanted = [*patterns(parts), CARD, _MODULES, _ST_CONFIG]
+    return _hub.fetch_snapshot(os.fspath(name_or_path), patterns=wanted, **hub)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -149,15 +216,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration, once every file has been found to be what was saved."""
+def read_config(folder: Path, *, parts: Iterable[str] = PARTS) -> dict[str, Any]:
+    """The configuration, as of the present format version, once every file has been found to be what was saved.
+
+    Args:
+        parts: whose files are looked at.
+    """
     path = folder / CONFIG
-    config = _read_json(path)
-    if config.get("format_version") != _FORMAT_VERSION:
-        raise SavedFileError(
-            f"{path}: expected format version {_FORMAT_VERSION}, came {config.get('format_version')!r}; update "
-            "drum-hf, or save the retriever again"
-        )
+    config = _brought_up_to_date(path, _read_json(path))
     shape: dict[str, Any] = {
         "files": dict,
         "support": dict,
@@ -170,8 +236,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         "top_k": int,
     }
     nested: dict[str, dict[str, type]] = {
-        "support": {"rows": int, "fingerprint": str, "included": bool},
-        "index": {"kind": str, "options": dict},
+        "support": {"rows": int, "fingerprint": str, "included": bool, "images": str},
+        "index": {"kind": str, "options": dict, "included": bool},
     }
     wrong = [key for key, kind in shape.items() if key not in config or not isinstance(config[key], kind)]
     for key, entries in nested.items():
@@ -182,12 +248,16 @@ def read_config(folder: Path) -> dict[str, Any]:
         ]
     if wrong:
         raise SavedFileError(f"{path}: the entry {wrong[0]!r} is missing or of another type; save the retriever again")
-    needed = {f"{INDEX}/vectors.safetensors", f"{INDEX}/index.json", f"{ENCODER}/sentence_bert_config.json"}
+    needed = {f"{ENCODER}/sentence_bert_config.json"}
+    needed |= {f"{INDEX}/vectors.safetensors", f"{INDEX}/index.json"} if config["index"]["included"] else set()
     needed |= {SUPPORT} if config["support"]["included"] else set()
     needed |= {f"{SUPPORT_ENCODER}/sentence_bert_config.json"} if config.get("support_encoder") else set()
+    parts = tuple(parts)
     for name in sorted(needed | config["files"].keys()):
         if not _is_inside(name):
             raise SavedFileError(f"{path}: it lists {name!r}, which is not inside the folder; do not use this folder")
+        if name.partition("/")[0] not in parts:
+            continue
         file = folder / name
         remedy = "download or copy the folder again, or save the retriever again"
         if not file.is_file():
@@ -197,10 +267,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("drum-hf")
-    except PackageNotFoundError:  # run from a source tree
-        return "unknown"
+def _brought_up_to_date(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    version = config.get("format_version")
+    if version != _FORMAT_VERSION and version not in _MIGRATIONS:
+        newer = isinstance(version, int) and version > _FORMAT_VERSION
+        remedy = "update drum-hf: pip install --upgrade drum-hf" if newer else "save the retriever again"
+        raise SavedFileError(
+            f"{path}: expected a format version of at most {_FORMAT_VERSION}, came {version!r}; {remedy}"
+        )
+    while version != _FORMAT_VERSION:
+        config, version = _MIGRATIONS[version](config), version + 1
+    return config | {"format_version": version}

@@ -24,6 +24,8 @@ from sentence_transformers.base.modules import Transformer
 from torch import nn
 
 from ._compat import local_name, resolve_name
+from ._hub import commit_of
+from .adapters import ADAPTER_CONFIG, active_adapter, attach
 from .errors import NonFiniteEmbeddingError
 
 if TYPE_CHECKING:
@@ -40,7 +42,6 @@ _FAMILIES = ("clip", "siglip")
 _KEYS = frozenset({"image", "text"})
 # The towers' own attention only: the projection in SigLIP's pooling head is read as a bare weight, past any adapter.
 _LORA_TARGETS = r".*encoder\.layers\..*\.(q_proj|k_proj|v_proj|out_proj)"
-_ADAPTER = "adapter_config.json"
 _CHUNK = 16  # batches held as decoded images at once while a table is encoded
 _BAR_FROM = 8  # batches; fewer are over before a progress bar could be read
 
@@ -100,13 +101,16 @@ class JointEncoder(Transformer):
                 f"of type {family!r}; pass one such as 'openai/clip-vit-base-patch32' or "
                 "'google/siglip-base-patch16-224'"
             )
-        revision = (kwargs.get("model_kwargs") or {}).get("revision")
+        given = kwargs.get("model_kwargs") or {}
+        revision = given.get("revision")
         self.base_model, self.base_revision = local_name(model_name_or_path), revision
         if adapters := getattr(self.model, "peft_config", None):
             adapter = next(iter(adapters.values()))
             self.base_model, self.base_revision = str(adapter.base_model_name_or_path), adapter.revision
         elif not os.path.isdir(resolve_name(model_name_or_path)):
-            self.base_revision = getattr(self.config, "_commit_hash", None) or revision
+            # Not from the configuration, in which transformers 5.2x no longer notes it.
+            commit = commit_of(model_name_or_path, revision=revision, cache_dir=given.get("cache_dir"))
+            self.base_revision = commit or revision
         # SigLIP was trained on texts padded to full length, with the padding attended to and the last token read.
         self._whole_length = family == "siglip"
         text = self.config.text_config
@@ -144,6 +148,16 @@ class JointEncoder(Transformer):
     @learn_weights.setter
     def learn_weights(self, learn: bool) -> None:
         self.log_weights.requires_grad_(bool(learn))
+
+    @property
+    def log_weight_list(self) -> list[float]:
+        """Logs of the weights as they are, -inf for a part that is left out; may be set, and then exactly so."""
+        values = self.log_weights.detach().float().tolist()
+        return [value if used else -math.inf for value, used in zip(values, self._used, strict=True)]
+
+    @log_weight_list.setter
+    def log_weight_list(self, values: Sequence[float]) -> None:
+        self._set_log_weights(values)
 
     def _set_log_weights(self, values: Sequence[float]) -> None:
         self._used = tuple(math.isfinite(value) for value in values)
@@ -307,8 +321,7 @@ class JointEncoder(Transformer):
 
     def get_config_dict(self) -> dict[str, Any]:
         """The module's configuration; `log_weights` is null for a part that is left out."""
-        values = self.log_weights.detach().float().tolist()  # a float32 survives JSON exactly
-        kept = [value if used else None for value, used in zip(values, self._used, strict=True)]
+        kept = [value if math.isfinite(value) else None for value in self.log_weight_list]  # a float32, exactly
         return super().get_config_dict() | {"log_weights": kept}
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
@@ -317,7 +330,7 @@ class JointEncoder(Transformer):
         An adapter's configuration names the base model as it was given to us, and its commit.
         """
         super().save(output_path, *args, safe_serialization=safe_serialization, **kwargs)
-        adapter = Path(output_path) / _ADAPTER
+        adapter = Path(output_path) / ADAPTER_CONFIG
         if self.has_adapter and adapter.is_file():
             config = json.loads(adapter.read_text(encoding="utf-8"))
             config |= {"base_model_name_or_path": self.base_model, "revision": self.base_revision}
@@ -328,15 +341,28 @@ class JointEncoder(Transformer):
         cls,
         model_name_or_path: str,
         *args: Any,
+        subfolder: str = "",
         weights: Sequence[float] | Mapping[str, float] | None = None,
         learn_weights: bool | None = None,
         base_model: str | os.PathLike[str] | None = None,
         base_revision: str | None = None,
         **kwargs: Any,
     ) -> JointEncoder:
-        """Load what `save` wrote, or any CLIP or SigLIP checkpoint; see `from_pretrained`."""
+        """Load what `save` wrote, or any CLIP or SigLIP checkpoint; see `from_pretrained`.
+
+        Args:
+            subfolder: where in the folder or repository it lies, as sentence-transformers says it of a module.
+        """
         model_name_or_path = resolve_name(model_name_or_path)
-        adapter_file = Path(model_name_or_path) / _ADAPTER
+        if subfolder:
+            names = ("token", "cache_folder", "revision", "local_files_only")
+            hub = {name: kwargs[name] for name in names if name in kwargs}
+            folder = cls.load_dir_path(model_name_or_path, subfolder=subfolder, **hub)
+            if folder is None:
+                raise OSError(f"{model_name_or_path!r} has no folder {subfolder!r}; it is not a saved encoder")
+            kwargs["revision"] = None  # of the repository, not of the base model that an adapter names
+            model_name_or_path = folder
+        adapter_file = Path(model_name_or_path) / ADAPTER_CONFIG
         if adapter_file.is_file():  # not left to transformers, which knows no base model but the one noted
             noted = json.loads(adapter_file.read_text(encoding="utf-8"))
             if base_model in (None, noted["base_model_name_or_path"]):
@@ -345,7 +371,7 @@ class JointEncoder(Transformer):
             learn = config.get("learn_weights") if learn_weights is None else learn_weights
             kwargs["revision"] = base_revision
             module = cls.load(os.fspath(base_model), *args, weights=weights, learn_weights=learn, **kwargs)
-            module.model.load_adapter(model_name_or_path, is_trainable=True)
+            attach(module.model, model_name_or_path, "default")
             for adapter in module.model.peft_config.values():  # peft looks there when it saves; `save` notes the name
                 adapter.base_model_name_or_path = resolve_name(base_model)
             if weights is None and "log_weights" in config:
@@ -420,8 +446,8 @@ class JointEncoder(Transformer):
 
     @property
     def has_adapter(self) -> bool:
-        """Whether an adapter such as LoRA is on the model, so that `save` writes the adapter alone."""
-        return bool(getattr(self.model, "_hf_peft_config_loaded", False))
+        """Whether an adapter such as LoRA is in use, so that `save` writes the adapter alone."""
+        return active_adapter(self) is not None
 
     def __repr__(self) -> str:
         weights = ", ".join(f"{part}={weight:.3g}" for part, weight in self.weights.items())

@@ -15,6 +15,7 @@ __all__ = [
     "DuplicateIdError",
     "EmptySupportError",
     "EndpointError",
+    "HubError",
     "ImageError",
     "LeakError",
     "MissingIdError",
@@ -117,6 +118,18 @@ class DimensionMismatchError(DrumError, ValueError):
 
 class SavedFileError(DrumError, OSError):
     """A saved retriever, store or table has a file missing, altered or from an unknown format version."""
+
+
+class HubError(SavedFileError):
+    """A repository on the Hub can't be fetched, made or written to.
+
+    Attributes:
+        status: HTTP status of the Hub's answer, or None where there was none.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class DependencyError(DrumError, ImportError):

@@ -18,6 +18,8 @@ import numpy as np
 
 from .data import TripletTable
 from .evaluation.evaluator import ICLEvaluator, StrategyResult
+from .evaluation.metrics import Metric
+from .evaluation.plots import plot_shots
 from .evaluation.registry import STRATEGIES, Comparison, check_names, make_strategy, takes_selector
 from .evaluation.report import write_report
 from .evaluation.statistics import paired_bootstrap
@@ -34,6 +36,7 @@ from .evaluation.strategies import (
 from .lvlm.cached import CachedLVLM
 from .lvlm.feedback import Feedback
 from .lvlm.store import ScoreStore
+from .manifest import write_manifest
 from .retriever import DemoRetriever
 from .selection import Order
 from .training import methods
@@ -250,10 +253,41 @@ def run_experiment(
     }
     values = {name: {str(pairs): r.values.round(6).tolist() for pairs, r in curve} for name, curve in curves.items()}
     (out / "values.json").write_text(json.dumps(values), encoding="utf-8")
+    _tell(trained["drum"], results, evaluator.metric, out)
     trained["drum"].save_pretrained(out / "retriever")
     examples = make_examples(run, asked, {"SIT + draft": untrained["sit+draft"], "DRUM": trained["drum"]}, drafts)
     write_report(results, examples, out)
+    write_manifest(
+        out,
+        seed=settings.seed,
+        data={"support": support.fingerprint, "queries": queries.fingerprint},
+        lvlm=lvlm,
+        settings=results["settings"],
+    )
     return results
+
+
+def _tell(retriever: DemoRetriever, results: Mapping[str, Any], metric: Metric, out: Path) -> None:
+    """Put what was measured, baselines too, on the retriever's card."""
+    shots, label, rows = results["shots"], results["metric_name"], results["strategies"]
+    plotted = plot_shots(results, out / "shots.png")
+    retriever.plot = plotted.read_bytes()
+    table = [{"strategy": row.get("label", name), label: row["metric"] * metric.scale} for name, row in rows.items()]
+    ours = rows["drum"]
+    rounds = [
+        {"round": number, "scored pairs": pairs, label: value * metric.scale}
+        for number, (pairs, value) in enumerate(ours["by_pairs"][1:], start=1)
+    ]
+    dataset = str(results.get("data") or results.get("world") or results["task"])
+    retriever.card_data |= {
+        "rounds": rounds,
+        "results": table,
+        "results_note": f"{label} at {shots} demonstrations, on held-out queries.",
+        "metrics": [metric.name],
+        "model_index": [
+            {"dataset": Path(dataset).name, "metric": metric.name, "value": ours["metric"] * metric.scale}
+        ],
+    }
 
 
 def training_arguments(folder: Path, settings: Settings, store: Any, **different: Any) -> DrumTrainingArguments:

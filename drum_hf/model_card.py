@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["render_card", "render_tuned_card"]
+__all__ = ["render_card", "render_scores_card", "render_tuned_card"]
 
 _PIPELINE_TAGS = {
     "icl-vqa": "visual-question-answering",
@@ -41,9 +41,13 @@ def render_card(data: Mapping[str, Any]) -> str:
         data: plain values:
             `repo_id` (where it will be found); `base_model`, `base_revision` (the encoder's, on the Hub);
             `strategy`, `weights` (part -> share), `adapter` (bool), `dimension`, `index` (kind);
-            `support` (`rows`, `included`); `teacher` (`name`, `revision`, `fingerprint`, `task`);
-            `training` (name -> value, such as rounds and scored pairs); `datasets` (Hub ids); `license`; `language`;
-            `metrics` (names); `results`: rows as dicts with the same keys, texts first and numbers after;
+            `support` (`rows`, `included`, `fingerprint`, `images`: "embedded" or "reference");
+            `teacher` (`name`, `revision`, `fingerprint`, `task`);
+            `training` (name -> value, such as rounds and scored pairs); `datasets` (Hub ids); `license` of this
+            repository, data included; `data_license`: of the demonstrations, where it is another; `language`;
+            `metrics` (names); `rounds`: a row for each mining round; `results`: a row for each strategy, baselines
+            among them; rows are dicts with the same keys, texts first and numbers after; `results_note`: a sentence on
+            what was measured; `plot`: a file beside the card;
             `model_index`: evaluations, each with `dataset`, `metric`, `value`; `limits` (texts); `version` of drum-hf.
 
     Example:
@@ -62,6 +66,7 @@ def render_card(data: Mapping[str, Any]) -> str:
         _usage(data),
         _teacher(data),
         _training(data),
+        _rounds(data),
         _results(data),
         _limits(data),
         f"## Citation\n\n{_CITATIONS}",
@@ -130,6 +135,49 @@ def render_tuned_card(data: Mapping[str, Any]) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def render_scores_card(data: Mapping[str, Any]) -> str:
+    """The text of README.md of a data set of LVLM scores.
+
+    Args:
+        data: plain values: `repo_id`; `scores`, `texts` (counts); `lvlms`: a dict for each, with `fingerprint` and,
+            where known, `name`, `revision`, `dtype`, `chat_template` (hash).
+
+    Example:
+        >>> card = render_scores_card({"repo_id": "me/okvqa-scores", "scores": 1200, "texts": 0, "lvlms": []})
+        >>> print(card[: card.index("configs")])
+        ---
+        library_name: drum-hf
+        tags:
+        - drum-hf
+        - in-context-learning
+        - lvlm-scores
+        <BLANKLINE>
+    """
+    import yaml
+
+    meta = {
+        "library_name": "drum-hf",
+        "tags": ["drum-hf", "in-context-learning", "lvlm-scores"],
+        "configs": [{"config_name": "default", "data_files": "scores.parquet"}],
+    }
+    name = data.get("repo_id") or "owner/name"
+    columns = ("name", "revision", "dtype", "chat_template", "fingerprint")
+    rows = [{key: lvlm.get(key) for key in columns} for lvlm in data.get("lvlms") or ()]
+    sections = [
+        f"---\n{yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)}---",
+        f"# {_title(data)}",
+        f"{_cell(data.get('scores') or 0)} log-likelihoods of gold responses, and {_cell(data.get('texts') or 0)} "
+        "generations, of vision-language models that were shown demonstrations. Pictures and prompts are not in it, "
+        "but as hashes; responses and generations are, as text.",
+        f"## LVLMs\n\n{_table(rows)}" if rows else "",
+        f"## How to use\n\n```bash\npip install drum-hf\ndrum-hf scores pull {name} scores.sqlite\n```\n\n"
+        "Training and evaluation with `--store scores.sqlite` then pay for none of these pairs again. Scores of "
+        "another model, dtype or chat template than the store's are refused.",
+        f"## Citation\n\n{_CITATIONS}",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
 def _front_matter(data: Mapping[str, Any]) -> str:
     import yaml
 
@@ -144,21 +192,19 @@ def _front_matter(data: Mapping[str, Any]) -> str:
     meta["tags"] = ["drum-hf", "in-context-learning", "demonstration-retrieval", "vision-language"]
     meta |= {key: list(data[key]) for key in ("datasets", "metrics") if data.get(key)}
     if data.get("model_index"):
-        task = {"type": meta["pipeline_tag"]}
-        meta["model-index"] = [
-            {
-                "name": _title(data),
-                "results": [
-                    {
-                        "task": task,
-                        "dataset": {"name": str(entry["dataset"]), "type": str(entry["dataset"])},
-                        "metrics": [{"type": str(entry["metric"]), "value": float(entry["value"])}],
-                    }
-                    for entry in data["model_index"]
-                ],
-            }
-        ]
+        meta["model-index"] = [{"name": _title(data), "results": _evaluations(data, meta["pipeline_tag"])}]
     return f"---\n{yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)}---"
+
+
+def _evaluations(data: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "task": {"type": task},
+            "dataset": {"name": str(entry["dataset"]), "type": str(entry["dataset"])},
+            "metrics": [{"type": str(entry["metric"]), "value": float(entry["value"])}],
+        }
+        for entry in data["model_index"]
+    ]
 
 
 def _title(data: Mapping[str, Any]) -> str:
@@ -185,7 +231,13 @@ def _what(data: Mapping[str, Any]) -> str:
     support = data.get("support") or {}
     if support.get("rows"):
         where = "in this repository" if support.get("included", True) else "not in this repository: pass `support=`"
+        if support.get("images") == "reference" and support.get("included", True):
+            where += ", without their images: pass `image_root=`"
         lines.append(f"- **Support set**: {support['rows']:,} demonstrations, {where}")
+    if support.get("fingerprint"):
+        lines.append(f"- **Data fingerprint**: `{_text(support['fingerprint'])}`")
+    if data.get("data_license") or data.get("license"):
+        lines.append(f"- **Licence of the data**: {_text(data.get('data_license') or data['license'])}")
     return "\n".join(lines).rstrip()
 
 
@@ -194,6 +246,8 @@ def _usage(data: Mapping[str, Any]) -> str:
     teacher = data.get("teacher") or {}
     support = data.get("support") or {}
     missing = "" if support.get("included", True) else ', support="your_table.parquet"'
+    if support.get("images") == "reference" and not missing:
+        missing = ', image_root="folder/of/images"'
     code = [
         "from drum_hf import DemoRetriever",
         "from PIL import Image",
@@ -235,16 +289,26 @@ def _training(data: Mapping[str, Any]) -> str:
     return "## Training\n\n" + "\n".join(lines)
 
 
+def _rounds(data: Mapping[str, Any]) -> str:
+    rows = data.get("rounds")
+    return f"### Rounds\n\n{_table(rows)}" if rows else ""
+
+
 def _results(data: Mapping[str, Any]) -> str:
-    rows: Sequence[Mapping[str, Any]] = data.get("results") or ()
-    if not rows:
-        return ""
+    parts = ["## Results", data.get("results_note"), _table(data["results"]) if data.get("results") else ""]
+    if data.get("plot"):
+        parts.append(f"![Results by number of demonstrations]({data['plot']})")
+    found = [part for part in parts if part]
+    return "\n\n".join(found) if found[1:] else ""
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     numeric = [all(isinstance(row.get(key), int | float | None) for row in rows) for key in columns]
     table = ["| " + " | ".join(_text(key) for key in columns) + " |"]
     table.append("|" + "|".join("---:" if right else "---" for right in numeric) + "|")
     table += ["| " + " | ".join(_cell(row.get(key)) for key in columns) + " |" for row in rows]
-    return "## Results\n\n" + "\n".join(table)
+    return "\n".join(table)
 
 
 def _limits(data: Mapping[str, Any]) -> str:

@@ -6,18 +6,17 @@ import copy
 import dataclasses
 import logging
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from . import _saved
 from ._queries import Queries, SizedItems, as_item, as_query, in_chunks, name_query
-from .data import TripletTable, load_table
-from .errors import ColumnError, DimensionMismatchError, SavedFileError
+from ._sharing import Shared, as_table
+from ._swapping import Swappable
+from .data import TripletTable
+from .errors import ColumnError, DimensionMismatchError
 from .index import DemoIndex
 from .selection import Candidates, Selector, TopN, choose, get_selector
 from .types import LVLM, Demonstration, ICLRequest, Query, Retrieval
@@ -45,7 +44,7 @@ STRATEGIES: dict[str, tuple[float, float, float]] = {
 }
 
 
-class DemoRetriever:
+class DemoRetriever(Shared, Swappable):
     """Finds the demonstrations of a support set that an LVLM needs in its context for a query.
 
     Queries are embedded as (image, prompt, draft), demonstrations as (image, prompt, response); the nearest by dot
@@ -70,6 +69,7 @@ class DemoRetriever:
         draft_lvlm: as above, or None; may be set.
         card_data: further entries of the model card, such as `training` and `results`: see
             [`render_card`][drum_hf.model_card.render_card]. JSON-ready; saved with the retriever.
+        plot: a PNG for the model card, or None; may be set, and is saved with the retriever.
 
     Raises:
         ValueError: an encoder that was not made by `build_encoder`.
@@ -117,7 +117,7 @@ class DemoRetriever:
                     f"expected encoders of one width, came {widths[0]} for queries and {widths[1]} for demonstrations"
                 )
         self._encoder, self._support_encoder = encoder, support_encoder
-        self._support = _table(support)
+        self._support = as_table(support)
         self.index_kind, self.index_options = index_kind, dict(index_options or {})
         DemoIndex(1, kind=index_kind, **self.index_options)  # type: ignore[arg-type]  # refused now, not after encoding
         self.draft_lvlm = draft_lvlm
@@ -126,6 +126,8 @@ class DemoRetriever:
         self.base_revision = base_revision or self._module.base_revision
         self.top_k, self.batch_size = top_k, batch_size
         self.card_data: dict[str, Any] = {}
+        self.plot: bytes | None = None
+        self._set_aside = {}
         self._index: DemoIndex | None = None  # None: to be built when next needed
         # Tokenizers keep the padding of a call as state: one thread encodes at a time.
         self._lock = threading.RLock()
@@ -171,7 +173,7 @@ class DemoRetriever:
         """
         from .encoder import build_encoder
 
-        table = _table(support)
+        table = as_table(support)
         if strategy is not None:
             if strategy not in STRATEGIES or weights is not None:
                 came = f"{strategy!r} and weights" if weights is not None else f"{strategy!r}"
@@ -536,7 +538,7 @@ class DemoRetriever:
             DuplicateIdError: an id is in the support set already.
             ColumnError, RowError, ImageError: a row can't be used.
         """
-        table = _table(rows)
+        table = as_table(rows)
         with self._lock:
             support = self._support.concat(table)
             if self._index is not None:
@@ -557,186 +559,6 @@ class DemoRetriever:
                 self._index.remove(ids)
             self._support = support
 
-    # Files
-
-    def save_pretrained(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        include_support: bool = True,
-        push_to_hub: bool = False,
-        repo_id: str | None = None,
-        **hub: Any,
-    ) -> None:
-        """Write a folder from which `from_pretrained` makes the same retriever: safetensors, JSON and parquet.
-
-        `drum_config.json` lists every other file with its SHA-256, but for the card, which may be edited. With LoRA,
-        `encoder/` holds the adapter alone. Files are written aside and moved into place one by one; those of an
-        earlier save that are no longer needed are removed.
-
-        Args:
-            directory: made where it is missing.
-            include_support: False leaves the rows out: `from_pretrained` then needs `support=`. Their ids and vectors
-                are written all the same.
-            push_to_hub: upload as well, to `repo_id` (by default the directory's name).
-            **hub: as in the method `push_to_hub`.
-        """
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        # Beside its destination: a move within one file system is atomic.
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as made, self._lock:
-            partial = Path(made)
-            _saved.write(self, partial, include_support=include_support, repo_id=repo_id)
-            _saved.move_into_place(partial, folder)
-        if push_to_hub:
-            self.push_to_hub(repo_id or folder.resolve().name, include_support=include_support, **hub)
-        elif hub:
-            raise ValueError(f"{', '.join(hub)} only count with push_to_hub=True")
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        include_support: bool = True,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        commit_message: str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-    ) -> str:
-        """Upload to the Hub, in one commit that replaces an earlier retriever there.
-
-        The support set is uploaded with it: mind its licence, or pass `include_support=False`.
-
-        Args:
-            repo_id: "name" or "owner/name"; made where it is missing.
-            include_support: as in `save_pretrained`.
-            private: for a new repository; None: as the owner's settings have it.
-            token: None: that of `hf auth login`.
-            commit_message: a default where left out.
-            revision: branch to commit to; made where it is missing.
-            create_pr: open a pull request instead of committing.
-
-        Returns:
-            The address of the commit or pull request.
-        """
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        with tempfile.TemporaryDirectory() as made, self._lock:
-            _saved.write(self, Path(made), include_support=include_support, repo_id=repo_id)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=made,
-                commit_message=commit_message or "Upload a drum-hf retriever",
-                revision=revision,
-                create_pr=create_pr,
-                delete_patterns=[*(f"{name}/*" for name in _saved.FOLDERS), _saved.SUPPORT],
-            )
-        return commit.pr_url or commit.commit_url
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike[str],
-        *,
-        support: TripletTable | datasets.Dataset | Sequence[Mapping[str, Any]] | str | os.PathLike[str] | None = None,
-        base_model: str | os.PathLike[str] | None = None,
-        draft_lvlm: LVLM | None = None,
-        batch_size: int = 64,
-        device: str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        trust_remote_code: bool = False,
-    ) -> DemoRetriever:
-        """Load a retriever from a folder or the Hub: results are as before it was saved.
-
-        Args:
-            name_or_path: a folder, or a repository on the Hub.
-            support: another support set; it is embedded anew, unless it is the very one that was saved. Needed where
-                the retriever was saved without one.
-            base_model: where the base model of a LoRA encoder lies on this machine, or its name on the Hub, instead of
-                the one recorded; it is recorded from then on. Left aside where the encoder was saved whole.
-            draft_lvlm, batch_size, device: as in the class.
-            revision: branch, tag or commit on the Hub.
-            token, cache_dir, local_files_only, force_download: as everywhere on the Hub.
-            trust_remote_code: run code from the base model's repository. Nothing needs it.
-
-        Raises:
-            SavedFileError: there is no such folder or repository; a file is missing, altered, or of another format
-                version; or the files don't fit one another.
-            DimensionMismatchError: the index holds vectors of another width than the encoder's.
-        """
-        from .encoder import load_encoder
-
-        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = _saved.locate(name_or_path, revision=revision, force_download=force_download, **hub)
-        config = _saved.read_config(folder)
-        included = config["support"]["included"]
-        if support is None and not included:
-            raise SavedFileError(
-                f"{folder}: the retriever was saved without its {config['support']['rows']} demonstrations; "
-                "pass them with support="
-            )
-        table = TripletTable.load(folder / _saved.SUPPORT) if support is None else _table(support)
-        index = DemoIndex.load(folder / _saved.INDEX)
-        options: dict[str, Any] = {"base_model": base_model, "device": device, "trust_remote_code": trust_remote_code}
-        support_encoder = None
-        try:
-            encoder = load_encoder(folder / _saved.ENCODER, **options, **hub)
-            if config.get("support_encoder"):
-                support_encoder = load_encoder(folder / _saved.SUPPORT_ENCODER, **options, **hub)
-        except (OSError, ValueError, KeyError) as error:
-            needs, remedy = "", ""
-            if config["adapter"]:
-                needs = f", which needs its base model {os.fspath(base_model or config['base_model'])!r}"
-                remedy = "pass base_model= with where the base model lies on this machine, or "
-            raise SavedFileError(
-                f"{folder / _saved.ENCODER}: the encoder can't be loaded{needs} ({error}); {remedy}save the retriever "
-                "again"
-            ) from error
-        moved = bool(base_model and config["adapter"])  # the encoder then knows what it was loaded from
-        retriever = cls(
-            encoder,
-            table,
-            support_encoder=support_encoder,
-            index_kind=config["index"]["kind"],
-            index_options=config["index"]["options"],
-            draft_lvlm=draft_lvlm,
-            teacher=config["teacher"],
-            base_model=None if moved else config["base_model"],
-            base_revision=None if moved else config["base_revision"],
-            top_k=config["top_k"],
-            batch_size=batch_size,
-        )
-        retriever.card_data = config["card"]
-        width = encoder.get_embedding_dimension()
-        if index.dimension != width:
-            raise DimensionMismatchError(
-                f"{folder}: the index holds vectors of {index.dimension} dimensions, the encoder gives {width}: they "
-                "are not of one retriever; save it again"
-            )
-        if table.fingerprint == config["support"]["fingerprint"]:
-            if index.ids != table.ids:
-                raise SavedFileError(
-                    f"{folder / _saved.INDEX}: its {len(index)} ids are not those of the {len(table)} demonstrations; "
-                    "save the retriever again"
-                )
-            retriever._index = index
-        elif support is None:
-            raise SavedFileError(
-                f"{folder / _saved.SUPPORT}: it is not the table that {_saved.CONFIG} names; save it again"
-            )
-        else:
-            logger.info("the support set given is not the one saved: it is embedded when first needed")
-        return retriever
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lock": None}
 
@@ -756,9 +578,3 @@ def _refuse_other_encoders(encoder: Any) -> None:
             f"expected a SentenceTransformer whose one module is a JointEncoder, came a {type(encoder).__name__}"
             f"{came}; make it with drum_hf.encoder.build_encoder, or give DemoRetriever.from_encoder a checkpoint"
         )
-
-
-def _table(support: Any) -> TripletTable:
-    if isinstance(support, (str, os.PathLike)):
-        return load_table(support)
-    return TripletTable.from_dataset(support)

@@ -68,7 +68,17 @@ def test_an_experiment_writes_its_results_and_runs_again_for_nothing(tmp_path, c
     shown = [(r.query.id, tuple(d.id for d in r.demonstrations)) for r in lvlm.asked]
     assert len(shown) == len(set(shown))
 
-    assert DemoRetriever.from_pretrained(out / "retriever", device="cpu").teacher["name"] == "stub"
+    loaded = DemoRetriever.from_pretrained(out / "retriever", device="cpu")
+    assert loaded.teacher["name"] == "stub"
+    reported = {row["strategy"]: row for row in loaded.card_data["results"]}
+    label = results["metric_name"]
+    assert len(reported) == len(names) and [row["scored pairs"] for row in loaded.card_data["rounds"]] == [48, 96]
+    ours = 100 * results["strategies"]["drum"]["metric"]
+    assert loaded.card_data["rounds"][-1][label] == ours == loaded.card_data["model_index"][0]["value"]
+    assert loaded.plot == (out / "retriever" / "plot.png").read_bytes() and loaded.plot.startswith(b"\x89PNG")
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["data"] == {"support": support.fingerprint, "queries": queries.fingerprint}
+    assert manifest["seed"] == SETTINGS.seed and manifest["lvlm"]["fingerprint"] == lvlm.fingerprint
 
     again = StubLVLM()
     repeated = run_experiment(support, queries, lvlm=again, encoder=clip, task="vqa", out_dir=out, settings=SETTINGS)

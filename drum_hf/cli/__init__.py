@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import DrumError
-from . import _app, _bench, _data, _demo, _eval, _index, _score, _scores, _train, _tune
+from . import _app, _bench, _data, _demo, _eval, _index, _push, _score, _scores, _train, _tune
 
 __all__ = ["main"]
 
 logger = logging.getLogger("drum_hf")
 
-_VERBS = (_demo, _train, _score, _scores, _eval, _index, _tune, _bench, _data, _app)
+_VERBS = (_demo, _train, _score, _scores, _eval, _index, _push, _tune, _bench, _data, _app)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option.replace('_', '-')} is for a suite; give --suite NAME or FILE.yaml")
     from ..evaluation.report import format_table
     from ..experiment import evaluate_strategies
+    from ..manifest import manifest_beside
 
     retrievers = _load_retrievers(args.retriever, args.device)
     if args.data:
@@ -89,12 +90,13 @@ def run(args: argparse.Namespace) -> None:
         support, queries = next(iter(retrievers.values())).support, read_table(args.queries, args)
     else:
         raise ValueError("expected --data TABLE, or --retriever FOLDER with --queries TABLE; got neither")
+    lvlm = load_lvlm(args)
     results = evaluate_strategies(
         support,
         queries,
         names=args.strategies or ("zero-shot", "random", "sit+draft", "drum"),
         shots=args.shots or (4,),
-        lvlm=load_lvlm(args),
+        lvlm=lvlm,
         encoder=args.encoder,
         retriever=retrievers,
         task=args.task,
@@ -104,6 +106,9 @@ def run(args: argparse.Namespace) -> None:
         selector=args.selector,
     )
     write_json(args.json, results)
+    if args.json is not None:
+        data = {"support": support.fingerprint, "queries": queries.fingerprint}
+        manifest_beside(args.json, seed=0, data=data, lvlm=lvlm)
     sys.stdout.write(format_table(results) + "\n")
 
 

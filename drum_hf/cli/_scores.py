@@ -9,17 +9,21 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._push import hub_options
 from .options import load_lvlm, model_options
 
 if TYPE_CHECKING:
     from ..lvlm.store import ScoreStore
+    from ..lvlm.transfer import Exported
 
 __all__ = ["add", "run"]
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the verb, its own verbs and their options."""
-    parser = commands.add_parser("scores", help="look into a score store, export or import scores, clear it out")
+    parser = commands.add_parser(
+        "scores", help="look into a score store, export import, push or pull scores, clear it out"
+    )
     parser.set_defaults(run=run)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -41,6 +45,21 @@ def add(commands: argparse._SubParsersAction) -> None:
     # Without a name it is the store that says which LVLMs' scores are welcome; with one, that LVLM is loaded.
     fetch.set_defaults(lvlm=None)
 
+    push = verbs.add_parser("push", help="upload scores to a data set repository on the Hub")
+    push.add_argument("store", type=Path, metavar="STORE")
+    push.add_argument("repo", metavar="REPO", help="name or owner/name; made where it is missing")
+    push.add_argument("--fingerprint", nargs="+", metavar="F", help="only of these LVLMs; a beginning will do")
+    push.add_argument("--lvlm", nargs="+", metavar="NAME", help="only of LVLMs recorded under these names")
+    hub_options(push)
+
+    pull = verbs.add_parser("pull", help="take the scores of a data set repository on the Hub into a store")
+    pull.add_argument("repo", metavar="REPO")
+    pull.add_argument("store", type=Path, metavar="STORE")
+    pull.add_argument("--any-lvlm", action="store_true", help="also scores of LVLMs that the store has none of")
+    hub_options(pull, push=False)
+    model_options(pull, encoder=False)
+    pull.set_defaults(lvlm=None)
+
     collect = verbs.add_parser("gc", help="remove scores that are no longer wanted, and give the room back")
     collect.add_argument("store", type=Path, metavar="STORE")
     which = collect.add_mutually_exclusive_group()
@@ -56,19 +75,22 @@ def run(args: argparse.Namespace) -> None:
     """Carry it out."""
     from ..lvlm.store import ScoreStore
 
+    takes = args.verb in ("import", "pull")
     needed = args.file if args.verb == "import" else args.store  # opening a store that is not there makes an empty one
-    if not needed.exists():
+    if args.verb != "pull" and not needed.exists():
         raise ValueError(f"expected a file of scores, there is no {needed}")
-    if args.verb == "import" and args.lvlm and args.any_lvlm:
+    if takes and args.lvlm and args.any_lvlm:
         raise ValueError("expected --lvlm or --any-lvlm, got both")
-    lvlm = load_lvlm(args) if args.verb == "import" and args.lvlm else None
+    lvlm = load_lvlm(args) if takes and args.lvlm else None
     with ScoreStore(args.store) as store:
         if args.verb == "stats":
             _stats(store, args)
         elif args.verb == "export":
             _export(store, args)
-        elif args.verb == "import":
-            _import(store, lvlm, args)
+        elif args.verb == "push":
+            _push_scores(store, args)
+        elif takes:
+            _take(store, lvlm, args)
         else:
             _collect(store, args)
 
@@ -93,6 +115,29 @@ def _stats(store: ScoreStore, args: argparse.Namespace) -> None:
 def _export(store: ScoreStore, args: argparse.Namespace) -> None:
     from ..lvlm.transfer import export_scores
 
+    chosen = _chosen(store, args)
+    done = export_scores(store, args.file, fingerprints=chosen, progress=True)
+    _say(done, str(args.file))
+
+
+def _push_scores(store: ScoreStore, args: argparse.Namespace) -> None:
+    from ..lvlm.hub import push_scores
+
+    url, done = push_scores(
+        store,
+        args.repo,
+        fingerprints=_chosen(store, args),
+        private=args.private,
+        commit_message=args.commit_message,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        progress=True,
+    )
+    _say(done, url)
+
+
+def _chosen(store: ScoreStore, args: argparse.Namespace) -> list[str] | None:
+    """Fingerprints of the LVLMs that --fingerprint and --lvlm name; None: all."""
     chosen: list[str] | None = None
     if args.fingerprint or args.lvlm:
         identities = store.identities()
@@ -104,16 +149,25 @@ def _export(store: ScoreStore, args: argparse.Namespace) -> None:
                 raise ValueError(f"{store.path} has no scores recorded under {name!r}; it has {', '.join(names)}")
             chosen += found
         chosen = list(dict.fromkeys(chosen))
-    done = export_scores(store, args.file, fingerprints=chosen, progress=True)
-    sys.stdout.write(f"{done.scores} scores and {done.texts} generations in {args.file}, {_size(done.bytes)}\n")
+    return chosen
+
+
+def _say(done: Exported, where: str) -> None:
+    sys.stdout.write(f"{done.scores} scores and {done.texts} generations in {where}, {_size(done.bytes)}\n")
     if done.left_out:
         sys.stdout.write(f"{done.left_out} left out: the store does not know what they are made of\n")
 
 
-def _import(store: ScoreStore, lvlm: Any, args: argparse.Namespace) -> None:
-    from ..lvlm.transfer import import_scores
+def _take(store: ScoreStore, lvlm: Any, args: argparse.Namespace) -> None:
+    how: dict[str, Any] = {"lvlm": lvlm, "any_lvlm": args.any_lvlm, "progress": True}
+    if args.verb == "pull":
+        from ..lvlm.hub import pull_scores
 
-    merged = import_scores(args.file, store, lvlm=lvlm, any_lvlm=args.any_lvlm, progress=True)
+        merged = pull_scores(args.repo, store, revision=args.revision, **how)
+    else:
+        from ..lvlm.transfer import import_scores
+
+        merged = import_scores(args.file, store, **how)
     sys.stdout.write(f"{merged.new} new, {merged.known} known before, in {store.path}\n")
     if merged.conflicts:
         sys.stdout.write(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
     """Carry it out."""
     with joined() as processes:
         from ..experiment import training_arguments
+        from ..manifest import write_manifest
         from ..retriever import DemoRetriever
         from ..training import DrumTrainer
 
@@ -88,6 +90,8 @@ def run(args: argparse.Namespace) -> None:
         if not processes.is_main:
             return
         retriever.save_pretrained(args.out / "retriever")
+        data = {"support": support.fingerprint} | ({"queries": queries.fingerprint} if queries else {})
+        write_manifest(args.out, seed=settings.seed, data=data, lvlm=lvlm, settings=dataclasses.asdict(settings))
         sys.stdout.write(f"{retriever!r}\nsaved to {args.out / 'retriever'}; {len(trainer.table)} scored pairs\n")
         if args.push_to_hub:
             sys.stdout.write(f"uploaded: {retriever.push_to_hub(args.push_to_hub)}\n")

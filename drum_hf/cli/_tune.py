@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import tempfile
 from pathlib import Path
@@ -42,6 +43,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     """Carry it out."""
     with joined() as processes, tempfile.TemporaryDirectory() as nowhere:
+        from ..manifest import write_manifest
         from ..tuning import ICLTuner, TuningConfig
         from ..tuning.sampling import Mixed
 
@@ -72,6 +74,16 @@ def run(args: argparse.Namespace) -> None:
         if not processes.is_main:
             return
         tuner.save_pretrained(args.out, merged=args.merged)
+        write_manifest(
+            args.out,
+            seed=config.seed,
+            data={
+                "configuration": hashlib.sha256(args.config.read_bytes()).hexdigest()[:32],
+                "mix": found.report.to_dict(),
+            },
+            lvlm={"name": tuner.base_model, "revision": tuner.base_revision},
+            settings=dict(config.tuning),
+        )
         losses = {
             "train": output.training_loss,
             "eval_before": before.get("eval_loss"),

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ImageError, SavedFileError
 from ..types import content_key
 from ._columns import COLUMNS
-from ._images import CHUNK, image_dataset
+from ._images import CHUNK, image_column, image_dataset
 from ._rows import Record
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-_FORMAT_VERSION = 1
+#: 2 has names of image files in place of their bytes; it is written only where that was asked for.
+_FORMAT_VERSION, _BY_REFERENCE = 1, 2
 _FILE_NAME = "triplets.parquet"
 
 
@@ -27,24 +28,38 @@ def table_file(path: str | os.PathLike[str]) -> Path:
     return file if file.suffix == ".parquet" else file / _FILE_NAME
 
 
-def write_table(file: Path, records: Sequence[Record], images: datasets.Dataset, *, fingerprint: str) -> None:
+def write_table(
+    file: Path,
+    records: Sequence[Record],
+    images: datasets.Dataset,
+    *,
+    fingerprint: str,
+    references: Sequence[str | None] | None = None,
+) -> None:
+    """Write a table; with `references`, the images' names relative to a folder in place of their bytes."""
     import pyarrow.parquet as pq
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    schema = _schema(fingerprint)
+    schema = _schema(fingerprint, by_reference=references is not None)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         with pq.ParquetWriter(partial, schema) as writer:
             for start in range(0, len(records), CHUNK):
                 chunk = slice(start, start + CHUNK)
-                writer.write_table(_arrow(records[chunk], images[chunk]["image"], schema))
+                if references is None:
+                    stored = map(_whole_image, records[chunk], images[chunk]["image"])
+                else:
+                    stored = (name and {"bytes": None, "path": name} for name in references[chunk])  # type: ignore
+                writer.write_table(_arrow(records[chunk], stored, schema))
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def read_table(file: Path) -> tuple[list[Record], datasets.Dataset, str | None]:
-    """Records, undecoded images, and the fingerprint that `write_table` was given."""
+def read_table(
+    file: Path, image_root: str | os.PathLike[str] | None = None
+) -> tuple[list[Record], datasets.Dataset, str | None, bool]:
+    """Records, undecoded images, the fingerprint that `write_table` was given, and whether images are references."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -55,25 +70,88 @@ def read_table(file: Path) -> tuple[list[Record], datasets.Dataset, str | None]:
     except (pa.ArrowException, OSError, ValueError) as error:
         raise altered(file, f"found one that parquet can't read, cut short perhaps ({error})") from error
     about = saved_about(table.schema)
-    if about.get("format_version") != _FORMAT_VERSION:
-        raise altered(file, f"format version {_FORMAT_VERSION}, found {about.get('format_version', 'none')}")
+    if about.get("format_version") not in (_FORMAT_VERSION, _BY_REFERENCE):
+        raise altered(
+            file, f"format version {_FORMAT_VERSION} or {_BY_REFERENCE}, found {about.get('format_version', 'none')}"
+        )
     expected = _schema()
     if [(f.name, f.type) for f in table.schema] != [(f.name, f.type) for f in expected]:
         columns = ", ".join(expected.names)
         raise altered(file, f"with the columns {columns}, found {', '.join(table.schema.names)}")
-    has_bytes = [
-        valid for chunk in table["image"].chunks for valid in pc.struct_field(chunk, "bytes").is_valid().to_pylist()
+    by_reference = about["format_version"] == _BY_REFERENCE
+    kept = "path" if by_reference else "bytes"
+    has_image = [
+        valid for chunk in table["image"].chunks for valid in pc.struct_field(chunk, kept).is_valid().to_pylist()
     ]
     records = []
     for row, values in enumerate(table.drop_columns(["image"]).to_pylist()):
         record = _saved_record(values)
-        if record is None or has_bytes[row] != bool(record.image_key):
+        if record is None or has_image[row] != bool(record.image_key):
             raise altered(file, f"found row {row} (id {values['id']!r}) altered: its hash is of other content")
         records.append(record)
     if len({record.id for record in records}) < len(records):
         raise altered(file, "found an id twice")
-    images = image_dataset(table["image"], fingerprint=content_key(*(record.key for record in records)))
-    return records, images, about.get("fingerprint")
+    column = table["image"]
+    if by_reference:
+        column = image_column(_referred(file, column, image_root))
+    images = image_dataset(column, fingerprint=content_key(*(record.key for record in records)))
+    return records, images, about.get("fingerprint"), by_reference
+
+
+def image_references(
+    records: Sequence[Record], images: datasets.Dataset, image_root: str | os.PathLike[str] | None
+) -> list[str | None]:
+    """Each row's image as a name relative to `image_root`, or to the innermost folder that holds them all.
+
+    Raises:
+        ImageError: an image is not a file, or lies outside the folder.
+    """
+    paths: list[str | None] = []
+    for record, source in zip(records, images["image"], strict=True):
+        found = source["path"] if record.image_key and source["bytes"] is None else None
+        if record.image_key and not found:
+            raise ImageError(
+                f"id {record.id!r}, column 'image': expected an image file to refer to, the table holds the picture "
+                "itself; save with images='embedded', or make the table from paths"
+            )
+        paths.append(os.path.abspath(found) if found else None)
+    folders = {os.path.dirname(path) for path in paths if path}
+    root = os.path.abspath(image_root) if image_root is not None else os.path.commonpath(folders) if folders else ""
+    named = [Path(path).relative_to(root).as_posix() if path and _is_in(path, root) else None for path in paths]
+    for record, path, name in zip(records, paths, named, strict=True):
+        if path and name is None:
+            raise ImageError(f"id {record.id!r}, column 'image': {path} is not in image_root {root}; give its folder")
+    return named
+
+
+def _is_in(path: str, root: str) -> bool:
+    return os.path.commonpath([path, root]) == root
+
+
+def _referred(
+    file: Path, column: pa.ChunkedArray, image_root: str | os.PathLike[str] | None
+) -> list[dict[str, Any] | None]:
+    """The images as paths on this machine, each of which is a file in `image_root`."""
+    names = [image and image["path"] for image in column.to_pylist()]
+    first = next((name for name in names if name), None)
+    if first is not None and image_root is None:
+        raise SavedFileError(
+            f"{file}: its images are referred to, such as {first!r}, and not in it; pass image_root= with the folder "
+            "that holds them"
+        )
+    root = os.path.realpath(image_root or ".")
+    found: list[dict[str, Any] | None] = []
+    for name in names:
+        path = os.path.realpath(os.path.join(root, name)) if name else None
+        if path and not _is_in(path, root):
+            raise altered(file, f"found an image reference that leaves image_root: {name!r}")
+        if path and not os.path.isfile(path):
+            raise SavedFileError(
+                f"{file}: it refers to the image {name!r}, and there is no such file in {root}; pass image_root= with "
+                "the folder that holds it"
+            )
+        found.append({"bytes": None, "path": path} if path else None)
+    return found
 
 
 def altered(file: Path, problem: str) -> SavedFileError:
@@ -101,15 +179,17 @@ def read_parquet(file: Path) -> pa.Table:
         return pa.Table.from_batches(parquet.iter_batches(batch_size=CHUNK), schema=parquet.schema_arrow)
 
 
-def _schema(fingerprint: str = "") -> pa.Schema:
+def _schema(fingerprint: str = "", *, by_reference: bool = False) -> pa.Schema:
     import datasets
 
     text = datasets.Value("string")
     features: dict[str, Any] = dict.fromkeys((*COLUMNS, *map(_stored_name, Record._fields)), text)
     features |= {"image": datasets.Image(), "references": datasets.List(text)}
     schema = datasets.Features(features).arrow_schema
-    about = json.dumps({"format_version": _FORMAT_VERSION, "fingerprint": fingerprint})
-    return schema.with_metadata({**schema.metadata, b"drum_hf": about.encode()})
+    about: dict[str, Any] = {"format_version": _FORMAT_VERSION, "fingerprint": fingerprint}
+    if by_reference:  # a reader of version 1 would take the rows for altered
+        about |= {"format_version": _BY_REFERENCE, "images": "reference"}
+    return schema.with_metadata({**schema.metadata, b"drum_hf": json.dumps(about).encode()})
 
 
 def _stored_name(field: str) -> str:
@@ -117,13 +197,13 @@ def _stored_name(field: str) -> str:
     return f"_{field}" if field.endswith("key") else field
 
 
-def _arrow(records: Iterable[Record], sources: Iterable[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+def _arrow(records: Iterable[Record], images: Iterable[dict[str, Any] | None], schema: pa.Schema) -> pa.Table:
     import pyarrow as pa
 
     rows = []
-    for record, source in zip(records, sources, strict=True):
+    for record, image in zip(records, images, strict=True):
         row = {_stored_name(field): value for field, value in record._asdict().items()}
-        rows.append(row | {"image": _whole_image(record, source)})
+        rows.append(row | {"image": image})
     return pa.Table.from_pylist(rows, schema=schema)
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import DuplicateIdError, ImageError, LeakError, MissingIdError
-from ..types import Demonstration, Query, content_key
+from ..types import Demonstration, Query, content_key, image_key
 from ._columns import no_rows, open_columns
 from ._images import MAX_PIXELS, ImageCache, decode
 from ._rows import Record, check_rows, refuse_duplicate_ids, shorten
-from ._storage import altered, read_table, table_file, write_table
+from ._storage import altered, image_references, read_table, table_file, write_table
 
 if TYPE_CHECKING:
     import datasets
@@ -75,6 +75,7 @@ class TripletTable:
         self._records = list(records)
         self._images = images
         self._cache = ImageCache(cache_images)
+        self._by_reference = False  # images are files that the one who saved the table had, too
         self._rows = {record.id: row for row, record in enumerate(self._records)}
 
     @classmethod
@@ -266,36 +267,53 @@ class TripletTable:
                 f"the two tables share {len(shared)} ids: {shorten([repr(id) for id in shared])}; "
                 "drop them from one table with .without(ids), or give its rows other ids"
             )
-        return TripletTable(
+        table = TripletTable(
             self._records + other._records,
             datasets.concatenate_datasets([self._images, other._images]),
             max_pixels=max(self.max_pixels, other.max_pixels),
             cache_images=self._cache.limit,
         )
+        table._by_reference = self._by_reference or other._by_reference
+        return table
 
     # Files
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        images: Literal["embedded", "reference"] = "embedded",
+        image_root: str | os.PathLike[str] | None = None,
+    ) -> Path:
         """Write one parquet file that holds everything, images included, and opens anywhere (the Hub's viewer too).
 
         Images keep the bytes of the file they came from; those that came as PIL images are PNG.
 
         Args:
             path: a name ending in .parquet, or a folder, in which the file is called triplets.parquet.
+            images: "embedded", or by "reference": names of their files, and hashes of their pixels, in place of bytes.
+            image_root: the folder that references are relative to; None: the innermost that holds all images.
 
         Returns:
             The file written; it replaces an older one only when complete.
 
         Raises:
-            ImageError: an image file that the table refers to has gone since it was checked.
+            ImageError: an image file that the table refers to has gone since it was checked; or an image to be
+                referred to is not a file, or lies outside `image_root`.
         """
         file = table_file(path)
-        write_table(file, self._records, self._images, fingerprint=self.fingerprint)
+        names = image_references(self._records, self._images, image_root) if images == "reference" else None
+        write_table(file, self._records, self._images, fingerprint=self.fingerprint, references=names)
         return file
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS, cache_images: int = 256
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        image_root: str | os.PathLike[str] | None = None,
+        max_pixels: int = MAX_PIXELS,
+        cache_images: int = 256,
     ) -> TripletTable:
         """Read what `save` wrote: same ids, same hashes, pixel-equal images, held in memory as encoded bytes.
 
@@ -303,14 +321,18 @@ class TripletTable:
 
         Args:
             path: the file, or the folder it was saved in.
+            image_root: where the images lie of a table that was saved with references to them; their pixels are
+                compared with the hashes beside them when they are first read.
             max_pixels, cache_images: as in `from_dataset`.
 
         Raises:
-            SavedFileError: the file is missing, truncated, altered, or of another format version.
+            SavedFileError: the file is missing, truncated, altered, or of another format version; or an image that it
+                refers to is not in `image_root`.
         """
         file = table_file(path)
-        records, images, fingerprint = read_table(file)
+        records, images, fingerprint, by_reference = read_table(file, image_root)
         table = cls(records, images, max_pixels=max_pixels, cache_images=cache_images)
+        table._by_reference = by_reference
         if fingerprint != table.fingerprint:
             raise altered(file, "found rows or groups added, removed or moved since")
         return table
@@ -318,12 +340,14 @@ class TripletTable:
     # Inside
 
     def _take(self, rows: list[int]) -> TripletTable:
-        return TripletTable(
+        table = TripletTable(
             [self._records[row] for row in rows],
             self._images.select(rows),
             max_pixels=self.max_pixels,
             cache_images=self._cache.limit,
         )
+        table._by_reference = self._by_reference
+        return table
 
     def _demonstration(self, row: int) -> Demonstration:
         id, prompt, response, references, group, label, key, *_ = self._records[row]
@@ -339,6 +363,12 @@ class TripletTable:
                 image = decode(self._images[row]["image"], max_pixels=self.max_pixels)
             except ImageError as error:
                 raise ImageError(f"id {record.id!r}, {error}; it was readable when the table was made") from error
+            if self._by_reference and image_key(image) != record.image_key:
+                path = self._images[row]["image"]["path"]
+                raise ImageError(
+                    f"id {record.id!r}, column 'image': {path} shows another picture than when the table was saved; "
+                    "put the very file there, or make the table anew"
+                )
             self._cache.put(record.image_key, image)
         return image
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._compat import local_name, resolve_name
+from .._hub import commit_of
 from ..types import ICLRequest
 from ._answers import combine_answers, log_softmax, wanted_answers
 from ._fingerprint import Identity, describe
@@ -150,7 +151,7 @@ class TransformersLVLM:
             hub["revision"] = revision
         place = resolve_name(name_or_path)
         model: Any = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype, **hub, **model_kwargs)
-        commit = getattr(model.config, "_commit_hash", None)
+        commit = commit_of(place, revision=revision, cache_dir=cache_dir)
         processor = load_processor(place, model.config, **hub)
         if adapter is not None:
             from peft import PeftModel

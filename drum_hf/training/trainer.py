@@ -468,6 +468,7 @@ class DrumTrainer(SentenceTransformerTrainer):
                 "objective": self.args.objective,
                 "weighting": self.args.weighting if self.args.objective == "listwise" else None,
                 "company_rounds": min(self.args.company_rounds, self.args.rounds - 1),
+                "seed": self.args.seed,
             },
         )
         return output

@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import Trainer, TrainerCallback, set_seed
 
 from .._compat import local_name, resolve_name
+from .._hub import commit_of
 from ..data.episodes import Conversation, Mix, MixReport, check_disjoint
 from ..lvlm.local import TransformersLVLM
 from ..lvlm.processors import load_processor
@@ -123,17 +124,20 @@ class ICLTuner(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = args or ICLTuningArguments(output_dir="icl-tuning-output")
+        commit: str | None = None
         if isinstance(model, (str, os.PathLike)):
+            given, model_kwargs = model, dict(model_kwargs or {})
             model, processor, name = _load(
-                model, processor, args.full, revision, dtype, trust_remote_code, dict(model_kwargs or {})
+                model, processor, args.full, revision, dtype, trust_remote_code, model_kwargs
             )
+            commit = commit_of(resolve_name(given), revision=revision, cache_dir=model_kwargs.get("cache_dir"))
         else:
             if processor is None:
                 raise ValueError("expected the processor of a model that is given as such; pass processor=")
             name = local_name(getattr(model, "name_or_path", "") or type(model).__name__)
         #: What is tuned: folder or Hub id, and the commit it was at.
         self.base_model: str = name
-        self.base_revision: str | None = getattr(model.config, "_commit_hash", None)
+        self.base_revision: str | None = commit
         # The template is tried, the padding token set and the context measured as when the LVLM is used.
         lvlm = TransformersLVLM(
             model, processor, name=name, image_position=_position(args.image_position), system=args.system
