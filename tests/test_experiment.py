@@ -72,7 +72,7 @@ def test_an_experiment_writes_its_results_and_runs_again_for_nothing(tmp_path, c
     assert loaded.teacher["name"] == "stub"
     reported = {row["strategy"]: row for row in loaded.card_data["results"]}
     label = results["metric_name"]
-    assert len(reported) == len(names) and [row["scored pairs"] for row in loaded.card_data["rounds"]] == [48, 96]
+    assert len(reported) == len(names) and [row["scored pairs"] for row in loaded.card_data["rounds"]] == [48, 80]
     ours = 100 * results["strategies"]["drum"]["metric"]
     assert loaded.card_data["rounds"][-1][label] == ours == loaded.card_data["model_index"][0]["value"]
     assert loaded.plot == (out / "retriever" / "plot.png").read_bytes() and loaded.plot.startswith(b"\x89PNG")
