@@ -29,6 +29,8 @@ _MORE: dict[int, dict[str, type]] = {
 }
 #: Rows read at once, so that a large file is never in memory beside the index that is made of it.
 _BLOCK = 1 << 16
+#: How far a stored vector's length may be from 1. Half precision gets it right to 5e-4.
+_ROUNDING = 1e-2
 
 
 def write(
@@ -101,6 +103,8 @@ def reading(directory: str | os.PathLike[str]) -> Iterator[Saved]:
         for name in sorted(file.keys()):
             for block in saved.blocks(name):
                 digest.update(np.ascontiguousarray(block).data)
+                if name == "vectors" and block.dtype != np.uint8:
+                    _check_lengths(path, block)
         if digest.hexdigest() != meta["vectors_sha256"]:
             raise broken(path, f"its content is not what {META} was saved with")
         rows = sum(meta["batches"]) if saved.version == 1 else len(ids)
@@ -108,6 +112,14 @@ def reading(directory: str | os.PathLike[str]) -> Iterator[Saved]:
             fault = f"{len(ids)} ids ({len(set(ids))} unique) stand beside {len(groups)} groups and {rows} rows"
             raise broken(folder / META, fault)
         yield saved
+
+
+def _check_lengths(path: Path, block: np.ndarray) -> None:
+    """NaN, infinity and lengths that no unit vector has, even in half precision."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        lengths = np.linalg.norm(block.astype(np.float32), axis=1)
+    if not (np.abs(lengths - 1.0) < _ROUNDING).all():
+        raise broken(path, "its vectors are not all finite and of length 1")
 
 
 def broken(path: Path, fault: str) -> SavedFileError:
@@ -132,7 +144,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise broken(path, "the file is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise broken(path, f"the file can't be read as JSON ({error})") from error
     version = meta.get("format_version") if isinstance(meta, dict) else None
     if not isinstance(version, int) or version not in _MORE:

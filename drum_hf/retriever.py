@@ -663,7 +663,10 @@ class DemoRetriever:
                 trust_remote_code=trust_remote_code,
                 **hub,
             )
-        except (OSError, ValueError, KeyError) as error:
+        except BaseException as error:
+            # A file that is no model makes transformers raise nearly anything, and its tokenizers panic.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             needs, remedy = "", ""
             if config["adapter"]:
                 needs = f", which needs its base model {os.fspath(base_model or config['base_model'])!r}"
@@ -673,18 +676,21 @@ class DemoRetriever:
                 "again"
             ) from error
         moved = bool(base_model and config["adapter"])  # the encoder then knows what it was loaded from
-        retriever = cls(
-            encoder,
-            table,
-            index_kind=config["index"]["kind"],
-            index_options=config["index"]["options"],
-            draft_lvlm=draft_lvlm,
-            teacher=config["teacher"],
-            base_model=None if moved else config["base_model"],
-            base_revision=None if moved else config["base_revision"],
-            top_k=config["top_k"],
-            batch_size=batch_size,
-        )
+        made_of: dict[str, Any] = {
+            "base_model": None if moved else config["base_model"],
+            "base_revision": None if moved else config["base_revision"],
+            "teacher": config["teacher"],
+            "top_k": config["top_k"],
+        }
+        about = config["index"]
+        try:
+            made_of |= {"index_kind": about["kind"], "index_options": about["options"]}
+            DemoIndex(1, kind=about["kind"], **about["options"])
+        except (TypeError, ValueError) as error:
+            raise SavedFileError(
+                f"{folder / _saved.CONFIG}: its 'index' is none that can be made ({error}); save the retriever again"
+            ) from error
+        retriever = cls(encoder, table, draft_lvlm=draft_lvlm, batch_size=batch_size, **made_of)
         retriever.card_data = config["card"]
         width = encoder.get_embedding_dimension()
         if index.dimension != width:

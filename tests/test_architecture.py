@@ -17,6 +17,7 @@ ROOMS = (
     "errors",
     "types",
     "_compat",
+    "_files",
     "data",
     "encoder",
     "index",
@@ -45,7 +46,10 @@ PARTS = {
     "_pipeline_models": "pipelines",
 }
 #: Rooms that import less than the list lets them.
-NARROWER = {"model_card": set(), "playground": {"errors", "types", "_compat", "data", "lvlm", "tuning", "evaluation"}}
+NARROWER = {
+    "model_card": set(),
+    "playground": {"errors", "types", "_compat", "_files", "data", "lvlm", "tuning", "evaluation"},
+}
 #: Who may import the playground, which nothing but a demonstration of the library needs.
 PLAYGROUND_VISITORS = {"experiment", "bench", "cli"}
 

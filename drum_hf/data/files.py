@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
+from .._files import read_parquet
 from ..errors import ColumnError, EmptySupportError, SavedFileError
 from ..types import content_key
 from ._images import FORMATS
-from ._storage import read_parquet, saved_about
+from ._storage import saved_about
 from .triplets import MAX_PIXELS, TripletTable
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def which_split(path: Any, split: str | None, found: Sequence[str]) -> ValueErro
 def split_folder(folder: Path, split: str | None) -> Path:
     try:
         splits = json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SavedFileError(f"{folder / 'dataset_dict.json'}: expected a list of splits; save it again") from error
     if split is None and len(splits) == 1:
         split = splits[0]

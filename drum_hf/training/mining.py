@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from .._files import read_parquet
 from ..errors import ColumnError, MissingIdError, SavedFileError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from ..retriever import DemoRetriever
     from ..types import Query
 
@@ -139,8 +143,7 @@ class CandidateTable:
         import pyarrow.parquet as pq
 
         columns = list(zip(*self.rows(), strict=True)) or [()] * len(_COLUMNS)
-        types = (pa.string(), pa.string(), pa.float64(), pa.int32(), pa.int32())
-        table = pa.table({n: pa.array(c, t) for n, c, t in zip(_COLUMNS, columns, types, strict=True)})
+        table = pa.table([pa.array(c, t) for c, t in zip(columns, _schema().types, strict=True)], schema=_schema())
         state = json.dumps({"format_version": 1, "rounds": self.rounds, "query_ids": self.query_ids})
         part = Path(path).with_suffix(".part")
         pq.write_table(table.replace_schema_metadata({"drum_hf": state}), part)
@@ -156,27 +159,48 @@ class CandidateTable:
         import json
 
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         remedy = "resume from another checkpoint, or train anew: the scores are still in the score store"
         try:
-            data = pq.read_table(path)
+            data = read_parquet(path)
             state = json.loads((data.schema.metadata or {})[b"drum_hf"])
-            if state["format_version"] != 1 or tuple(data.column_names) != _COLUMNS:
+            if state["format_version"] != 1 or not data.schema.equals(_schema()):
                 raise ColumnError(f"expected format 1 with columns {_COLUMNS}; got {data.column_names}")
-            table = cls(state["query_ids"])
-            for query_id, candidate, score, place, round_ in zip(*data.to_pydict().values(), strict=True):
+            table = cls(_checked_ids(state["query_ids"]))
+            table.rounds = state["rounds"]
+            if type(table.rounds) is not int or table.rounds < 0:
+                raise ValueError(f"its number of rounds is {table.rounds!r}")
+            pairs = set()
+            for row in zip(*data.to_pydict().values(), strict=True):
+                query_id, candidate, score, place, round_ = row
+                if None in row or not math.isfinite(score) or place < 0 or not 0 <= round_ < table.rounds:
+                    raise ValueError(f"no round can have left the row {row}")
+                pairs.add((query_id, candidate))
                 pool = table._pool(query_id)
                 pool.ids.append(candidate)
                 pool.scores.append(score)
                 pool.places.append(place)
                 pool.rounds.append(round_)
-            table.rounds = int(state["rounds"])
-        except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
+            if len(pairs) < len(table):
+                raise ValueError("a pair stands there twice")
+        except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, RecursionError) as error:
             raise SavedFileError(
                 f"expected a candidate table at {path}; reading it failed ({error}); {remedy}"
             ) from error
         return table
+
+
+def _schema() -> pa.Schema:
+    import pyarrow as pa
+
+    types = (pa.string(), pa.string(), pa.float64(), pa.int32(), pa.int32())
+    return pa.schema(list(zip(_COLUMNS, types, strict=True)))
+
+
+def _checked_ids(ids: object) -> list[str]:
+    if not isinstance(ids, list) or not all(isinstance(id, str) for id in ids) or len(set(ids)) < len(ids):
+        raise ValueError("its query ids are no list of different texts")
+    return ids
 
 
 def mine_candidates(
