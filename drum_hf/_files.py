@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-__all__ = ["check_size", "leads_outside", "read_batches", "read_parquet"]
+__all__ = ["check_size", "leads_outside", "read_batches", "read_parquet", "refuse_special"]
 
 #: Rows read together: an image column's batch then stays far below Arrow's 2 GB an array.
 _ROWS = 256
@@ -30,6 +30,12 @@ def leads_outside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) 
         return False
     at = next((i for i, part in reversed(list(enumerate(root.parts))) if part == "snapshots"), None)
     return at is None or not real.is_relative_to(Path(*root.parts[:at], "blobs"))
+
+
+def refuse_special(path: str | os.PathLike[str]) -> None:
+    """Raise OSError where a pipe, a device or a folder stands for a file: reading it might never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"{os.fspath(path)} is no file")
 
 
 def check_size(file: str | os.PathLike[str], parquet: pq.ParquetFile) -> int:
@@ -80,6 +86,7 @@ def read_parquet(file: str | os.PathLike[str]) -> pa.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    refuse_special(file)
     with pq.ParquetFile(os.fspath(file)) as parquet:
         table = pa.Table.from_batches(read_batches(file, parquet), schema=parquet.schema_arrow)
     table.validate(full=True)

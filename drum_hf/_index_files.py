@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ._files import refuse_special
 from ._index_faiss import CODES
 from .errors import SavedFileError
 
@@ -91,6 +92,7 @@ def reading(directory: str | os.PathLike[str]) -> Iterator[Saved]:
     meta = _read_meta(folder / META)
     path, ids, groups = folder / VECTORS, meta["ids"], meta["groups"]
     try:
+        refuse_special(path)
         file = safe_open(path, framework="numpy")
     except FileNotFoundError as error:
         raise broken(path, "the file is missing") from error
@@ -141,6 +143,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 def _read_meta(path: Path) -> dict[str, Any]:
     try:
+        refuse_special(path)
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise broken(path, "the file is missing") from error

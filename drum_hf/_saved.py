@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ._compat import resolve_name
-from ._files import leads_outside
+from ._files import leads_outside, refuse_special
 from .errors import SavedFileError
 from .model_card import render_card
 
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _FORMAT_VERSION = 1
-#: Part of a setting's name -> the most that it may be; "" for every other (a vocabulary has a million entries at most).
+#: Part of a setting's name -> the most that it may be; "" for every other (vocabularies have a million entries).
 _LARGEST = {
     "layers": 1 << 10,
     "height": 1 << 12,
@@ -142,6 +142,7 @@ def locate(name_or_path: str | os.PathLike[str], **hub: Any) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        refuse_special(path)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise SavedFileError(f"{path}: the file is missing: not a folder that save_pretrained wrote") from error

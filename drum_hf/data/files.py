@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-from .._files import read_parquet
+from .._files import read_parquet, refuse_special
 from ..errors import ColumnError, EmptySupportError, SavedFileError
 from ..types import content_key
 from ._images import FORMATS
@@ -239,6 +239,7 @@ def _is_triplet_file(file: Path) -> bool:
     import pyarrow.parquet as pq
 
     try:
+        refuse_special(file)
         return bool(saved_about(pq.read_schema(file)))
     except (pa.ArrowException, OSError, ValueError):
         return False  # reading it will say what is wrong
@@ -340,6 +341,8 @@ def read_saved_dataset(folder: Path) -> datasets.Dataset:
     import pyarrow as pa
 
     try:
+        for file in folder.iterdir():
+            refuse_special(file)
         return datasets.Dataset.load_from_disk(str(folder))
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise SavedFileError(

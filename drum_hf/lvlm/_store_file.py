@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from .._files import refuse_special
 from ..errors import SavedFileError
 
 __all__ = ["StoreFile", "transaction"]
@@ -86,6 +87,8 @@ class StoreFile:
             with self._named("making its folder"):
                 Path(self.path).parent.mkdir(parents=True, exist_ok=True)
         with self._named("opening it"):
+            if self.path != ":memory:":
+                refuse_special(self.path)
             connection = sqlite3.connect(
                 self.path, timeout=self.timeout, isolation_level=None, check_same_thread=False
             )

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._files import check_size, read_batches
+from .._files import check_size, read_batches, refuse_special
 from ..errors import NonFiniteScoreError, SavedFileError
 from ..types import LVLM
 from ._fingerprint import differences
@@ -225,6 +225,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[pq.ParquetFile, dict
 
     with contextlib.ExitStack() as stack:
         try:
+            refuse_special(path)
             file = stack.enter_context(pq.ParquetFile(os.fspath(path)))
             check_size(path, file)
             about = json.loads((file.schema_arrow.metadata or {})[_ABOUT])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._files import read_parquet
+from .._files import read_parquet, refuse_special
 from ..data import episodes as data
 from ..errors import SavedFileError
 
@@ -111,6 +111,7 @@ difficulty; came 'wieght'
 
         path = Path(path)
         try:
+            refuse_special(path)
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         # A value that is not what its tag says makes the parser raise nearly anything.
         except (OSError, yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -225,6 +226,7 @@ def _rows(path: Path) -> Any:
     try:
         if path.suffix == ".parquet":
             return datasets.Dataset(read_parquet(path))
+        refuse_special(path)
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
             return list(csv.DictReader(text.splitlines()))

@@ -20,7 +20,7 @@ from pathlib import Path
 from .artefacts import ARTEFACTS, picture
 
 #: Seconds that one load may take.
-PATIENCE = 30.0
+PATIENCE = 60.0
 HERE = Path(__file__).resolve().parents[2]
 
 
@@ -42,7 +42,7 @@ class Worker:
             cwd=HERE,
         )
         self.left = b""
-        if self.line(300.0) != "ready":
+        if self.line(600.0) != "ready":
             tail = (self.work / "stderr.txt").read_text(errors="replace")[-2000:]
             raise RuntimeError(f"the worker did not start:\n{tail}")
 
@@ -68,6 +68,7 @@ class Worker:
         if line is not None:
             return tuple(json.loads(line)[2:])  # type: ignore[return-value]
         status = self.process.poll()
+        sys.stdout.write(f"{kind} {seed}: the worker is gone ({status})\n")
         self.close()
         self.start()
         return "?", f"FAULT no answer in {PATIENCE:.0f} s" if status is None else f"FAULT died with status {status}"

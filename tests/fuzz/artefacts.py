@@ -303,7 +303,7 @@ def _make_mix(folder: Path) -> None:
     concepts = [{"image": f"words/red/{i}.png", "colour": f"c{i % 2}"} for i in range(4)]
     lines = ["image,colour", *(f"{row['image']},{row['colour']}" for row in concepts)]
     (folder / "concepts.csv").write_text("\n".join(lines))
-    bench = [{"question": "which?", "choice_a": "a", "choice_b": "b", "choice_c": "c", "choice_d": "d", "answer": "A",
+    bench = [{"question": "which?", "choice_a": "a", "choice_b": "b", "choice_c": "c", "choice_d": "d", "answer": "AB"[i // 2],
               "question_type_id": 1 + i % 2, "data_id": f"words/blue/{i}.png"} for i in range(4)]  # fmt: skip
     (folder / "seed.json").write_text(json.dumps({"questions": bench}))
     config = {
@@ -321,7 +321,7 @@ def _make_mix(folder: Path) -> None:
             },
         ],
         "curriculum": [{"shots": [0, 1], "replay": 0.2}, {"shots": [0, 2], "forms": ["open"]}],
-        "tuning": {"conversations": 8, "learning_rate": "1e-2", "max_steps": 4},
+        "tuning": {"conversations": 8, "learning_rate": "1e-2"},
         "seed": 3,
     }
     (folder / "mix.yaml").write_text(yaml.safe_dump(config))
@@ -342,8 +342,12 @@ ARTEFACTS: dict[str, Artefact] = {
     "retriever-lora": Artefact(_make_retriever(True), _read_retriever, _sign_retriever, True, share=0.35),
     "index-flat": Artefact(_make_index(), _read_index, _sign_index, sealed=True),
     "index-hnsw": Artefact(_make_index(kind="hnsw", hnsw_m=4), _read_index, _sign_index, sealed=True),
-    "index-hnsw-int8": Artefact(_make_index(kind="hnsw", storage="int8", hnsw_m=4), _read_index, _sign_index, sealed=True),
-    "index-ivfpq": Artefact(_make_index(kind="ivfpq", storage="float16", pq_bytes=4), _read_index, _sign_index, sealed=True),
+    "index-hnsw-int8": Artefact(
+        _make_index(kind="hnsw", storage="int8", hnsw_m=4), _read_index, _sign_index, sealed=True
+    ),
+    "index-ivfpq": Artefact(
+        _make_index(kind="ivfpq", storage="float16", pq_bytes=4), _read_index, _sign_index, sealed=True
+    ),
     "store": Artefact(_make_store, _read_store, share=2.0),
     "export": Artefact(_make_export, _read_export),
     "candidates": Artefact(_make_candidates, _read_candidates),

@@ -77,6 +77,7 @@ def main() -> None:
             folder.mkdir(parents=True)
             ARTEFACTS[kind].make(folder)
         copy = work / "trial"
+        shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(folder, copy)
         pristine[kind] = folder, ARTEFACTS[kind].read(copy)
         shutil.rmtree(copy)
