@@ -317,6 +317,7 @@ def _make_mix(folder: Path) -> None:
                 "name": "own",
                 "reader": "concepts",
                 "path": "concepts.csv",
+                "episodes": {"shots": [0, 1]},
                 "options": {"concepts": {"colour": "colour"}},
             },
         ],

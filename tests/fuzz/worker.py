@@ -97,7 +97,8 @@ def main() -> None:
         try:
             what = mutate(folder, chance, secret, mark)
             signed = False
-            if ARTEFACTS[kind].sign is not None and chance.random() < 0.8:
+            plain = all(path.is_file() or path.is_dir() for path in folder.rglob("*"))  # a pipe can't be signed
+            if ARTEFACTS[kind].sign is not None and plain and chance.random() < 0.8:
                 try:
                     ARTEFACTS[kind].sign(folder)  # type: ignore[misc]
                     signed = True
