@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-__all__ = ["check_size", "leads_outside", "read_batches", "read_parquet", "refuse_special"]
+__all__ = ["check_size", "leads_outside", "plain_schema", "read_batches", "read_parquet", "refuse_special"]
 
 #: Rows read together: an image column's batch then stays far below Arrow's 2 GB an array.
 _ROWS = 256
@@ -30,6 +30,14 @@ def leads_outside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) 
         return False
     at = next((i for i, part in reversed(list(enumerate(root.parts))) if part == "snapshots"), None)
     return at is None or not real.is_relative_to(Path(*root.parts[:at], "blobs"))
+
+
+def plain_schema(parquet: pq.ParquetFile) -> pa.Schema:
+    """The file's columns as its rows hold them: a dictionary would hide how much its rows take, one by one."""
+    import pyarrow as pa
+
+    fields = [f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in parquet.schema_arrow]
+    return pa.schema(fields, metadata=parquet.schema_arrow.metadata)
 
 
 def refuse_special(path: str | os.PathLike[str]) -> None:
@@ -70,7 +78,9 @@ def read_batches(
     # One value may stand, compressed to nearly nothing, in every row of a batch.
     rows = max(1, min(_ROWS, most // max([1, *sizes])))
     read = 0
+    schema = plain_schema(parquet)
     for batch in parquet.iter_batches(batch_size=rows, row_groups=groups):
+        batch = batch.cast(schema)
         read += batch.nbytes
         if read > most:
             raise _swells(file, most)
@@ -88,7 +98,7 @@ def read_parquet(file: str | os.PathLike[str]) -> pa.Table:
 
     refuse_special(file)
     with pq.ParquetFile(os.fspath(file)) as parquet:
-        table = pa.Table.from_batches(read_batches(file, parquet), schema=parquet.schema_arrow)
+        table = pa.Table.from_batches(read_batches(file, parquet), schema=plain_schema(parquet))
     table.validate(full=True)
     return table
 

@@ -167,6 +167,9 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 
 def _check_vectors(path: Path, file: Any, meta: dict[str, Any]) -> None:
+    flat = [name for name in file.keys() if not file.get_slice(name).get_shape()]  # noqa: SIM118
+    if flat:
+        raise broken(path, f"its tensor {flat[0]!r} has no rows")
     wanted = CODES.get(meta.get("storage", "float32"), np.float32)
     names = {np.float32: "F32", np.float16: "F16", np.uint8: "U8"}
     shape = [len(meta["ids"]), meta["dimension"]]

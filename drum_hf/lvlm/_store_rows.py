@@ -19,6 +19,7 @@ __all__ = [
     "Sweep",
     "Table",
     "as_written",
+    "checked_name",
     "checked_value",
     "file_size",
     "insert",
@@ -156,12 +157,25 @@ def _read(connection: sqlite3.Connection, kind: Kind, condition: str, values: Se
             return None
         responses, weights, choices = (tuples[number] for number in others[:3])
         demonstrations = tuple([keys[number] for number in _unpack_shown(shown)])
-        return RequestParts(keys[query], demonstrations, responses, weights, choices, *others[3:])
+        made_of = RequestParts(keys[query], demonstrations, responses, weights, choices, *others[3:])
+        texts = (made_of.query, *demonstrations, *responses, *choices)
+        if not all(isinstance(each, str) for each in texts) or not all(isinstance(w, (int, float)) for w in weights):
+            raise ValueError("parts of other types")
+        limit = made_of.max_new_tokens
+        if limit is not None and not (isinstance(limit, int) and 0 <= limit < 1 << 31):
+            raise ValueError(f"a limit of {limit!r:.80} tokens")
+        return made_of
 
     return [
-        Entry(kind, checked_key(key), checked_value(kind, value), names[number], parts(*made_of))
+        Entry(kind, checked_key(key), checked_value(kind, value), checked_name(names[number]), parts(*made_of))
         for key, value, number, *made_of in rows
     ]
+
+
+def checked_name(name: Any) -> str:
+    if not isinstance(name, str):
+        raise ValueError(f"the fingerprint {name!r:.80}")
+    return name
 
 
 def checked_key(key: Any) -> bytes:

@@ -21,6 +21,7 @@ from ._store_rows import (
     Sweep,
     Table,
     as_written,
+    checked_name,
     checked_value,
     file_size,
     insert,
@@ -252,7 +253,7 @@ class ScoreStore(StoreFile):
         with self._use("reading it") as connection:
             rows = connection.execute("SELECT name, details FROM fingerprints ORDER BY number").fetchall()
             with as_written():
-                return {str(name): dict(json.loads(details)) if details else None for name, details in rows}
+                return {checked_name(name): dict(json.loads(details)) if details else None for name, details in rows}
 
     def stats(self) -> dict[str, Any]:
         """`scores` and `texts` (how many), `by_fingerprint` (both counts for each LVLM), `bytes` (of the file)."""

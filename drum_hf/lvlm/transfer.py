@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._files import check_size, read_batches, refuse_special
+from .._files import check_size, plain_schema, read_batches, refuse_special
 from ..errors import NonFiniteScoreError, SavedFileError
 from ..types import LVLM
 from ._fingerprint import differences
@@ -252,7 +252,7 @@ def _groups(path: str | os.PathLike[str], file: pq.ParquetFile) -> Iterator[list
     schema = _schema()
     for number in range(file.num_row_groups):
         try:
-            table = pa.Table.from_batches(read_batches(path, file, group=number), schema=file.schema_arrow)
+            table = pa.Table.from_batches(read_batches(path, file, group=number), schema=plain_schema(file))
             if table.column_names != schema.names:
                 raise ValueError(f"expected the columns {schema.names}, got {table.column_names}")
             table.validate(full=True)
