@@ -192,12 +192,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SavedFileError(f"{path}: the entry {wrong[0]!r} is missing or of another type; save the retriever again")
     needed = {f"{INDEX}/vectors.safetensors", f"{INDEX}/index.json", f"{ENCODER}/sentence_bert_config.json"}
     needed |= {SUPPORT} if config["support"]["included"] else set()
-    stray = sorted(_strays(folder, config["files"].keys()))
-    if stray:
-        raise SavedFileError(
-            f"{folder / stray[0]}: this file is none of those that {CONFIG} lists, or none that a retriever is made "
-            "of; remove it, or download the folder again"
-        )
     for name in sorted(needed | config["files"].keys()):
         if not _is_inside(name):
             raise SavedFileError(f"{path}: it lists {name!r}, which is not inside the folder; do not use this folder")
@@ -209,6 +203,12 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise SavedFileError(f"{file}: the file is missing; {remedy}")
         if config["files"].get(name) != checksum(file):
             raise SavedFileError(f"{file}: the file was altered since it was saved (its SHA-256 differs); {remedy}")
+    stray = sorted(_strays(folder, config["files"].keys()))
+    if stray:
+        raise SavedFileError(
+            f"{folder / stray[0]}: this file is none of those that {CONFIG} lists, or none that a retriever is made "
+            "of; remove it, or download the folder again"
+        )
     for name in ("config.json", "adapter_config.json", "processor_config.json", "preprocessor_config.json"):
         if f"{ENCODER}/{name}" in config["files"]:
             _check_sizes(folder / ENCODER / name, _read_json(folder / ENCODER / name))

@@ -115,7 +115,7 @@ def _load_dataset(folder: Path) -> Any:
     return _content(load_table(folder / "saved", image_root=folder))
 
 
-_FORMATS = {"png": {}, "jpg": {}, "gif": {}, "webp": {}, "tif": {"compression": "tiff_lzw"}, "bmp": {}, "ico": {},
+_FORMATS = {"png": {}, "jpg": {}, "gif": {}, "webp": {}, "tif": {}, "bmp": {}, "ico": {},
             "jp2": {}, "tga": {}, "ppm": {}, "avif": {}}  # fmt: skip
 
 
