@@ -36,6 +36,8 @@ _GROWTH = 4
 #: An int8 dimension's range is that of the first rows. Where these are fewer than so many, it is at least so many
 #: standard deviations of a random unit vector's entry (our choice; too wide a range costs recall).
 _ENOUGH, _DEVIATIONS = 10_000, 5.0
+#: An entry of a unit vector is in [-1, 1], so that a range has at most twice that extent; and a little for rounding.
+_WIDEST = 2.001
 
 
 class Flat:
@@ -194,8 +196,8 @@ class Flat:
         """
         if "ranges" in state:
             ranges = _checked(state, "ranges", np.float32, (2, self.dimension))
-            if not np.isfinite(ranges).all():
-                raise ValueError("'ranges' are not finite")
+            if not (np.abs(ranges) <= _WIDEST).all() or (ranges[1] < 0).any():
+                raise ValueError("'ranges' are none of unit vectors")
             self._set_ranges(ranges)
         if mapped is not None:
             if len(mapped) and not self.table.is_trained:
@@ -400,7 +402,10 @@ class Lists(Flat):
                 pointers = faiss.swig_ptr(ids), faiss.swig_ptr(chosen)
                 lists.invlists.add_entries(int(places[rows[0]]), len(rows), *pointers)
         lists.ntotal = size
-        self.lists, self.learned_from = lists, int(_checked(state, "learned_from", np.int64, (1,))[0])
+        learned_from = int(_checked(state, "learned_from", np.int64, (1,))[0])
+        if not 0 < learned_from <= size:
+            raise ValueError("'learned_from' is no number of rows that there were")
+        self.lists, self.learned_from = lists, learned_from
 
 
 def rebuilt(structure: Flat, rows: np.ndarray) -> Flat:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ._files import refuse_special
 from ._index_faiss import CODES
 from .errors import SavedFileError
 
@@ -30,6 +31,8 @@ _MORE: dict[int, dict[str, type]] = {
 _DTYPES = {np.float32: "F32", np.float16: "F16", np.uint8: "U8", np.int32: "I32", np.int64: "I64"}
 #: Rows read at once, so that a large file is never in memory beside the index that is made of it.
 _BLOCK = 1 << 16
+#: How far a stored vector's length may be from 1. Half precision gets it right to 5e-4.
+_ROUNDING = 1e-2
 
 
 def write(
@@ -118,6 +121,7 @@ def reading(directory: str | os.PathLike[str]) -> Iterator[Saved]:
     meta = _read_meta(folder / META)
     path, ids, groups = folder / VECTORS, meta["ids"], meta["groups"]
     try:
+        refuse_special(path)
         file = safe_open(path, framework="numpy")
     except FileNotFoundError as error:
         raise broken(path, "the file is missing") from error
@@ -126,17 +130,29 @@ def reading(directory: str | os.PathLike[str]) -> Iterator[Saved]:
     with file:
         saved = Saved(meta, file, path)
         _check_vectors(path, file, meta)
-        digest = hashlib.sha256()
+        digest, sound = hashlib.sha256(), True
         for name in sorted(file.keys()):
             for block in saved.blocks(name):
                 digest.update(np.ascontiguousarray(block).data)
+                sound = sound and (name != "vectors" or _are_unit(block))
         if digest.hexdigest() != meta["vectors_sha256"]:
             raise broken(path, f"its content is not what {META} was saved with")
+        if not sound:
+            raise broken(path, "its vectors are not all finite and of length 1")
         rows = sum(meta["batches"]) if saved.version == 1 else len(ids)
         if len(groups) != len(ids) or rows != len(ids) or len(set(ids)) != len(ids):
             fault = f"{len(ids)} ids ({len(set(ids))} unique) stand beside {len(groups)} groups and {rows} rows"
             raise broken(folder / META, fault)
         yield saved
+
+
+def _are_unit(block: np.ndarray) -> bool:
+    """Whether stored vectors are of unit length, as far as half precision goes; int8 is bounded by its ranges."""
+    if block.dtype == np.uint8:
+        return True
+    with np.errstate(over="ignore", invalid="ignore"):
+        lengths = np.linalg.norm(block.astype(np.float32), axis=1)
+    return bool((np.abs(lengths - 1.0) < _ROUNDING).all())
 
 
 def broken(path: Path, fault: str) -> SavedFileError:
@@ -158,10 +174,11 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 def _read_meta(path: Path) -> dict[str, Any]:
     try:
+        refuse_special(path)
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise broken(path, "the file is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise broken(path, f"the file can't be read as JSON ({error})") from error
     version = meta.get("format_version") if isinstance(meta, dict) else None
     if not isinstance(version, int) or version not in _MORE:
@@ -181,6 +198,9 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 
 def _check_vectors(path: Path, file: Any, meta: dict[str, Any]) -> None:
+    flat = [name for name in file.keys() if not file.get_slice(name).get_shape()]  # noqa: SIM118
+    if flat:
+        raise broken(path, f"its tensor {flat[0]!r} has no rows")
     wanted = CODES.get(meta.get("storage", "float32"), np.float32)
     names = {np.float32: "F32", np.float16: "F16", np.uint8: "U8"}
     shape = [len(meta["ids"]), meta["dimension"]]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import _hub
 from ._compat import resolve_name
+from ._files import leads_outside, refuse_special
 from .adapters import plain_copy
 from .errors import SavedFileError
 from .manifest import package_version, write_manifest
@@ -44,10 +45,22 @@ Images = Literal["embedded", "reference"]
 
 #: 1 always held the index, and a support set with its images in it.
 _FORMAT_VERSION = 2
+#: Part of a setting's name -> the most that it may be; "" for every other (vocabularies have a million entries).
+_LARGEST = {
+    "layers": 1 << 10,
+    "height": 1 << 12,
+    "width": 1 << 12,
+    "edge": 1 << 12,
+    "image_size": 1 << 12,
+    "": 1 << 24,
+}
+#: What an encoder and an index are saved as. None of it is a pickle, and torch would read one where it found one.
+_SUFFIXES = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja", ".md"})
 CONFIG, CARD, SUPPORT, ENCODER, INDEX = "drum_config.json", "README.md", "support.parquet", "encoder", "index"
 SUPPORT_ENCODER, PLOT = "support_encoder", "plot.png"
 #: What a folder consists of, the configuration and the card aside.
-PARTS = (ENCODER, SUPPORT_ENCODER, INDEX, SUPPORT, PLOT)
+_FOLDERS = (ENCODER, SUPPORT_ENCODER, INDEX)
+PARTS = (*_FOLDERS, SUPPORT, PLOT)
 #: By these sentence-transformers finds the encoder in the folder, which it takes for a model of one module.
 _MODULES, _ST_CONFIG = "modules.json", "config_sentence_transformers.json"
 
@@ -186,7 +199,7 @@ def _is_inside(name: Any) -> bool:
 
 def patterns(parts: Iterable[str]) -> list[str]:
     """What of a repository belongs to these of the `PARTS`."""
-    return [CONFIG, *(part if part in (SUPPORT, PLOT) else f"{part}/*" for part in parts)]
+    return [CONFIG, *(f"{part}/*" if part in _FOLDERS else part for part in parts)]
 
 
 def locate(name_or_path: str | os.PathLike[str], *, parts: Iterable[str] = PARTS, **hub: Any) -> Path:
@@ -204,10 +217,11 @@ def locate(name_or_path: str | os.PathLike[str], *, parts: Iterable[str] = PARTS
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        refuse_special(path)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise SavedFileError(f"{path}: the file is missing: not a folder that save_pretrained wrote") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SavedFileError(f"{path}: the file can't be read as JSON ({error}); save the retriever again") from error
     if not isinstance(content, dict):
         raise SavedFileError(
@@ -246,6 +260,8 @@ def read_config(folder: Path, *, parts: Iterable[str] = PARTS) -> dict[str, Any]
             for e, kind in entries.items()
             if key not in wrong and not isinstance(config[key].get(e), kind)
         ]
+    if not wrong and (isinstance(config["top_k"], bool) or config["top_k"] < 1):
+        wrong = ["top_k"]
     if wrong:
         raise SavedFileError(f"{path}: the entry {wrong[0]!r} is missing or of another type; save the retriever again")
     needed = {f"{ENCODER}/sentence_bert_config.json"}
@@ -260,10 +276,21 @@ def read_config(folder: Path, *, parts: Iterable[str] = PARTS) -> dict[str, Any]
             continue
         file = folder / name
         remedy = "download or copy the folder again, or save the retriever again"
+        if leads_outside(file, folder):
+            raise SavedFileError(f"{file}: a link that leads out of the folder; do not use this folder, or {remedy}")
         if not file.is_file():
             raise SavedFileError(f"{file}: the file is missing; {remedy}")
         if config["files"].get(name) != checksum(file):
             raise SavedFileError(f"{file}: the file was altered since it was saved (its SHA-256 differs); {remedy}")
+    stray = sorted(_strays(folder, config["files"].keys()))
+    if stray:
+        raise SavedFileError(
+            f"{folder / stray[0]}: this file is none of those that {CONFIG} lists, or none that a retriever is made "
+            "of; remove it, or download the folder again"
+        )
+    for name in ("config.json", "adapter_config.json", "processor_config.json", "preprocessor_config.json"):
+        if f"{ENCODER}/{name}" in config["files"]:
+            _check_sizes(folder / ENCODER / name, _read_json(folder / ENCODER / name))
     return config
 
 
@@ -278,3 +305,28 @@ def _brought_up_to_date(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     while version != _FORMAT_VERSION:
         config, version = _MIGRATIONS[version](config), version + 1
     return config | {"format_version": version}
+
+
+def _check_sizes(path: Path, content: Any, name: str = "") -> None:
+    """Refuse numbers that would have the loader make a model, or pictures, larger than any machine's memory."""
+    if isinstance(content, (dict, list)):
+        for key, value in content.items() if isinstance(content, dict) else ((name, value) for value in content):
+            _check_sizes(path, value, str(key))
+    elif isinstance(content, (int, float)):
+        most = next((limit for part, limit in _LARGEST.items() if part in name), _LARGEST[""])
+        if not abs(content) <= most:
+            raise SavedFileError(f"{path}: {name!r} is {content:.3g}, far beyond what any encoder has; do not use it")
+
+
+def _strays(folder: Path, listed: Collection[str]) -> Iterator[str]:
+    """Files that the loaders of encoder and index would read, though they were not saved as a part of them."""
+    for part in _FOLDERS:
+        for place, folders, files in os.walk(folder / part):
+            for name in (Path(place, file).relative_to(folder).as_posix() for file in files):
+                if not name.rpartition("/")[2].startswith(".") and name not in listed:
+                    yield name
+            if any(os.path.islink(os.path.join(place, inner)) for inner in folders):
+                yield Path(place).relative_to(folder).as_posix()
+    for name in listed:
+        if name.partition("/")[0] in _FOLDERS and PurePosixPath(name).suffix.lower() not in _SUFFIXES:
+            yield name

@@ -195,7 +195,10 @@ class Shared:
             encoder = load_encoder(folder / _saved.ENCODER, **options, **hub)
             if config.get("support_encoder"):
                 support_encoder = load_encoder(folder / _saved.SUPPORT_ENCODER, **options, **hub)
-        except (OSError, ValueError, KeyError) as error:
+        except BaseException as error:
+            # A file that is no model makes transformers raise nearly anything, and its tokenizers panic.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             needs, remedy = "", ""
             if config["adapter"]:
                 needs = f", which needs its base model {os.fspath(base_model or config['base_model'])!r}"
@@ -205,12 +208,19 @@ class Shared:
                 "again"
             ) from error
         moved = bool(base_model and config["adapter"])  # the encoder then knows what it was loaded from
+        about = config["index"]
+        try:
+            DemoIndex(1, kind=about["kind"], **about["options"])
+        except (TypeError, ValueError) as error:
+            raise SavedFileError(
+                f"{folder / _saved.CONFIG}: its 'index' is none that can be made ({error}); save the retriever again"
+            ) from error
         retriever = cls(
             encoder,  # type: ignore[call-arg]  # a DemoRetriever's
             table,
             support_encoder=support_encoder,
-            index_kind=config["index"]["kind"],
-            index_options=config["index"]["options"],
+            index_kind=about["kind"],
+            index_options=about["options"],
             draft_lvlm=draft_lvlm,
             teacher=config["teacher"],
             base_model=None if moved else config["base_model"],

@@ -28,6 +28,9 @@ __all__ = ["DemoIndex"]
 #: As they are saved, and what a save of format version 1 means that lacks them.
 _OPTIONS = {"hnsw_m": 32, "ef_construction": 200, "ef_search": 128, "pq_bytes": 64, "nprobe": 32, "refine": 128}
 
+#: Beyond these FAISS allocates or counts past what it can.
+_MOST = {"dimension": 1 << 20, "hnsw_m": 1 << 10}
+
 #: Two float32 dot products of unit vectors that differ by less may be one number, summed in another order.
 _ROUNDING = 2e-6
 #: Rows fetched beyond what was asked for, so that a tie at the end of the list can be seen.
@@ -107,9 +110,9 @@ class DemoIndex:
         numbers = {"hnsw_m": hnsw_m, "ef_construction": ef_construction, "ef_search": ef_search}
         numbers |= {"pq_bytes": pq_bytes, "nprobe": nprobe, "refine": refine}
         for name, value in {"dimension": dimension, **numbers}.items():
-            least = 2 if name == "hnsw_m" else 1
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-                raise ValueError(f"{name} is a whole number of at least {least}, got {value!r}")
+            least, most = 2 if name == "hnsw_m" else 1, _MOST.get(name, 1 << 24)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= most:
+                raise ValueError(f"{name} is a whole number from {least} to {most}, got {value!r}")
         self._dimension = int(dimension)
         self.kind, self.storage = kind, storage
         self.hnsw_m, self.ef_construction, self.ef_search = int(hnsw_m), int(ef_construction), int(ef_search)

@@ -20,6 +20,7 @@ ROOMS = (
     "_hub",
     "manifest",
     "model_card",
+    "_files",
     "data",
     "adapters",
     "encoder",
@@ -53,7 +54,10 @@ PARTS = {
     "_pipeline_models": "pipelines",
 }
 #: Rooms that import less than the list lets them.
-NARROWER = {"model_card": set(), "playground": {"errors", "types", "_compat", "data", "lvlm", "tuning", "evaluation"}}
+NARROWER = {
+    "model_card": set(),
+    "playground": {"errors", "types", "_compat", "_files", "data", "lvlm", "tuning", "evaluation"},
+}
 #: Who may import the playground, which nothing but a demonstration of the library needs.
 PLAYGROUND_VISITORS = {"experiment", "suite", "bench", "cli"}
 

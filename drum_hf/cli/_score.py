@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     with joined() as processes:
         from ..lvlm.store import ScoreStore
         from ..retriever import DemoRetriever
-        from ..training.pricing import plan_scores
+        from ..training.pricing import CALIBRATION, plan_scores
 
         support = read_table(args.data, args)
         if args.retriever:
@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
                 candidates=args.candidates,
                 choices=support.label_set if args.task == "classification" else (),
                 seed=args.seed,
+                calibrate=CALIBRATION if args.dry_run else 0,  # see DrumTrainer.mine
                 write_drafts=not args.dry_run,
                 processes=processes,
             )

@@ -6,22 +6,42 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._processes import joined
 from .options import data_options, load_lvlm, make_settings, model_options, read_table, training_options
 
 if TYPE_CHECKING:
+    from ..training import DrumTrainer
     from ..types import LVLM
 
 __all__ = ["add", "run"]
+
+#: Options that do not change what comes out; what the tables hold counts, not where they lie.
+_OUTSIDE = {
+    "run",
+    "command",
+    "quiet",
+    "out",
+    "data",
+    "queries",
+    "resume",
+    "restart",
+    "dry_run",
+    "push_to_hub",
+    "device",
+}
+_SILENT = _OUTSIDE | {"api_key_env", "concurrency", "max_requests", "max_tokens", "image_cache_dir"}
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the verb and its options."""
     parser = commands.add_parser("train", help="train a retriever for your LVLM and data")
     parser.add_argument("--out", type=Path, required=True, help="folder of the retriever, checkpoints and score store")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument(
+        "--resume", action="store_true", help="what happens anyway: the same command goes on from its last checkpoint"
+    )
+    parser.add_argument("--restart", action="store_true", help="forget the checkpoints in --out; scores are kept")
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -54,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
         from ..manifest import write_manifest
         from ..retriever import DemoRetriever
         from ..training import DrumTrainer
+        from ..training.checkpoints import same_run
 
         support = read_table(args.data, args)
         queries = read_table(args.queries, args) if args.queries else None
@@ -86,7 +107,9 @@ def run(args: argparse.Namespace) -> None:
             if processes.is_main:
                 sys.stdout.write(f"{plan.describe()}\n")
             return
-        trainer.train(resume_from_checkpoint=args.resume or None)
+        note = _settings(args, trainer)
+        found = processes.from_main(lambda: same_run(args.out / "training", note, anew=args.restart))
+        trainer.train(None if found is None else str(found))
         if not processes.is_main:
             return
         retriever.save_pretrained(args.out / "retriever")
@@ -95,6 +118,17 @@ def run(args: argparse.Namespace) -> None:
         sys.stdout.write(f"{retriever!r}\nsaved to {args.out / 'retriever'}; {len(trainer.table)} scored pairs\n")
         if args.push_to_hub:
             sys.stdout.write(f"uploaded: {retriever.push_to_hub(args.push_to_hub)}\n")
+
+
+def _settings(args: argparse.Namespace, trainer: DrumTrainer) -> dict[str, Any]:
+    """All that the outcome of the command depends on."""
+    given = {name: value for name, value in vars(args).items() if name not in _SILENT}
+    return {
+        **{name: str(value) if isinstance(value, Path) else value for name, value in given.items()},
+        "support": trainer.retriever.support.fingerprint,
+        "training queries": trainer.queries.fingerprint,
+        "LVLM": trainer.feedback.lvlm.fingerprint,
+    }
 
 
 def _quarter(lvlm: LVLM) -> LVLM:

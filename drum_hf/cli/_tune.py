@@ -27,7 +27,10 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="LVLM, sources, mix and arguments; docs/icl-tuning.md",
     )
     parser.add_argument("--out", type=Path, default=Path("icl-tuning"), help="folder of the result (%(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument(
+        "--resume", action="store_true", help="what happens anyway: the same command goes on from its last checkpoint"
+    )
+    parser.add_argument("--restart", action="store_true", help="forget the checkpoints in --out")
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -44,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
     """Carry it out."""
     with joined() as processes, tempfile.TemporaryDirectory() as nowhere:
         from ..manifest import write_manifest
+        from ..training.checkpoints import same_run
         from ..tuning import ICLTuner, TuningConfig
         from ..tuning.sampling import Mixed
 
@@ -69,7 +73,13 @@ def run(args: argparse.Namespace) -> None:
             write_json(args.json if processes.is_main else None, {"data": found.to_dict()})
             return
         before = tuner.evaluate() if tuner.eval_dataset is not None else {}
-        output = tuner.train(resume_from_checkpoint=args.resume or None)
+        note = {
+            "configuration": args.config.read_text(encoding="utf-8"),
+            "data": found.to_dict(),
+            "lengths": found.lengths,
+        }
+        last = processes.from_main(lambda: same_run(args.out / "training", note, anew=args.restart))
+        output = tuner.train(None if last is None else str(last))
         after = tuner.evaluate() if tuner.eval_dataset is not None else {}
         if not processes.is_main:
             return

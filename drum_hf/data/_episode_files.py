@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from .._files import refuse_special
 from ..errors import RowError, SavedFileError
 
 OnBadRows = Literal["raise", "skip"]
@@ -19,6 +20,7 @@ _BAR_FROM = 1000  # rows; a shorter check is over before a progress bar could be
 def read_json(path: str | os.PathLike[str], inside: str = "") -> list[Any]:
     path = Path(path)
     try:
+        refuse_special(path)
         text = path.read_text("utf-8-sig")
         lines = [line for line in text.split("\n") if line.strip()]
         data = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else json.loads(text)

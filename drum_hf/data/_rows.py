@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .._files import leads_outside
 from ..errors import DuplicateIdError, ImageError, RowError
 from ..types import content_key, image_key
 from ._columns import NamedClasses
@@ -190,15 +191,20 @@ class _RowCheck:
     def _resolve(self, path: str) -> str:
         if "://" in path:
             raise ImageError(f"column 'image': expected a local file, came the address {path!r}; download it first")
-        if self.root is None:
-            return os.path.abspath(path)
-        # By name only: a link that the folder's owner put there leads where its owner wants.
-        full = os.path.normpath(os.path.join(self.root, path))
-        if not Path(full).is_relative_to(self.root):
-            raise RowError(
-                f"column 'image': expected a path inside {self.root}, {path!r} leaves it; "
-                "pass image_root= with the folder that holds the images"
-            )
+        if "\0" in path:
+            raise ImageError(f"column 'image': expected a path, came {path!r}; correct it")
+        full = os.path.abspath(path) if self.root is None else os.path.normpath(os.path.join(self.root, path))
+        if self.root is not None:
+            leaves = "" if Path(full).is_relative_to(self.root) else "leaves it"
+            if not leaves and leads_outside(full, self.root):
+                leaves = "is a link that leaves it"
+            if leaves:
+                raise RowError(
+                    f"column 'image': expected a path inside {self.root}, {path!r} {leaves}; "
+                    "pass image_root= with the folder that holds the images"
+                )
+        if os.path.exists(full) and not os.path.isfile(full):  # a pipe would never end
+            raise ImageError(f"column 'image': expected a file, {path!r} is none; name the image")
         return full
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._files import read_parquet
 from ..errors import ImageError, SavedFileError
 from ..types import content_key
 from ._columns import COLUMNS
@@ -165,18 +166,9 @@ def saved_about(schema: pa.Schema) -> dict[str, Any]:
     """What `write_table` noted in the file's metadata; {} in a file that it didn't write."""
     try:
         about = json.loads((schema.metadata or {})[b"drum_hf"])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         return {}
     return about if isinstance(about, dict) else {}
-
-
-def read_parquet(file: Path) -> pa.Table:
-    """A parquet file in memory. In batches: Arrow can't read a struct column of over 2 GB in one piece."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(file) as parquet:
-        return pa.Table.from_batches(parquet.iter_batches(batch_size=CHUNK), schema=parquet.schema_arrow)
 
 
 def _schema(fingerprint: str = "", *, by_reference: bool = False) -> pa.Schema:

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
+from .._files import read_parquet, refuse_special
 from ..errors import ColumnError, EmptySupportError, SavedFileError
 from ..types import content_key
 from ._images import FORMATS
-from ._storage import read_parquet, saved_about
+from ._storage import saved_about
 from .triplets import MAX_PIXELS, TripletTable
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def which_split(path: Any, split: str | None, found: Sequence[str]) -> ValueErro
 def split_folder(folder: Path, split: str | None) -> Path:
     try:
         splits = json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SavedFileError(f"{folder / 'dataset_dict.json'}: expected a list of splits; save it again") from error
     if split is None and len(splits) == 1:
         split = splits[0]
@@ -238,6 +239,7 @@ def _is_triplet_file(file: Path) -> bool:
     import pyarrow.parquet as pq
 
     try:
+        refuse_special(file)
         return bool(saved_about(pq.read_schema(file)))
     except (pa.ArrowException, OSError, ValueError):
         return False  # reading it will say what is wrong
@@ -339,6 +341,8 @@ def read_saved_dataset(folder: Path) -> datasets.Dataset:
     import pyarrow as pa
 
     try:
+        for file in folder.iterdir():
+            refuse_special(file)
         return datasets.Dataset.load_from_disk(str(folder))
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise SavedFileError(

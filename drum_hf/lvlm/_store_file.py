@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from .._files import refuse_special
 from ..errors import SavedFileError
 
 __all__ = ["StoreFile", "transaction"]
@@ -43,6 +44,8 @@ _STEPS = (
 _FORMAT_VERSION = len(_STEPS)
 #: Files up to this size (bytes) are checked from end to end when they are opened.
 _CHECKED_SIZE = 64 << 20
+#: Longest text or blob that is read (bytes); the longest of ours are answers.
+_LONGEST = 64 << 20
 
 _REMEDIES = {
     sqlite3.SQLITE_NOTADB: "it is not a score store; give another path, or move the file away to start a new one",
@@ -84,6 +87,8 @@ class StoreFile:
             with self._named("making its folder"):
                 Path(self.path).parent.mkdir(parents=True, exist_ok=True)
         with self._named("opening it"):
+            if self.path != ":memory:":
+                refuse_special(self.path)
             connection = sqlite3.connect(
                 self.path, timeout=self.timeout, isolation_level=None, check_same_thread=False
             )
@@ -96,16 +101,21 @@ class StoreFile:
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         """Check the file before anything is changed in it; make its tables, or bring them up to date."""
+        # A stranger's file may come with SQL of its own, which reading or writing its tables would run.
+        connection.execute("PRAGMA trusted_schema = OFF")
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
         old = self._version(connection)
+        if old:
+            self._check_tables(connection, old)
         if self.path != ":memory:" and os.path.getsize(self.path) <= _CHECKED_SIZE:
             fault = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if fault != "ok":
                 raise SavedFileError(f"{self.path}: {' '.join(fault.split())}; {_REMEDIES[sqlite3.SQLITE_CORRUPT]}")
         if old < _FORMAT_VERSION:
             with transaction(connection):
-                for step in _STEPS[self._version(connection) :]:  # another process may have been faster
-                    for statement in step.strip().split(";\n"):
-                        connection.execute(statement)
+                _upgrade(
+                    connection, self._version(connection), _FORMAT_VERSION
+                )  # another process may have been faster
                 connection.execute("INSERT OR REPLACE INTO meta VALUES ('format_version', ?)", (str(_FORMAT_VERSION),))
         mode = self._write_ahead(connection)
         # With a write-ahead log, NORMAL can lose the last batches to a power cut, never to a kill, and stays sound.
@@ -129,6 +139,23 @@ class StoreFile:
             f"{self.path}: expected a format version of at most {_FORMAT_VERSION}, got {found[0] if found else None}; "
             "update drum-hf, or give another path"
         )
+
+    def _check_tables(self, connection: sqlite3.Connection, version: int) -> None:
+        own = connection.execute(
+            "SELECT type, name FROM sqlite_master WHERE type NOT IN ('table', 'index') OR (type = 'index' AND "
+            "sql IS NOT NULL) OR sql LIKE 'CREATE VIRTUAL%' LIMIT 1"
+        ).fetchone()
+        with contextlib.closing(sqlite3.connect(":memory:")) as sound:
+            _upgrade(sound, 0, version)
+            for table in ("meta", "fingerprints", "scores", "texts", "contents", "lists"):
+                columns = f"PRAGMA table_xinfo({table})"
+                if own is None and connection.execute(columns).fetchall() != sound.execute(columns).fetchall():
+                    own = ("table", table)
+        if own is not None:
+            raise SavedFileError(
+                f"{self.path}: its {own[0]} {own[1]!r} is none that drum-hf made; do not use this file, or export its "
+                "scores where it comes from and import them"
+            )
 
     def _write_ahead(self, connection: sqlite3.Connection) -> str:
         deadline = time.monotonic() + self.timeout
@@ -165,6 +192,12 @@ class StoreFile:
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CANTOPEN) & 0xFF
             remedy = _REMEDIES.get(code, "check the file, or move it away to start a new one")
             raise SavedFileError(f"{self.path}: {action} failed: {error}; {remedy}") from error
+
+
+def _upgrade(connection: sqlite3.Connection, old: int, new: int) -> None:
+    for step in _STEPS[old:new]:
+        for statement in step.strip().split(";\n"):
+            connection.execute(statement)
 
 
 @contextlib.contextmanager

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import sqlite3
 import struct
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from ._fingerprint import Kind, RequestParts
@@ -16,6 +18,9 @@ __all__ = [
     "Entry",
     "Sweep",
     "Table",
+    "as_written",
+    "checked_name",
+    "checked_value",
     "file_size",
     "insert",
     "look_up",
@@ -112,7 +117,29 @@ def look_up(connection: sqlite3.Connection, select: str, items: Sequence[Any]) -
 
 
 def read(connection: sqlite3.Connection, kind: Kind, condition: str, values: Sequence[Any]) -> list[Entry]:
-    """Entries of one kind under a condition; to be used within one transaction."""
+    """Entries of one kind under a condition; to be used within one transaction.
+
+    Raises:
+        sqlite3.DatabaseError: an entry is not what `insert` wrote.
+    """
+    with as_written():
+        return _read(connection, kind, condition, values)
+
+
+@contextlib.contextmanager
+def as_written() -> Iterator[None]:
+    """What is read must be as `insert` wrote it.
+
+    Raises:
+        sqlite3.DatabaseError: it is not.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError, struct.error) as error:
+        raise sqlite3.DatabaseError(f"an entry is not what drum-hf wrote ({error!r:.200})") from error
+
+
+def _read(connection: sqlite3.Connection, kind: Kind, condition: str, values: Sequence[Any]) -> list[Entry]:
     limit = ["max_new_tokens"] * (kind == "generate")
     columns = ", ".join(("key", "value", "fingerprint", *PARTS, *limit))
     rows = connection.execute(f"SELECT {columns} FROM {TABLES[kind]} WHERE {condition}", values).fetchall()
@@ -130,9 +157,42 @@ def read(connection: sqlite3.Connection, kind: Kind, condition: str, values: Seq
             return None
         responses, weights, choices = (tuples[number] for number in others[:3])
         demonstrations = tuple([keys[number] for number in _unpack_shown(shown)])
-        return RequestParts(keys[query], demonstrations, responses, weights, choices, *others[3:])
+        made_of = RequestParts(keys[query], demonstrations, responses, weights, choices, *others[3:])
+        texts = (made_of.query, *demonstrations, *responses, *choices)
+        if not all(isinstance(each, str) for each in texts) or not all(isinstance(w, (int, float)) for w in weights):
+            raise ValueError("parts of other types")
+        limit = made_of.max_new_tokens
+        if limit is not None and not (isinstance(limit, int) and 0 <= limit < 1 << 31):
+            raise ValueError(f"a limit of {limit!r:.80} tokens")
+        return made_of
 
-    return [Entry(kind, key, value, names[number], parts(*made_of)) for key, value, number, *made_of in rows]
+    return [
+        Entry(kind, checked_key(key), checked_value(kind, value), checked_name(names[number]), parts(*made_of))
+        for key, value, number, *made_of in rows
+    ]
+
+
+def checked_name(name: Any) -> str:
+    if not isinstance(name, str):
+        raise ValueError(f"the fingerprint {name!r:.80}")
+    return name
+
+
+def checked_key(key: Any) -> bytes:
+    if not isinstance(key, bytes):
+        raise ValueError(f"the key {key!r:.80}")
+    return key
+
+
+def checked_value(kind: Kind, value: Any) -> Any:
+    """A score or text as it was read: SQLite keeps any value in any column.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, str) if kind == "generate" else isinstance(value, float) and math.isfinite(value):
+        return value
+    raise ValueError(f"{value!r:.80} for a {kind}")
 
 
 def _unpack_shown(shown: bytes) -> tuple[int, ...]:
@@ -150,23 +210,29 @@ def file_size(connection: sqlite3.Connection) -> int:
 def numbers_in(connection: sqlite3.Connection, contents: Collection[str]) -> set[int]:
     wanted = contents if isinstance(contents, (set, frozenset)) else set(contents)
     rows = connection.execute("SELECT number, value FROM contents")
-    return {number for number, value in rows if _lengthened(value) in wanted}
+    with as_written():
+        return {number for number, value in rows if _lengthened(value) in wanted}
 
 
 class Sweep:
     """Which entries go, and what the others are made of; to be used within one transaction."""
 
     def __init__(self, connection: sqlite3.Connection, gone: set[int], here: set[int] | None) -> None:
-        self.connection, self.gone = connection, gone
+        self.connection, self.gone, self.here = connection, gone, here
         self.doomed: dict[str, list[bytes]] = {table: [] for table in TABLES.values()}
         self.kept = self.unknown = 0
         self.contents: set[int] = set()
         self.lists: set[int] = set()
+        with as_written():
+            self._look()
+
+    def _look(self) -> None:
+        here = self.here
         for table, doomed in self.doomed.items():
-            rows = connection.execute(f"SELECT key, fingerprint, {', '.join(PARTS)} FROM {table}")
+            rows = self.connection.execute(f"SELECT key, fingerprint, {', '.join(PARTS)} FROM {table}")
             for key, fingerprint, query, shown, *lists in rows:
                 made_of = () if query is None else (query, *_unpack_shown(shown))
-                if fingerprint in gone or (here is not None and not here.issuperset(made_of)):
+                if fingerprint in self.gone or (here is not None and not here.issuperset(made_of)):
                     doomed.append(key)
                     continue
                 self.kept += 1

@@ -190,6 +190,12 @@ class Feedback:
     ) -> list[_Value]:
         answers = self._known(keys, look_up, processes)
         new = _new(keys, answers)
+        # In the order in which all of them would be sent: so a run that was killed goes on with the very batches that
+        # it would have sent, and batches of another make-up round otherwise.
+        began: dict[Hashable, int] = {}
+        for position, group in enumerate(shared):
+            began.setdefault(group, position)
+        new.sort(key=lambda i: (i if shared[i] == () else began[shared[i]], i))
         self.lvlm.hits += len(keys) - len(new)
         shares = [[new[i] for i in share] for share in shard([shared[i] for i in new], processes.count)]
         own = shares[processes.rank]

@@ -15,7 +15,21 @@ from ..errors import NonFiniteScoreError
 from ..types import ICLRequest
 from ._fingerprint import Kind, RequestParts
 from ._store_file import StoreFile, transaction
-from ._store_rows import TABLES, Entry, Sweep, Table, file_size, insert, look_up, numbers_in, read, register
+from ._store_rows import (
+    TABLES,
+    Entry,
+    Sweep,
+    Table,
+    as_written,
+    checked_name,
+    checked_value,
+    file_size,
+    insert,
+    look_up,
+    numbers_in,
+    read,
+    register,
+)
 
 __all__ = ["Collected", "Entry", "Merged", "RequestParts", "ScoreStore", "request_key"]
 
@@ -238,12 +252,13 @@ class ScoreStore(StoreFile):
         """Fingerprint -> the LVLM's named parts (None where they were not recorded), for each LVLM it has seen."""
         with self._use("reading it") as connection:
             rows = connection.execute("SELECT name, details FROM fingerprints ORDER BY number").fetchall()
-        return {name: json.loads(details) if details else None for name, details in rows}
+            with as_written():
+                return {checked_name(name): dict(json.loads(details)) if details else None for name, details in rows}
 
     def stats(self) -> dict[str, Any]:
         """`scores` and `texts` (how many), `by_fingerprint` (both counts for each LVLM), `bytes` (of the file)."""
         by_fingerprint: dict[str, dict[str, int]] = {}
-        with self._use("counting its entries") as connection, transaction(connection, "DEFERRED"):
+        with self._use("counting its entries") as connection, transaction(connection, "DEFERRED"), as_written():
             names = dict(connection.execute("SELECT number, name FROM fingerprints ORDER BY number"))
             for table in TABLES.values():
                 for number, count in connection.execute(f"SELECT fingerprint, COUNT(*) FROM {table} GROUP BY 1"):
@@ -318,7 +333,10 @@ class ScoreStore(StoreFile):
         with self._use("reading it") as connection:
             # In the order of the file, so that each page is read once.
             known = look_up(connection, f"SELECT key, value FROM {table} WHERE key", sorted(set(keys)))
-        return [known.get(key) for key in keys]
+            kind: Kind = "score" if table == "scores" else "generate"
+            with as_written():
+                values = {key: checked_value(kind, value) for key, value in known.items()}
+        return [values.get(key) for key in keys]
 
     def _put(
         self,

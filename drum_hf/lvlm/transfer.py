@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._files import check_size, plain_schema, read_batches, refuse_special
 from ..errors import NonFiniteScoreError, SavedFileError
 from ..types import LVLM
 from ._fingerprint import differences
@@ -224,10 +225,12 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[pq.ParquetFile, dict
 
     with contextlib.ExitStack() as stack:
         try:
+            refuse_special(path)
             file = stack.enter_context(pq.ParquetFile(os.fspath(path)))
+            check_size(path, file)
             about = json.loads((file.schema_arrow.metadata or {})[_ABOUT])
             kind, version, identities = (about[name] for name in ("kind", "format_version", "fingerprints"))
-        except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
+        except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, RecursionError) as error:
             raise SavedFileError(
                 f"{path}: expected what `drum-hf scores export` wrote; reading it failed: {error}; export it again"
             ) from error
@@ -249,9 +252,10 @@ def _groups(path: str | os.PathLike[str], file: pq.ParquetFile) -> Iterator[list
     schema = _schema()
     for number in range(file.num_row_groups):
         try:
-            table = file.read_row_group(number)
+            table = pa.Table.from_batches(read_batches(path, file, group=number), schema=plain_schema(file))
             if table.column_names != schema.names:
                 raise ValueError(f"expected the columns {schema.names}, got {table.column_names}")
+            table.validate(full=True)
             columns = table.cast(schema).to_pydict()
         except (OSError, pa.ArrowException, ValueError) as error:
             raise SavedFileError(f"{path}: row group {number} can't be read: {error}; export it again") from error

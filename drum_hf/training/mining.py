@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from .._files import read_parquet
 from ..errors import ColumnError, MissingIdError, SavedFileError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from ..retriever import DemoRetriever
     from ..types import Query
 
@@ -30,6 +33,8 @@ _FORMAT = 2
 _COLUMNS = ("query_id", "candidate_id", "score", "place", "round", "company")
 #: Up to so many rows a random draw permutes them all; from more it picks, that many at a time.
 _FEW_ROWS, _PICKED = 4096, 64
+#: More rounds than any training has.
+_MOST_ROUNDS = 1 << 16
 #: Queries whose pairs are written to a file at once.
 _BLOCK = 1 << 15
 
@@ -312,9 +317,8 @@ class CandidateTable:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        types = (pa.string(), pa.string(), pa.float64(), pa.int32(), pa.int32(), pa.float64())
         state = json.dumps({"format_version": _FORMAT, "bought": self.bought, "query_ids": self.query_ids})
-        schema = pa.schema(list(zip(_COLUMNS, types, strict=True)), metadata={"drum_hf": state})
+        schema = _schema().with_metadata({"drum_hf": state})
         part = Path(path).with_suffix(".part")
         queries, names = pa.array(self.query_ids, pa.string()), pa.array(self._names, pa.string())
         with pq.ParquetWriter(part, schema) as writer:
@@ -322,7 +326,7 @@ class CandidateTable:
                 rows, candidates, *rest = self._columns(start, min(start + _BLOCK, len(self._rows)))
                 columns = (queries.take(pa.array(rows)), names.take(pa.array(candidates)), *rest)
                 # a missing score in company is NaN here and null in the file
-                arrays = [pa.array(c, t, from_pandas=True) for c, t in zip(columns, types, strict=True)]
+                arrays = [pa.array(c, t, from_pandas=True) for c, t in zip(columns, schema.types, strict=True)]
                 writer.write_table(pa.table(arrays, schema=schema))
         part.replace(path)
 
@@ -336,35 +340,74 @@ class CandidateTable:
         import json
 
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         remedy = "resume from another checkpoint, or train anew: the scores are still in the score store"
         try:
-            data = pq.read_table(path)
+            data = read_parquet(path)
             state = json.loads((data.schema.metadata or {})[b"drum_hf"])
-            if state["format_version"] == 1 and data.column_names == list(_COLUMNS[:-1]):
+            if state["format_version"] == 1 and data.schema.equals(_schema(_COLUMNS[:-1])):
                 data = data.append_column(_COLUMNS[-1], pa.nulls(len(data), pa.float64()))
-            elif state["format_version"] != _FORMAT or data.column_names != list(_COLUMNS):
+            elif state["format_version"] != _FORMAT or not data.schema.equals(_schema()):
                 raise ColumnError(f"expected format {_FORMAT} with columns {_COLUMNS}; got {data.column_names}")
-            table = cls(state["query_ids"], company_weight=company_weight)
+            if any(data[name].null_count for name in _COLUMNS[:-1]):
+                raise ValueError("a value is missing")
+            table = cls(_checked_ids(state["query_ids"]), company_weight=company_weight)
             asked, proposed = (data[name].dictionary_encode().combine_chunks() for name in _COLUMNS[:2])
             known = np.array([table._row(query_id) for query_id in asked.dictionary.to_pylist()], np.int64)
             rows = known[asked.indices.to_numpy()]
             numbers = np.array([table._number(c) for c in proposed.dictionary.to_pylist()], np.int64)
             candidates = numbers[proposed.indices.to_numpy()]
             scores, places, rounds, company = (data[name].to_numpy() for name in _COLUMNS[2:])
+            table.bought = _checked_rounds(state, rounds)
+            _check_pairs(rows * (1 + len(numbers)) + candidates, scores, places, company)
             for number in np.unique(rounds).tolist():
                 own = rounds == number
                 table._add(number, rows[own], candidates[own], scores[own], places[own], company[own])
-            if state["format_version"] == 1:
-                table.bought = [int((rounds <= done).sum()) for done in range(int(state["rounds"]))]
-            else:
-                table.bought = [int(count) for count in state["bought"]]
-        except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
+            if table.bought and table.bought[-1] != len(table):
+                raise ValueError(f"{table.bought[-1]} scores were bought, and {len(table)} stand there")
+        except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, RecursionError) as error:
             raise SavedFileError(
                 f"expected a candidate table at {path}; reading it failed ({error}); {remedy}"
             ) from error
         return table
+
+
+def _schema(columns: Sequence[str] = _COLUMNS) -> pa.Schema:
+    import pyarrow as pa
+
+    types = (pa.string(), pa.string(), pa.float64(), pa.int32(), pa.int32(), pa.float64())
+    return pa.schema(list(zip(columns, types, strict=False)))
+
+
+def _checked_ids(ids: object) -> list[str]:
+    if not isinstance(ids, list) or not all(isinstance(id, str) for id in ids) or len(set(ids)) < len(ids):
+        raise ValueError("its query ids are no list of different texts")
+    return ids
+
+
+def _checked_rounds(state: Mapping[str, object], rounds: np.ndarray) -> list[int]:
+    """Scores bought after each round, from a file's notes and each pair's round."""
+    if state["format_version"] == 1:
+        done = state["rounds"]
+        if type(done) is not int or not 0 <= done <= _MOST_ROUNDS:
+            raise ValueError(f"its number of rounds is {done!r}")
+        bought = [int((rounds <= number).sum()) for number in range(done)]
+    else:
+        noted = state["bought"]
+        if not isinstance(noted, list) or not all(type(n) is int for n in noted) or noted != sorted(noted):
+            raise ValueError(f"its scores bought by round are {noted!r:.80}")
+        bought = noted
+    if len(rounds) and not 0 <= rounds.min() <= rounds.max() < len(bought):
+        raise ValueError(f"a pair is of a round that is none of its {len(bought)}")
+    return bought
+
+
+def _check_pairs(pairs: np.ndarray, scores: np.ndarray, places: np.ndarray, company: np.ndarray) -> None:
+    """Refuse what no round can have left: a pair twice, numbers that are none, a place before the first."""
+    if len(np.unique(pairs)) < len(pairs):
+        raise ValueError("a pair stands there twice")
+    if not np.isfinite(scores).all() or np.isinf(company).any() or (places < 0).any():
+        raise ValueError("a score is no number, or a place is below 0")
 
 
 def mine_company(

@@ -23,10 +23,11 @@ from ..lvlm.sharding import Processes
 from ..lvlm.store import ScoreStore
 from ..retriever import DemoRetriever
 from ..types import LVLM, Query
+from .checkpoints import WholeCheckpoints, last_checkpoint
 from .collator import ListCollator
 from .losses import ContrastiveLVLMLoss, InBatch, ListwiseLVLMLoss, Weighting
 from .mining import COMPANY_WEIGHT, FIRST_RANDOM_SHARE, CandidateTable, Sampling, mine_candidates, mine_company
-from .pricing import CALIBRATION, Pair, Rates, TrainingPlan, measure_drafts, plan_training, price
+from .pricing import CALIBRATION, Pair, TrainingPlan, measure_drafts, plan_training, price
 
 __all__ = ["DrumTrainer", "DrumTrainingArguments"]
 
@@ -34,9 +35,6 @@ logger = logging.getLogger(__name__)
 
 _TABLE_FILE = "candidates.parquet"
 _LOSS_FILE = "loss.safetensors"
-
-#: New pairs from which a round is worth a calibration.
-_WORTH_PRICING = 512
 
 
 @dataclasses.dataclass
@@ -133,7 +131,7 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
 
 
 class _Rounds(TrainerCallback):
-    """Refreshes the candidate table when a round begins, and keeps it beside every checkpoint."""
+    """Refreshes the candidate table when a round begins."""
 
     def __init__(self, trainer: DrumTrainer) -> None:
         self.trainer = trainer
@@ -150,12 +148,8 @@ class _Rounds(TrainerCallback):
                 trainer.finish_round()
             trainer.mine()
 
-    def on_save(self, args, state, control, **kwargs) -> None:
-        if state.is_world_process_zero:
-            self.trainer.save_state_beside(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
-
-class DrumTrainer(SentenceTransformerTrainer):
+class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
     """Trains a retriever's encoder on an LVLM's ranking of the demonstrations that the retriever itself proposes.
 
     Args:
@@ -236,7 +230,6 @@ class DrumTrainer(SentenceTransformerTrainer):
                 "neither id nor group keeps from them, so that it may hand them the answer; the first is %r. Give "
                 "such rows a common 'group'", len(twins), len(self.queries), twins[0],
             )  # fmt: skip
-        self.rates: list[Rates | None] | None = None
         self.on_round_end = on_round_end
         self.epoch = 0
         self.drafts: dict[str, str] = {}
@@ -359,15 +352,9 @@ class DrumTrainer(SentenceTransformerTrainer):
             self._say("round %d of %d: %d pairs proposed", self.table.rounds + 1, self.args.rounds, len(pairs))
             self.table.extend(mined, self.cascade.score(pairs, processes=self.processes))
             return
-        plan = price(
-            self.feedback,
-            pairs,
-            processes=self.processes,
-            worth=_WORTH_PRICING,
-            rates=self.rates,
-            seed=self.args.seed,
-        )
-        self.rates = plan.rates
+        # Counted, not calibrated: a few pairs scored apart would be batched otherwise in a run that was taken up
+        # again, and batches of another make-up round otherwise.
+        plan = price(self.feedback, pairs, processes=self.processes, calibrate=0)
         self._say(
             "round %d of %d: %d pairs proposed: %s",
             self.table.rounds + 1, self.args.rounds, len(pairs), plan.describe(),
@@ -455,9 +442,20 @@ class DrumTrainer(SentenceTransformerTrainer):
         if self.args.logging_strategy != "no":
             super().log(logs, start_time)
 
-    def train(self, *args: Any, **kwargs: Any):
-        """As `transformers.Trainer.train`; afterwards the retriever's index is fresh and it knows its teacher."""
-        output = super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):  # type: ignore[override]
+        """As `transformers.Trainer.train`; afterwards the retriever's index is fresh and it knows its teacher.
+
+        `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
+        """
+        if resume_from_checkpoint is True:
+            found = last_checkpoint(self.args.output_dir or ".")
+            if found is None:
+                raise SavedFileError(
+                    f"expected a checkpoint in {self.args.output_dir} that was written to its end, found none; train "
+                    "without resuming: what was scored is in the score store"
+                )
+            resume_from_checkpoint = str(found)
+        output = super().train(resume_from_checkpoint, **kwargs)
         self.finish_round()
         self.retriever.record_training(
             teacher=_describe(self.feedback.lvlm.lvlm),
@@ -479,9 +477,9 @@ class DrumTrainer(SentenceTransformerTrainer):
 
         checkpoint.mkdir(parents=True, exist_ok=True)
         self.table.save(checkpoint / _TABLE_FILE)
-        save_file(
-            {n: p.detach().cpu().contiguous() for n, p in self._loss_parameters().items()}, checkpoint / _LOSS_FILE
-        )
+        part = checkpoint / f"{_LOSS_FILE}.part"
+        save_file({n: p.detach().cpu().contiguous() for n, p in self._loss_parameters().items()}, part)
+        part.replace(checkpoint / _LOSS_FILE)
 
     def _loss_parameters(self) -> dict[str, torch.Tensor]:
         return {n: p for n, p in self.loss.named_parameters() if not n.startswith("model.")}

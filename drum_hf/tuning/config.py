@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._files import read_parquet, refuse_special
 from ..data import episodes as data
 from ..errors import SavedFileError
 
@@ -110,12 +111,14 @@ difficulty; came 'wieght'
 
         path = Path(path)
         try:
+            refuse_special(path)
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        # A value that is not what its tag says makes the parser raise nearly anything.
+        except (OSError, yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise SavedFileError(f"{path}: expected a YAML file ({error}); check the path, or correct it") from error
         try:
             return dataclasses.replace(cls.from_dict(content), folder=path.parent)
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     @classmethod
@@ -125,17 +128,20 @@ difficulty; came 'wieght'
         Raises:
             ValueError: a key is unknown or missing, or a value out of range; the message names it.
         """
+        _check_extent(content)
         _check_keys(content, cls, "the configuration", without=("folder",))
         sources = content["sources"]
         if not isinstance(sources, Sequence) or isinstance(sources, str) or not sources:
-            raise ValueError(f"expected 'sources' as a list of at least one, came {sources!r}")
+            raise ValueError(f"expected 'sources' as a list of at least one, came {_brief(sources)}")
         for number, source in enumerate(sources):
             _check_keys(source, SourceConfig, f"sources[{number}]")
-            if source["reader"] not in _READERS:
-                known = ", ".join(_READERS)
-                raise ValueError(f"sources[{number}]: expected a reader among {known}; came {source['reader']!r}")
+            if source["reader"] not in list(_READERS):
+                known, came = ", ".join(_READERS), _brief(source["reader"])
+                raise ValueError(f"sources[{number}]: expected a reader among {known}; came {came}")
+            _check_types(source, _SOURCE_TYPES, f"sources[{number}]")
             _check_named(source.get("episodes"), data.EpisodeSettings, f"sources[{number}].episodes")
             _check_options(source, f"sources[{number}]")
+        _check_types(content, _TYPES, "the configuration")
         made: dict[str, Any] = {**content, "sources": tuple(SourceConfig(**source) for source in sources)}
         if (stages := content.get("curriculum")) is not None:
             made["curriculum"] = (
@@ -143,6 +149,7 @@ difficulty; came 'wieght'
             )
         if (held := content.get("evaluation")) is not None:
             _check_keys(held, EvaluationConfig, "evaluation")
+            _check_types(held, _EVALUATION_TYPES, "evaluation")
             made["evaluation"] = EvaluationConfig(**held)
         made["tuning"] = _arguments(content.get("tuning"))
         return cls(**made)
@@ -218,9 +225,8 @@ def _rows(path: Path) -> Any:
 
     try:
         if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            return datasets.Dataset(pyarrow.parquet.read_table(path))
+            return datasets.Dataset(read_parquet(path))
+        refuse_special(path)
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
             return list(csv.DictReader(text.splitlines()))
@@ -266,15 +272,60 @@ _DRAWN = ("labels", "seed_bench", "vl_checklist", "concepts")
 
 # ---- checks ----
 
+#: In a whole configuration; our choice, thousands of times what one has.
+_MOST_VALUES = 1_000_000
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "model": (str,),
+    "revision": (str, type(None)),
+    "dtype": (str, type(None)),
+    "seed": (int,),
+}
+_SOURCE_TYPES: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "path": (str,),
+    "weight": (int, float),
+    "kind": (str, type(None)),
+    "options": (Mapping,),
+    "episodes": (Mapping,),
+    "questions": (Mapping, type(None)),
+    "difficulty": (Mapping, type(None)),
+}
+_EVALUATION_TYPES: dict[str, tuple[type, ...]] = {"share": (int, float), "by": (str,), "conversations": (int,)}
+
+
+def _check_types(content: Mapping[str, Any], types: Mapping[str, tuple[type, ...]], where: str) -> None:
+    for name, wanted in types.items():
+        if name in content and (not isinstance(content[name], wanted) or isinstance(content[name], bool)):
+            names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in wanted)
+            raise ValueError(f"{where}: expected {name!r} as {names}, came {_brief(content[name])}")
+
+
+def _check_extent(content: Any) -> None:
+    """A few lines of YAML can stand for lists of lists that fill the memory once they are written out."""
+    waiting, seen = [content], 0
+    while waiting:
+        one = waiting.pop()
+        seen += 1
+        if seen > _MOST_VALUES:
+            raise ValueError(f"expected at most {_MOST_VALUES:,} values, aliases written out; came more")
+        waiting += (
+            [*one.values(), *one] if isinstance(one, Mapping) else one if isinstance(one, (list, tuple, set)) else []
+        )
+
+
+def _brief(value: Any) -> str:
+    return f"{value!r:.80}"
+
 
 def _mapping(content: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
-        raise ValueError(f"{where}: expected keys and values, came {content!r:.80}")
+        raise ValueError(f"{where}: expected keys and values, came {_brief(content)}")
     return content
 
 
 def _refuse(content: Any, known: Sequence[str], where: str) -> None:
-    unknown = [repr(key) for key in _mapping(content, where) if key not in known]
+    unknown = [_brief(key) for key in _mapping(content, where) if key not in known]
     if unknown:
         raise ValueError(f"{where}: expected keys among {', '.join(known)}; came {', '.join(unknown)}")
 
@@ -317,7 +368,7 @@ def _stages(content: Any) -> Any:
         stages = content.get("stages", ()) if isinstance(content, Mapping) else content
         if all(isinstance(stage, Mapping) for stage in stages):
             return content
-    raise ValueError(f'curriculum: expected a list of stages, or the word "default", came {content!r:.80}')
+    raise ValueError(f'curriculum: expected a list of stages, or the word "default", came {_brief(content)}')
 
 
 def _arguments(content: Any) -> dict[str, Any]:
@@ -326,7 +377,7 @@ def _arguments(content: Any) -> dict[str, Any]:
     from .arguments import ICLTuningArguments
 
     fields = {field.name: field for field in dataclasses.fields(ICLTuningArguments) if field.init}
-    unknown = [repr(key) for key in _mapping(content, "tuning") if key not in fields or key == "output_dir"]
+    unknown = [_brief(key) for key in _mapping(content, "tuning") if key not in fields or key == "output_dir"]
     if unknown:
         raise ValueError(
             f"tuning: expected arguments of ICLTuningArguments, which has no {', '.join(unknown)}; the output folder "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -18,9 +19,11 @@ from transformers import Trainer, TrainerCallback, set_seed
 from .._compat import local_name, resolve_name
 from .._hub import commit_of
 from ..data.episodes import Conversation, Mix, MixReport, check_disjoint
+from ..errors import SavedFileError
 from ..lvlm.local import TransformersLVLM
 from ..lvlm.processors import load_processor
 from ..model_card import render_tuned_card
+from ..training.checkpoints import WholeCheckpoints, last_checkpoint
 from .arguments import ICLTuningArguments
 from .collator import MASKED, ConversationCollator, ConversationFormat
 from .modules import add_lora, freeze_vision
@@ -32,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 #: From how many conversations on a check shows its progress.
 _BAR_FROM = 1000
+
+#: The sum of all losses so far, in a checkpoint.
+_LOSSES = "losses.json"
 
 Data: TypeAlias = Mix | Sequence[Conversation] | Sequence[Mapping[str, Any]] | Dataset
 
@@ -75,7 +81,7 @@ class TuningData:
         )
 
 
-class ICLTuner(Trainer):
+class ICLTuner(WholeCheckpoints, Trainer):
     """Tunes an LVLM on in-context conversations, so that it learns to use what its context shows.
 
     The loss falls on every answer of a conversation, so that turn k trains k - 1 shots; instructions are masked. By
@@ -169,6 +175,7 @@ class ICLTuner(Trainer):
         elif eval_dataset is not None:
             evaluated = as_conversations(eval_dataset)
         self._checked: dict[int, TuningData] = {}
+        self._losses: Any = 0.0
         # The platform turns it off for training, in the configuration that would be saved.
         self._use_cache: bool = getattr(model.config, "use_cache", True)
         collate: Any = ConversationCollator(self.format)
@@ -225,8 +232,10 @@ class ICLTuner(Trainer):
             seen.append(talk)
         return TuningData(MixReport.of(seen), lengths, answers, self.format.max_length)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As `transformers.Trainer.train`, once every conversation has been checked.
+
+        `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
 
         Raises:
             LeakError: a picture to evaluate on is trained on, and `args.on_leak` is "raise".
@@ -242,7 +251,31 @@ class ICLTuner(Trainer):
                 check_disjoint(train.origin, dataset.origin, on_leak=self.args.on_leak)
         if self.is_world_process_zero():
             logger.info("tuning %s on %s", self.base_model, found)
-        return super().train(*args, **kwargs)
+        if resume_from_checkpoint is True:
+            last = last_checkpoint(self.args.output_dir or ".")
+            if last is None:
+                raise SavedFileError(
+                    f"expected a checkpoint in {self.args.output_dir} that was written to its end, found none; train "
+                    "without resuming"
+                )
+            resume_from_checkpoint = str(last)
+        self._losses = 0.0
+        if resume_from_checkpoint:
+            self._losses = _read_losses(Path(resume_from_checkpoint) / _LOSSES)
+        output = super().train(resume_from_checkpoint, **kwargs)
+        # The platform's mean is of the steps since the run was taken up.
+        mean = float(self._losses) / max(1, self.state.global_step)
+        return output._replace(training_loss=mean, metrics={**output.metrics, "train_loss": mean})
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the platform's; losses are summed up for the mean of the whole run."""
+        loss = super().training_step(*args, **kwargs)
+        self._losses = self._losses + loss.detach().double()
+        return loss
+
+    def save_state_beside(self, checkpoint: Path) -> None:
+        """Write the sum of all losses so far into a checkpoint."""
+        (checkpoint / _LOSSES).write_text(json.dumps(float(self._losses)), encoding="utf-8")
 
     # ---- the platform's hooks ----
 
@@ -397,6 +430,14 @@ def _load(
     model: Any = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype, **hub, **model_kwargs)
     processor = processor or load_processor(place, model.config, **hub)
     return model, processor, local_name(name)
+
+
+def _read_losses(path: Path) -> float:
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # a checkpoint from before it was kept
+        logger.warning("%s can't be read: the mean loss will be that of the steps from here on", path)
+        return 0.0
 
 
 def _position(name: str) -> Any:

@@ -1,0 +1,124 @@
+"""Loads mutated artefacts, one for each line on standard input, and says what came of it. Bounded in memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import resource
+import shutil
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import drum_hf
+from drum_hf.errors import DrumError
+
+from .artefacts import ARTEFACTS
+from .mutations import mutate
+
+ROOT = str(Path(drum_hf.__file__).parent)
+#: Bytes of address space that loading may take beyond what the process has when it starts.
+ROOM = 3 << 30
+
+_seen: list[str] = []
+_watched: list[str] = []
+
+
+def _watch(event: str, args: tuple[Any, ...]) -> None:
+    """Note what no loading of a file may do."""
+    if not _watched:
+        return
+    if (
+        event == "open"
+        and isinstance(args[0], (str, bytes))
+        and os.fsdecode(args[0]).startswith((_watched[0], "/etc/"))
+    ):
+        _seen.append(f"opened {os.fsdecode(args[0])}")
+    if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "pickle.find_class"):
+        _seen.append(f"{event} {args!r:.80}")
+
+
+def outcome(kind: str, folder: Path, expected: Any, signed: bool) -> str:
+    """ "same", "changed", "named: …", or a fault: "FAULT …"."""
+    artefact = ARTEFACTS[kind]
+    try:
+        found = artefact.read(folder)
+    except DrumError as error:
+        message = str(error)
+        return f"named: {type(error).__name__}" if message else "FAULT an error without a message"
+    except ValueError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        # ours, or the platform's word on what a user may give it, such as a training argument
+        if frames[-1].filename.startswith(ROOT) or "training_args" in frames[-1].filename:
+            return "named: ValueError"
+        return f"FAULT {type(error).__name__}: {error!s:.300} at {frames[-1].filename}:{frames[-1].lineno}"
+    except BaseException as error:
+        own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(ROOT)]
+        where = f"{own[-1].filename}:{own[-1].lineno}" if own else "?"
+        return f"FAULT {type(error).__name__}: {error!s:.300} at {where}"
+    if found == expected:
+        return "same"
+    return "FAULT content changed under a checksum" if artefact.sealed and not signed else "changed"
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    work = Path(sys.argv[1])
+    secret, mark = work / "secret", work / "code-was-run"
+    pristine: dict[str, tuple[Path, Any]] = {}
+    for kind in sys.argv[2].split(","):
+        folder = work / "pristine" / kind
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            ARTEFACTS[kind].make(folder)
+        copy = work / "trial"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy)
+        pristine[kind] = folder, ARTEFACTS[kind].read(copy)
+        shutil.rmtree(copy)
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
+    sys.addaudithook(_watch)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    for line in sys.stdin:
+        kind, seed = json.loads(line)
+        chance = random.Random(f"{kind}-{seed}")
+        folder = work / "trial"
+        shutil.rmtree(folder, ignore_errors=True)
+        source, expected = pristine[kind]
+        shutil.copytree(source, folder)
+        try:
+            what = mutate(folder, chance, secret, mark)
+            signed = False
+            plain = all(path.is_file() or path.is_dir() for path in folder.rglob("*"))  # a pipe can't be signed
+            if ARTEFACTS[kind].sign is not None and plain and chance.random() < 0.8:
+                try:
+                    ARTEFACTS[kind].sign(folder)  # type: ignore[misc]
+                    signed = True
+                except Exception:
+                    pass  # nothing left to sign
+        except (ValueError, TypeError, OverflowError, UnicodeError) as error:  # no such mutation of this file
+            what, result = f"not mutated ({error!r:.60})", "same"
+        else:
+            del _seen[:]
+            _watched[:] = [str(secret)]
+            result = outcome(kind, folder, expected, signed)
+            _watched.clear()
+            if _seen:
+                result = f"FAULT {_seen[0]}"
+            if mark.exists():
+                result = "FAULT code was run"
+                mark.rmdir()
+        sys.stdout.write(json.dumps([kind, seed, what, result]) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Commands killed at any moment and given again: `python -m tests.kill --help`."""

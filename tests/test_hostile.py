@@ -1,0 +1,191 @@
+"""Files that a stranger made: what was found by `python -m tests.fuzz`, and a few hundred mutations of each run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sqlite3
+import struct
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fuzz.__main__ import run
+from fuzz.mutations import Evil, big_png
+from tiny_encoders import picture
+
+from drum_hf._files import leads_outside, read_parquet
+from drum_hf.data import load_table
+from drum_hf.errors import DrumError, ImageError, RowError, SavedFileError
+from drum_hf.index import DemoIndex
+from drum_hf.lvlm.store import RequestParts, ScoreStore
+from drum_hf.training.mining import CandidateTable
+from drum_hf.tuning import TuningConfig
+
+
+@pytest.fixture
+def index(tmp_path):
+    made = DemoIndex(4)
+    made.add(["a", "b", "c"], np.eye(3, 4))
+    made.save(tmp_path / "index")
+    return tmp_path / "index"
+
+
+@pytest.fixture
+def store(tmp_path):
+    part = RequestParts("0" * 32, ("1" * 32,), ("yes",))
+    with ScoreStore(tmp_path / "s.sqlite") as made:
+        made.put_scores([part.key("f")], [-1.0], fingerprint="f", parts=[part], identity={"name": "m"})
+    return tmp_path / "s.sqlite", part.key("f")
+
+
+def write_rows(folder, image):
+    (folder / "t.jsonl").write_text(json.dumps({"id": "a", "image": image, "prompt": "p", "response": "r"}))
+    return folder / "t.jsonl"
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "data").mkdir()
+    picture(0).save(tmp_path / "secret.png")
+    (tmp_path / "data" / "a.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(RowError, match="is a link that leaves it"):
+        load_table(write_rows(tmp_path / "data", "a.png"))
+
+
+def test_the_hubs_cache_is_its_own_folder(tmp_path):
+    snapshot, blobs = tmp_path / "repo" / "snapshots" / "abc", tmp_path / "repo" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    picture(0).save(blobs / "hash.png")
+    (snapshot / "a.png").symlink_to("../../blobs/hash.png")
+    assert len(load_table(write_rows(snapshot, "a.png"))) == 1
+    assert not leads_outside(snapshot / "a.png", snapshot) and leads_outside(tmp_path, snapshot)
+
+
+def test_a_pipe_for_an_image_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ImageError, match="expected a file"):
+        load_table(write_rows(tmp_path, "a.png"))
+
+
+@pytest.mark.parametrize("content", [big_png(60_000, 60_000), big_png(2**31 - 1, 1)])
+def test_a_picture_far_too_large_is_not_decoded(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ImageError):
+        load_table(write_rows(tmp_path, "a.png"))
+
+
+def test_a_pickle_under_another_name_is_not_run(tmp_path, index):
+    mark = tmp_path / "run"
+    for name in ("vectors.safetensors", "index.json"):
+        (index / name).write_bytes(pickle.dumps(Evil(mark)))
+        with pytest.raises(SavedFileError):
+            DemoIndex.load(index)
+    (tmp_path / "c.parquet").write_bytes(pickle.dumps(Evil(mark)))
+    with pytest.raises(SavedFileError):
+        CandidateTable.load(tmp_path / "c.parquet")
+    assert not mark.exists()
+
+
+def test_parquet_that_swells_is_refused(tmp_path):
+    bomb = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), pa.array(["x" * 5_000_000]))
+    pq.write_table(pa.table({"a": bomb}), tmp_path / "bomb.parquet", compression="zstd")
+    with pytest.raises(ValueError, match="MB of memory"):
+        read_parquet(tmp_path / "bomb.parquet")
+    with pytest.raises(DrumError):
+        load_table(tmp_path / "bomb.parquet")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38, 7.0])
+def test_vectors_that_are_none_are_refused(index, value):
+    import hashlib
+
+    path, meta = index / "vectors.safetensors", json.loads((index / "index.json").read_text())
+    data = bytearray(path.read_bytes())
+    data[-4:] = struct.pack("<f", value)
+    path.write_bytes(data)
+    meta["vectors_sha256"] = hashlib.sha256(data[-48:]).hexdigest()
+    (index / "index.json").write_text(json.dumps(meta))
+    with pytest.raises(SavedFileError, match="finite and of length 1"):
+        DemoIndex.load(index)
+
+
+@pytest.mark.parametrize("name", ["vectors.safetensors", "index.json"])
+def test_a_pipe_for_a_file_of_an_index(index, name):
+    (index / name).unlink()
+    os.mkfifo(index / name)
+    with pytest.raises(SavedFileError):
+        DemoIndex.load(index)
+
+
+@pytest.mark.parametrize(("name", "value"), [("dimension", 2**40), ("hnsw_m", 2**31), ("ef_search", 10**30)])
+def test_numbers_beyond_what_faiss_can_count(name, value):
+    with pytest.raises(ValueError, match=f"{name} is a whole number from"):
+        DemoIndex(**({"dimension": 4} | {name: value}))
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "CREATE TRIGGER t BEFORE INSERT ON scores BEGIN SELECT 1; END",
+        "CREATE VIEW v AS SELECT 1",
+        "CREATE INDEX i ON scores (value)",
+        "ALTER TABLE scores ADD COLUMN more",
+        "DROP TABLE contents",
+    ],
+)
+def test_a_store_with_sql_of_its_own_is_refused(store, sql):
+    with sqlite3.connect(store[0]) as connection:
+        connection.execute(sql)
+    connection.close()
+    with pytest.raises(SavedFileError, match="is none that drum-hf made"):
+        ScoreStore(store[0])
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "UPDATE scores SET value = 9e999",
+        "UPDATE scores SET value = 'text'",
+        "UPDATE scores SET shown = x'00'",
+        "UPDATE scores SET fingerprint = 99",
+        "UPDATE lists SET value = '[' WHERE number = 1",
+        "DELETE FROM contents",
+    ],
+)
+def test_an_entry_that_was_altered_is_named(store, sql):
+    path, key = store
+    with sqlite3.connect(path) as connection:
+        connection.execute(sql)
+    connection.close()
+    with ScoreStore(path) as opened, pytest.raises(SavedFileError, match="not what drum-hf wrote"):
+        opened.get_scores([key])
+        list(opened.entries())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!python/object/apply:os.system ['true']",
+        "!!timestamp x",
+        "!!int ''",
+        "2001-99-99",
+        "[" * 5000,
+        "l0: &l0 [a]\n" + "\n".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 12)),
+        "sources: &a [*a]\nmodel: x",
+        "model: x\nsources: [{name: a, reader: [labels], path: p}]",
+    ],
+)
+def test_yaml_that_is_no_configuration(tmp_path, text):
+    (tmp_path / "mix.yaml").write_text(text)
+    with pytest.raises((SavedFileError, ValueError), match=r"mix\.yaml"):
+        TuningConfig.load(tmp_path / "mix.yaml")
+
+
+def test_a_few_hundred_mutations(tmp_path):
+    kinds = ["index-flat", "index-hnsw", "store", "export", "candidates", "table", "rows-csv", "images"]
+    counts, faults = run(300, 1, kinds, tmp_path / "work")
+    assert faults == [] and counts.total() >= 290
+    assert sum(n for (_, result), n in counts.items() if result.startswith("named")) > 100
