@@ -442,7 +442,9 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
         if self.args.logging_strategy != "no":
             super().log(logs, start_time)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):  # type: ignore[override]
+    def train(  # type: ignore[override]  # the platform's other arguments are among kwargs
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> Any:
         """As `transformers.Trainer.train`; afterwards the retriever's index is fresh and it knows its teacher.
 
         `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.

@@ -232,7 +232,9 @@ class ICLTuner(WholeCheckpoints, Trainer):
             seen.append(talk)
         return TuningData(MixReport.of(seen), lengths, answers, self.format.max_length)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(  # type: ignore[override]  # the platform's other arguments are among kwargs
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> Any:
         """As `transformers.Trainer.train`, once every conversation has been checked.
 
         `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
