@@ -1,1 +1,1 @@
-"""Hostile files: small valid artefacts, mutated and loaded in a process of their own. `python -m tests.fuzz --help`."""
+"""Hostile files: small artefacts, mutated and loaded in a process of their own. `python -m tests.fuzz --help`."""

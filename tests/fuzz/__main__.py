@@ -30,9 +30,15 @@ class Worker:
         self.start()
 
     def start(self) -> None:
-        settings = {"PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1",
-                    "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}  # fmt: skip
-        self.errors = open(self.work / "stderr.txt", "ab")
+        settings = {
+            "PYTHONPATH": str(HERE),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "TQDM_DISABLE": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+        }
+        self.errors = open(self.work / "stderr.txt", "ab")  # noqa: SIM115 (it lives as long as the worker)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.fuzz.worker", str(self.work), ",".join(self.kinds)],
             stdin=subprocess.PIPE,

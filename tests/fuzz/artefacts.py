@@ -4,7 +4,7 @@
 checksums cover everything, so that a change that was not signed anew must be refused or leave that the same.
 """
 
-from __future__ import annotations
+from __future__ import contextlib
 
 import dataclasses
 import hashlib
@@ -58,9 +58,17 @@ def _table() -> Any:
 
 def _content(table: Any) -> Any:
     return [
-        (d.id, d.prompt, d.response, d.references, d.group, d.label, d.image and hashlib.md5(d.image.tobytes()).hexdigest())
+        (
+            d.id,
+            d.prompt,
+            d.response,
+            d.references,
+            d.group,
+            d.label,
+            d.image and hashlib.md5(d.image.tobytes()).hexdigest(),
+        )
         for d in table
-    ]  # fmt: skip
+    ]
 
 
 def _saved_table(folder: Path) -> Any:
@@ -115,8 +123,19 @@ def _load_dataset(folder: Path) -> Any:
     return _content(load_table(folder / "saved", image_root=folder))
 
 
-_FORMATS = {"png": {}, "jpg": {}, "gif": {}, "webp": {}, "tif": {}, "bmp": {}, "ico": {},
-            "jp2": {}, "tga": {}, "ppm": {}, "avif": {}}  # fmt: skip
+_FORMATS = {
+    "png": {},
+    "jpg": {},
+    "gif": {},
+    "webp": {},
+    "tif": {},
+    "bmp": {},
+    "ico": {},
+    "jp2": {},
+    "tga": {},
+    "ppm": {},
+    "avif": {},
+}
 
 
 def _make_images(folder: Path) -> None:
@@ -196,10 +215,8 @@ def _read_retriever(folder: Path) -> Any:
 
 
 def _sign_retriever(folder: Path) -> None:
-    try:
+    with contextlib.suppress(Exception):  # no longer an index: its own reader will say so
         _sign_index(folder / "index")
-    except Exception:
-        pass  # no longer an index: its own reader will say so
     path = folder / "drum_config.json"
     config = json.loads(path.read_text())
     config["files"] = {
@@ -238,7 +255,7 @@ def _read_store(folder: Path) -> Any:
     from drum_hf.lvlm.transfer import export_scores
 
     with ScoreStore(folder / "scores.sqlite", timeout=2.0) as store:
-        held = repr([page for page in store.entries(page_size=13)])
+        held = repr(list(store.entries(page_size=13)))
         store.stats(), store.identities(), len(store)
         entries = [e for page in store.entries() for e in page]
         store.get_scores([e.key for e in entries]), store.get_texts([e.key for e in entries])
@@ -263,7 +280,7 @@ def _read_export(folder: Path) -> Any:
 
     with ScoreStore(":memory:") as store:
         import_scores(folder / "scores.parquet", store)
-        return repr([page for page in store.entries()])
+        return repr(list(store.entries()))
 
 
 def _make_candidates(folder: Path) -> None:
@@ -303,8 +320,19 @@ def _make_mix(folder: Path) -> None:
     concepts = [{"image": f"words/red/{i}.png", "colour": f"c{i % 2}"} for i in range(4)]
     lines = ["image,colour", *(f"{row['image']},{row['colour']}" for row in concepts)]
     (folder / "concepts.csv").write_text("\n".join(lines))
-    bench = [{"question": "which?", "choice_a": "a", "choice_b": "b", "choice_c": "c", "choice_d": "d", "answer": "AB"[i // 2],
-              "question_type_id": 1 + i % 2, "data_id": f"words/blue/{i}.png"} for i in range(4)]  # fmt: skip
+    bench = [
+        {
+            "question": "which?",
+            "choice_a": "a",
+            "choice_b": "b",
+            "choice_c": "c",
+            "choice_d": "d",
+            "answer": "AB"[i // 2],
+            "question_type_id": 1 + i % 2,
+            "data_id": f"words/blue/{i}.png",
+        }
+        for i in range(4)
+    ]
     (folder / "seed.json").write_text(json.dumps({"questions": bench}))
     config = {
         "model": "playground/lvlm",

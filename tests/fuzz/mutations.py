@@ -1,4 +1,4 @@
-"""What is done to a file, or to the folder that it lies in. Every mutation is a function of a seeded `random.Random`."""
+"""What is done to a file, or to its folder. Every mutation is a function of a seeded `random.Random`."""
 
 from __future__ import annotations
 
@@ -20,9 +20,31 @@ Chance = random.Random
 
 NUMBERS = [0, -1, 1, 2, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1, 10**30, 1e308, 1e-320]
 ODD: list[Any] = [
-    *NUMBERS, None, True, False, "", "x", "\x00", "\ud800", "../secret.png", "../../../../etc/passwd", "/etc/passwd",
-    "a" * 100_000, [], {}, [None], [[]], {"": None}, float("nan"), float("inf"), float("-inf"), -5, 0.5, "NaN", "0",
-]  # fmt: skip
+    *NUMBERS,
+    None,
+    True,
+    False,
+    "",
+    "x",
+    "\x00",
+    "\ud800",
+    "../secret.png",
+    "../../../../etc/passwd",
+    "/etc/passwd",
+    "a" * 100_000,
+    [],
+    {},
+    [None],
+    [[]],
+    {"": None},
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    -5,
+    0.5,
+    "NaN",
+    "0",
+]
 
 
 class Evil:
@@ -50,9 +72,22 @@ def strange_files(mark: Path) -> list[bytes]:
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("zeros", bytes(50_000_000))
     deep = b"[" * 100_000
-    return [b"", evil, objects.getvalue(), torch_like.getvalue(), bomb.getvalue(), big_png(60_000, 60_000), deep,
-            b"\x00" * 4096, b"PAR1" + b"\xff" * 64 + b"PAR1", b"SQLite format 3\x00" + b"\xff" * 4096,
-            struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 10**9) + b"{}", b"<html></html>", b"\xff\xfe\x00"]  # fmt: skip
+    return [
+        b"",
+        evil,
+        objects.getvalue(),
+        torch_like.getvalue(),
+        bomb.getvalue(),
+        big_png(60_000, 60_000),
+        deep,
+        b"\x00" * 4096,
+        b"PAR1" + b"\xff" * 64 + b"PAR1",
+        b"SQLite format 3\x00" + b"\xff" * 4096,
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 10**9) + b"{}",
+        b"<html></html>",
+        b"\xff\xfe\x00",
+    ]
 
 
 def big_png(width: int, height: int) -> bytes:
@@ -76,7 +111,9 @@ def bytewise(data: bytes, chance: Chance) -> bytes:
     for _ in range(chance.choice([1, 1, 1, 2, 4, 16])):
         size = len(changed)
         # Headers and footers are where sizes stand.
-        at = chance.choice([chance.randrange(size + 1), chance.randrange(min(size, 64) + 1), max(0, size - 1 - chance.randrange(64))])  # fmt: skip
+        at = chance.choice(
+            [chance.randrange(size + 1), chance.randrange(min(size, 64) + 1), max(0, size - 1 - chance.randrange(64))]
+        )
         match chance.randrange(9):
             case 0 | 1 if size:
                 changed[at % size] ^= 1 << chance.randrange(8)
@@ -154,7 +191,14 @@ def safetensors_file(path: Path, chance: Chance) -> None:
         body = body[: len(data) - 8 - length]
         if chance.random() < 0.5 and len(body) >= 4:
             at = chance.randrange(len(body) // 4) * 4
-            odd = chance.choice([struct.pack("<f", float("nan")), struct.pack("<f", float("inf")), struct.pack("<i", 2**31 - 1), struct.pack("<i", -7)])  # fmt: skip
+            odd = chance.choice(
+                [
+                    struct.pack("<f", float("nan")),
+                    struct.pack("<f", float("inf")),
+                    struct.pack("<i", 2**31 - 1),
+                    struct.pack("<i", -7),
+                ]
+            )
             body = body[:at] + odd + body[at + 4 :]
     else:
         header = structurally(header, chance)
@@ -173,10 +217,30 @@ def yaml_file(path: Path, chance: Chance) -> None:
         return
     laughs = "\n".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 12))
     lines = [
-        "!!python/object/apply:os.system ['true']", "!!python/name:os.system", "!!python/object/new:os.system [true]",
-        "!!timestamp x", "!!int ''", "!!float x", "!!bool x", "!!binary x", "!!set {a}", "2001-99-99", "&a [*a]", "*b",
-        "{[1]: 2}", "? [a]\n: b", "[" * 3000, "{" * 2000, "!!omap [x]", "!!merge x", "0x", "1e999", ".nan", "1_", "0o9",
-    ]  # fmt: skip
+        "!!python/object/apply:os.system ['true']",
+        "!!python/name:os.system",
+        "!!python/object/new:os.system [true]",
+        "!!timestamp x",
+        "!!int ''",
+        "!!float x",
+        "!!bool x",
+        "!!binary x",
+        "!!set {a}",
+        "2001-99-99",
+        "&a [*a]",
+        "*b",
+        "{[1]: 2}",
+        "? [a]\n: b",
+        "[" * 3000,
+        "{" * 2000,
+        "!!omap [x]",
+        "!!merge x",
+        "0x",
+        "1e999",
+        ".nan",
+        "1_",
+        "0o9",
+    ]
     odd = chance.choice(lines)
     match chance.randrange(4):
         case 0:
@@ -229,7 +293,7 @@ def parquet_file(path: Path, chance: Chance) -> None:
                 except Exception:
                     table = table.slice(1)
         case 7:
-            meta = {k: v for k, v in (table.schema.metadata or {}).items()}
+            meta = dict((table.schema.metadata or {}).items())
             for key, value in list(meta.items()):
                 try:
                     meta[key] = json.dumps(structurally(json.loads(value), chance)).encode()
@@ -255,7 +319,7 @@ def sqlite_file(path: Path, chance: Chance) -> None:
                 value = chance.choice(
                     [None, -1, 2**62, 9e999, "text", b"\x00\xff", b"", "\x00", "[", "{}", "x" * 10**6]
                 )
-                one = chance.choice(["", " WHERE rowid IN (SELECT rowid FROM %s LIMIT 1)" % table])
+                one = chance.choice(["", f" WHERE rowid IN (SELECT rowid FROM {table} LIMIT 1)"])
                 one = "" if table in ("meta", "scores", "texts") else one
                 connection.execute(f"UPDATE OR REPLACE {table} SET {chance.choice(columns)} = ?{one}", (value,))
             case 4:
@@ -268,9 +332,17 @@ def sqlite_file(path: Path, chance: Chance) -> None:
                 connection.execute(f"ALTER TABLE {table} RENAME TO old")
                 connection.execute(f"CREATE VIEW {table} AS SELECT *, ({endless} LIMIT 1) FROM old")
             case _:
-                connection.execute(chance.choice([f"DROP TABLE {table}", f"ALTER TABLE {table} ADD COLUMN more BLOB",
-                                                  "CREATE TABLE more (a)", f"CREATE INDEX i ON {table} (rowid + 1)",
-                                                  "UPDATE meta SET value = '99'"]))  # fmt: skip
+                connection.execute(
+                    chance.choice(
+                        [
+                            f"DROP TABLE {table}",
+                            f"ALTER TABLE {table} ADD COLUMN more BLOB",
+                            "CREATE TABLE more (a)",
+                            f"CREATE INDEX i ON {table} (rowid + 1)",
+                            "UPDATE meta SET value = '99'",
+                        ]
+                    )
+                )
     except sqlite3.Error:
         connection.execute(f"DELETE FROM {table}")
     finally:
@@ -336,7 +408,11 @@ def mutate(folder: Path, chance: Chance, secret: Path, mark: Path) -> str:
             return f"{name}: gone"
         case 1:
             path.unlink()
-            path.symlink_to(chance.choice([secret / "secret.png", secret / "secret.json", Path("/etc/passwd"), Path("/dev/zero"), path]))  # fmt: skip
+            path.symlink_to(
+                chance.choice(
+                    [secret / "secret.png", secret / "secret.json", Path("/etc/passwd"), Path("/dev/zero"), path]
+                )
+            )
             return f"{name}: a link"
         case 2:
             path.unlink()
@@ -352,7 +428,11 @@ def mutate(folder: Path, chance: Chance, secret: Path, mark: Path) -> str:
                 shutil.copyfile(other, path)
             return f"{name}: is {other.name}"
         case _:
-            stray = path.with_name(chance.choice(["pytorch_model.bin", "adapter_config.json", "model.safetensors.index.json", "x.py", "custom.pkl"]))  # fmt: skip
+            stray = path.with_name(
+                chance.choice(
+                    ["pytorch_model.bin", "adapter_config.json", "model.safetensors.index.json", "x.py", "custom.pkl"]
+                )
+            )
             if not stray.exists():
                 stray.write_bytes(chance.choice([pickle.dumps(Evil(mark)), b"{}", b"import os"]))
             return f"{stray.name}: a file more"
