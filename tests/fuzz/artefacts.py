@@ -4,8 +4,9 @@
 checksums cover everything, so that a change that was not signed anew must be refused or leave that the same.
 """
 
-from __future__ import contextlib
+from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
