@@ -64,6 +64,7 @@ class Settings:
         by_shots: further numbers of demonstrations to evaluate at.
         rounds, candidates, epochs: mining rounds, pairs that a query buys in each, epochs in each.
         learning_rate, batch_size, list_size: of training; the same for every method.
+        company_rounds: last rounds that score in company; for DRUM, since its ancestors score alone.
         random_seeds: how many seeds the random and fixed strategies are averaged over.
         oracle: "answer" (rows with the gold answer), "score" (the LVLM's own exhaustive ranking, queries x support
             set calls) or "none".
@@ -79,6 +80,7 @@ class Settings:
     learning_rate: float = 3e-4
     batch_size: int = 64
     list_size: int = 8
+    company_rounds: int = 1
     random_seeds: int = 3
     oracle: str = "answer"
     lora: bool = False
@@ -304,7 +306,7 @@ def training_arguments(folder: Path, settings: Settings, store: Any, **different
         seed=settings.seed,
         score_store=str(store),
         report_to=[],
-        **{"save_strategy": "no", "logging_strategy": "no"} | different,
+        **{"company_rounds": settings.company_rounds, "save_strategy": "no", "logging_strategy": "no"} | different,
     )
 
 

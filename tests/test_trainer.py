@@ -11,7 +11,7 @@ from tiny_training import StubLVLM, coloured_rows, coloured_table, forbidden
 from transformers import TrainerCallback
 
 from drum_hf.data import TripletTable
-from drum_hf.errors import SavedFileError, TooFewDemonstrationsError
+from drum_hf.errors import ContextOverflowError, SavedFileError, TooFewDemonstrationsError
 from drum_hf.lvlm.store import ScoreStore
 from drum_hf.retriever import DemoRetriever
 from drum_hf.training import ContrastiveLVLMLoss, DrumTrainer, DrumTrainingArguments, ListwiseLVLMLoss
@@ -121,6 +121,17 @@ def test_the_last_round_scores_in_the_company_of_the_best(make, support):
             shown = trainer.feedback.request(query_id, [candidate, companion])
             assert own[candidate][1] == StubLVLM.taste(shown)
     assert trainer.retriever.card_data["training"]["company_rounds"] == 1
+
+
+def test_two_that_do_not_fit_say_how_to_score_alone(make):
+    class Narrow(StubLVLM):
+        def score(self, requests, **options):
+            if any(len(request.demonstrations) > 1 for request in requests):
+                raise ContextOverflowError("too long")
+            return super().score(requests, **options)
+
+    with pytest.raises(ContextOverflowError, match="too long; or, .*company_rounds=0"):
+        make(Narrow()).train()
 
 
 def test_a_single_round_scores_alone_whatever_company_is_asked_for(make):

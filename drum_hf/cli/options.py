@@ -106,6 +106,9 @@ def training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--learning-rate", type=float)
     group.add_argument("--train-batch-size", dest="batch", type=int, help="queries in a step")
     group.add_argument("--list-size", type=int, help="candidates drawn for a query in a step")
+    group.add_argument(
+        "--company-rounds", type=int, help="last rounds, in which DRUM scores candidates beside the best (default: 1)"
+    )
     group.add_argument("--lora", action="store_true", help="train LoRA adapters rather than all weights")
     group.add_argument("--seed", type=int, default=0)
 
@@ -173,6 +176,7 @@ def make_settings(args: argparse.Namespace, **more: Any) -> Settings:
         "learning_rate": args.learning_rate,
         "batch_size": args.batch,
         "list_size": args.list_size,
+        "company_rounds": args.company_rounds,
         "lora": args.lora or None,
         "seed": args.seed,
     }

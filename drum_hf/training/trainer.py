@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from transformers import TrainerCallback
 
 from ..data import TripletTable, find_twins
-from ..errors import SavedFileError, TooFewDemonstrationsError
+from ..errors import ContextOverflowError, SavedFileError, TooFewDemonstrationsError
 from ..lvlm.cascade import Cascade
 from ..lvlm.feedback import Feedback
 from ..lvlm.sharding import Processes
@@ -305,9 +305,11 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
         encoder = self.retriever.encoder
         training = encoder.training
         encoder.eval()
-        self._refresh()
-        yield
-        encoder.train(training)
+        try:
+            self._refresh()
+            yield
+        finally:
+            encoder.train(training)
 
     def propose(self) -> dict[str, list[tuple[str, int]]]:
         """The next round's candidates of every query, as `mine_candidates` gives them, by the encoder as it is."""
@@ -374,7 +376,14 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
             "round %d of %d: %d candidates in the company of the best", self.table.rounds + 1, self.args.rounds,
             len(pairs),
         )  # fmt: skip
-        self.table.extend_company(asked, self.feedback.score(pairs, processes=self.processes))
+        try:
+            scores = self.feedback.score(pairs, processes=self.processes)
+        except ContextOverflowError as error:
+            raise ContextOverflowError(
+                f"{error}; or, where two demonstrations never fit, train with company_rounds=0 (--company-rounds 0): "
+                "what was scored is kept"
+            ) from error
+        self.table.extend_company(asked, scores)
 
     def _refuse_lonely(self, mined: dict[str, list[tuple[str, int]]]) -> None:
         lonely = [query_id for query_id, found in mined.items() if not found]
