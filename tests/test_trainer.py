@@ -130,7 +130,7 @@ def test_two_that_do_not_fit_say_how_to_score_alone(make):
                 raise ContextOverflowError("too long")
             return super().score(requests, **options)
 
-    with pytest.raises(ContextOverflowError, match="too long; or, .*company_rounds=0"):
+    with pytest.raises(ContextOverflowError, match=r"too long; or, .*company_rounds=0"):
         make(Narrow()).train()
 
 
