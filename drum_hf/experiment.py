@@ -294,6 +294,7 @@ def _tell(retriever: DemoRetriever, results: Mapping[str, Any], metric: Metric, 
 
 def training_arguments(folder: Path, settings: Settings, store: Any, **different: Any) -> DrumTrainingArguments:
     """The same arguments for every method but for `different`."""
+    same: dict[str, Any] = {"company_rounds": settings.company_rounds, "save_strategy": "no", "logging_strategy": "no"}
     return DrumTrainingArguments(
         output_dir=str(folder),
         rounds=settings.rounds,
@@ -306,7 +307,7 @@ def training_arguments(folder: Path, settings: Settings, store: Any, **different
         seed=settings.seed,
         score_store=str(store),
         report_to=[],
-        **{"company_rounds": settings.company_rounds, "save_strategy": "no", "logging_strategy": "no"} | different,
+        **same | different,
     )
 
 
