@@ -102,7 +102,8 @@ def write(
         encoder, has_adapter = plain_copy(encoder), False
     encoder.save(os.fspath(folder / ENCODER), create_model_card=False)
     if retriever.support_encoder is not None:
-        retriever.support_encoder.save(os.fspath(folder / SUPPORT_ENCODER), create_model_card=False)
+        side = plain_copy(retriever.support_encoder) if form == "full" else retriever.support_encoder
+        side.save(os.fspath(folder / SUPPORT_ENCODER), create_model_card=False)
     modules = [{"idx": 0, "name": "0", "path": ENCODER, "type": "drum_hf.encoder.JointEncoder"}]
     (folder / _MODULES).write_text(json.dumps(modules, indent=2), encoding="utf-8")
     (folder / _ST_CONFIG).write_bytes((folder / ENCODER / _ST_CONFIG).read_bytes())

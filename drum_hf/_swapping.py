@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _saved
 from .adapters import active_adapter, adapter_names, add_adapter, merge_adapter, use
+from .errors import SavedFileError
 
 if TYPE_CHECKING:
     from .encoder import JointEncoder
@@ -79,6 +80,11 @@ class Swappable:
             force_download=force_download,
         )
         config = _saved.read_config(folder, parts=(_saved.ENCODER, _saved.PLOT))
+        if config.get("support_encoder"):
+            raise SavedFileError(
+                f"{folder}: expected an adapter for queries and demonstrations, came one that was trained on the "
+                "queries' side alone; load that retriever with DemoRetriever.from_pretrained"
+            )
         with self._lock:
             used = self.active_adapter
             weights = add_adapter(self._module, folder / _saved.ENCODER, name)

@@ -1,7 +1,8 @@
 """The main job: do demonstrations chosen with an LVLM's feedback beat those chosen by similarity, on this data?
 
-Baselines, DRUM and EPR are given the same encoder to start from, the same mining rounds, the same number of scored
-pairs and the same training settings; only the loss (and EPR's way of drawing its lists) differs.
+Baselines, DRUM and EPR are given the same encoder to start from, the same mining rounds, the same number of LVLM calls
+and the same training settings. What differs is the loss, EPR's way of drawing its lists, and that the calls of DRUM's
+last round show two demonstrations: the candidate and the one that served best.
 """
 
 from __future__ import annotations
@@ -174,6 +175,8 @@ def run_experiment(
     Returns:
         The results, JSON-ready.
     """
+    from transformers import set_seed
+
     settings = settings or Settings()
     began = time.perf_counter()
     out = Path(out_dir)
@@ -213,6 +216,7 @@ def run_experiment(
     trained: dict[str, DemoRetriever] = {}
     for name, method in METHODS.items():
         curve = curves[name] = [(0, start)]
+        set_seed(settings.seed)  # adapters start at random: the same for every method
         retriever = DemoRetriever.from_encoder(encoder, support=support, strategy=method.query, lora=settings.lora)
 
         def after_round(trainer: DrumTrainer, _: int, name: str = name, curve: list = curve) -> None:
@@ -294,7 +298,12 @@ def _tell(retriever: DemoRetriever, results: Mapping[str, Any], metric: Metric, 
 
 def training_arguments(folder: Path, settings: Settings, store: Any, **different: Any) -> DrumTrainingArguments:
     """The same arguments for every method but for `different`."""
-    same: dict[str, Any] = {"company_rounds": settings.company_rounds, "save_strategy": "no", "logging_strategy": "no"}
+    same: dict[str, Any] = {
+        "company_rounds": settings.company_rounds,
+        "draft_tokens": settings.max_new_tokens,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+    }
     return DrumTrainingArguments(
         output_dir=str(folder),
         rounds=settings.rounds,

@@ -14,12 +14,16 @@ from tiny_training import StubLVLM, coloured_table
 
 from drum_hf.cli import main
 from drum_hf.errors import SavedFileError, SuiteError
+from drum_hf.evaluation.registry import Comparison
 from drum_hf.evaluation.statistics import paired_bootstrap
+from drum_hf.lvlm.feedback import Feedback
 from drum_hf.retriever import DemoRetriever
 from drum_hf.suite import SUITES, load_suite, plan_suite, run_suite
 from drum_hf.suite.cells import Cell, CellFiles, Values
 from drum_hf.suite.results import summarise
 from drum_hf.suite.spec import split_name
+from drum_hf.training.methods import METHODS
+from drum_hf.training.trainer import own_arguments
 
 SUITE = """
 data:
@@ -273,6 +277,7 @@ def test_a_broken_cell_is_named(tmp_path):
         ({"headline": 3}, "headline"),
         ({"paired": ["drum"]}, "drum>epr"),
         ({"curves": ["sit"]}, "curves"),
+        ({"curves": ["drum-no-mining"]}, "mine in rounds"),
         ({"training": {"rounds": 0}}, r"training\.rounds"),
         ({"training": {"momentum": 1}}, "momentum"),
         ({"training": {"pairs": [10, 30]}}, "equal steps"),
@@ -368,3 +373,25 @@ def test_the_paper_suite_names_seven_data_sets_and_what_they_download():
 def test_options_of_a_suite_need_one(capsys):
     assert main(["eval", "--world-seeds", "1"]) == 2
     assert "--suite" in capsys.readouterr().err
+
+
+def test_a_trainings_key_holds_every_argument_of_ours():
+    """A default that changes in a later version is another training."""
+    drum, epr = (own_arguments(METHODS[name]) for name in ("drum", "epr"))
+    assert {"in_batch", "company_rounds", "company_weight", "random_share", "rank_weight"} <= set(drum)
+    assert (drum["company_rounds"], epr["company_rounds"]) == (1, 0)
+    assert "learning_rate" not in drum  # the platform's, which the suite file says
+
+
+def test_strategies_of_a_comparison_share_the_towers(tmp_path):
+    clip, table = tiny_clip(tmp_path), coloured_table(6)
+    feedback = Feedback(StubLVLM(), table, table)
+    first = Comparison(table, table, feedback, clip, "vqa", {})
+    other = Comparison(table, table, feedback, clip, "vqa", {"x": "y"}, untrained=first.untrained)
+    assert other.untrained("sit") is first.untrained("sit")
+
+
+def test_options_that_a_suite_file_says_are_refused(capsys):
+    for words in (["--lvlm", "other"], ["--order", "shuffled"], ["--endpoint", "http://x"], ["--selector", "mmr"]):
+        assert main(["eval", "--suite", "playground", *words]) == 2
+        assert "does not go with --suite" in capsys.readouterr().err

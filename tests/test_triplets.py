@@ -431,6 +431,16 @@ def test_fingerprints_agree_exactly_where_rows_do(left, right):
     assert (NINE.select(left).fingerprint == NINE.select(right).fingerprint) == (left == right)
 
 
+def test_the_gold_fingerprint_covers_references_and_labels():
+    def table(**more):
+        return TripletTable.from_dataset([row("a") | more])
+
+    first = table(references=["r", "s"], label="l")
+    for other in (table(references=["r"], label="l"), table(references=["r", "s"], label="m"), table()):
+        assert other.fingerprint == first.fingerprint and other.gold_fingerprint != first.gold_fingerprint
+    assert table(references=["r", "s"], label="l").gold_fingerprint == first.gold_fingerprint
+
+
 def test_the_fingerprint_covers_content_and_groups():
     prints = {
         TripletTable.from_dataset([row("a") | change]).fingerprint
@@ -545,12 +555,12 @@ ALTERED = {
     "rows moved": (lambda t: t.take([1, 0, 2, 3]), "moved"),
     "column gone": (lambda t: t.drop_columns(["_key"]), "with the columns id, image"),
     "column type": (lambda t: t.set_column(6, "label", pa.array([1] * 4)), "with the columns"),
-    "no version": (lambda t: t.replace_schema_metadata(None), "format version 1, found none"),
+    "no version": (lambda t: t.replace_schema_metadata(None), "format version 1 or 2, found none"),
     "other version": (
         lambda t: t.replace_schema_metadata({"drum_hf": json.dumps({"format_version": 99})}),
-        "format version 1, found 99",
+        "format version 1 or 2, found 99",
     ),
-    "odd metadata": (lambda t: t.replace_schema_metadata({"drum_hf": "[]"}), "format version 1, found none"),
+    "odd metadata": (lambda t: t.replace_schema_metadata({"drum_hf": "[]"}), "format version 1 or 2, found none"),
 }
 
 

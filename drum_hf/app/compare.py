@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparer", "Comparison", "Outcome", "Strategy", "retrieve_weighted", "similarity", "strategy_name"]
 
-_NAMES = {"si": "SI", "st": "ST", "sit": "SIT", "sit+draft": "SIT + draft"}
+_NAMES = {
+    "si": "SI",
+    "st": "ST",
+    "sit": "SIT",
+    "sit+draft": "SIT + draft",
+    "si+draft": "SI + draft",
+    "st+draft": "ST + draft",
+}
 
 
 def strategy_name(weights: Mapping[str, float]) -> str:
@@ -30,8 +37,8 @@ def strategy_name(weights: Mapping[str, float]) -> str:
 
     >>> strategy_name({"image": 1, "prompt": 1, "response": 0})
     'SIT'
-    >>> strategy_name({"image": 1, "prompt": 0, "response": 1})
-    'image + draft'
+    >>> strategy_name({"image": 0, "prompt": 0, "response": 1})
+    'draft'
     """
     used = [weights[part] > 0 for part in PARTS]
     for key, parts in STRATEGIES.items():

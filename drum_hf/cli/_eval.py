@@ -142,8 +142,12 @@ def _run_suite(args: argparse.Namespace) -> None:
         write_json(args.json, plan)
         sys.stdout.write(format_plan(plan) + "\n")
         return
-    if args.data or args.retriever:
-        raise ValueError("--data and --retriever don't go with --suite; a suite file names data sets and trains")
+    for option in ("data", "queries", "retriever", "endpoint", "metric", "selector"):
+        if getattr(args, option):
+            raise ValueError(f"--{option} does not go with --suite; a suite file says all of it: docs/suites.md")
+    for option, usual in (("lvlm", "playground/lvlm"), ("encoder", "playground/clip"), ("order", "best_last")):
+        if getattr(args, option) != usual:
+            raise ValueError(f"--{option} does not go with --suite; a suite file says all of it: docs/suites.md")
     out = args.out or Path("out") / spec.name
     summary = run_suite(spec, out, store=args.store, command="drum-hf " + " ".join(sys.argv[1:]))
     write_json(args.json, summary)

@@ -70,6 +70,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     """Carry it out."""
     with joined() as processes:
+        from transformers import set_seed
+
         from ..experiment import training_arguments
         from ..manifest import write_manifest
         from ..retriever import DemoRetriever
@@ -88,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
             logging_strategy="epoch",
             cascade_keep=args.cascade,
         )
+        set_seed(settings.seed)  # adapters start at random
         retriever = DemoRetriever.from_encoder(
             args.encoder, support=support, strategy="sit+draft", lora=args.lora, device=args.device
         )
@@ -126,7 +129,7 @@ def _settings(args: argparse.Namespace, trainer: DrumTrainer) -> dict[str, Any]:
     return {
         **{name: str(value) if isinstance(value, Path) else value for name, value in given.items()},
         "support": trainer.retriever.support.fingerprint,
-        "training queries": trainer.queries.fingerprint,
+        "training queries": [trainer.queries.fingerprint, trainer.queries.gold_fingerprint],
         "LVLM": trainer.feedback.lvlm.fingerprint,
     }
 

@@ -229,6 +229,14 @@ class TripletTable:
         """Hash of ids, content and groups in row order; 32 hex digits."""
         return content_key(*(part for record in self._records for part in (record.id, record.key, record.group or "")))
 
+    @functools.cached_property
+    def gold_fingerprint(self) -> str:
+        """Hash of ids, references and labels in row order, which `fingerprint` leaves out; 32 hex digits."""
+        rows = zip(self.ids, self.references, self.labels, strict=True)
+        return content_key(
+            *(part for i, gold, label in rows for part in (i, str(len(gold or ())), *(gold or ()), label or ""))
+        )
+
     # New tables from this one
 
     def select(self, ids: Iterable[str]) -> TripletTable:

@@ -148,8 +148,8 @@ def means_by(values: npt.ArrayLike, kinds: Sequence[Hashable]) -> dict[Any, floa
     Raises:
         ValueError: not as many kinds as values.
 
-    >>> means_by([1.0, 0.3, 0.6], ["yes/no", "number", "number"])
-    {'yes/no': 1.0, 'number': 0.45}
+    >>> means_by([1.0, 0.25, 0.75], ["yes/no", "number", "number"])
+    {'yes/no': 1.0, 'number': 0.5}
     """
     array = np.asarray(values, dtype=np.float64)
     if array.shape != (len(kinds),):

@@ -131,7 +131,7 @@ def lvlm_recall_at_k(ranked_ids: Sequence[_Id], scores: Mapping[_Id, float], k: 
     values = _checked(ranked_ids, scores, k)
     best = min(k, len(values))
     least = np.sort(values)[-best]
-    return sum(scores[i] >= least for i in ranked_ids[:k]) / best
+    return float(sum(scores[i] >= least for i in ranked_ids[:k]) / best)
 
 
 def utility(scores: npt.ArrayLike, zero_shot: npt.ArrayLike) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 from collections.abc import Iterable, Mapping
 
 from ..data import TripletTable
@@ -84,6 +83,8 @@ class Comparison:
         task: "vqa", "classification" or "captioning".
         drafts: query id -> the LVLM's zero-shot answer; may be empty where no strategy needs them.
         lora: retrievers train adapters rather than all weights.
+        untrained: the encoder's retrievers without training, by the names of `drum_hf.retriever.STRATEGIES`; made
+            where it is left out. Comparisons of one encoder and support set may share it.
     """
 
     support: TripletTable
@@ -93,11 +94,11 @@ class Comparison:
     task: str
     drafts: Mapping[str, str]
     lora: bool = False
+    untrained: UntrainedRetrievers = None  # type: ignore[assignment]  # see below
 
-    @functools.cached_property
-    def untrained(self) -> UntrainedRetrievers:
-        """The encoder's retrievers without training, by the names of `drum_hf.retriever.STRATEGIES`."""
-        return UntrainedRetrievers(self.encoder, self.support)
+    def __post_init__(self) -> None:
+        if self.untrained is None:
+            object.__setattr__(self, "untrained", UntrainedRetrievers(self.encoder, self.support))
 
 
 def check_names(names: Iterable[str]) -> None:

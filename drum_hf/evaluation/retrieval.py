@@ -156,7 +156,7 @@ class RetrievalEvaluator:
         if self.candidates is not None:
             every = strategy.select(self.asked, len(self.feedback.support))
             ranked = [[i for i in ids if i in own] for ids, own in zip(every, scores, strict=True)]
-        shown = [tuple(arrange(ids, self.order)) for ids in chosen]
+        shown = [tuple(arrange(ids, self.order, seed=row)) for row, ids in enumerate(chosen)]
         together = self.feedback.score(list(zip(self.feedback.queries.ids, shown, strict=True)))
         judged = list(zip(ranked, scores, strict=True))
         return np.array(

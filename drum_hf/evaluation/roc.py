@@ -90,7 +90,8 @@ def roc_auc_of_labels(predictions: Sequence[Mapping[str, float]], references: Se
     for i, (gold,) in enumerate(references):
         if gold not in labels:
             raise RowError(f"item {i}: expected one of the labels {labels} as its reference, got {gold!r}")
-    return roc_auc_items([item[labels[1]] for item in predictions], [gold == labels[1] for (gold,) in references])
+    # By the first label's: the second's is what it leaves of 1, which for a sure answer is 1 and nothing finer.
+    return roc_auc_items([-item[labels[0]] for item in predictions], [gold == labels[1] for (gold,) in references])
 
 
 def _checked(scores: npt.ArrayLike, positive: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:

@@ -104,9 +104,10 @@ class StoreFile:
         # A stranger's file may come with SQL of its own, which reading or writing its tables would run.
         connection.execute("PRAGMA trusted_schema = OFF")
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
-        old = self._version(connection)
-        if old:
-            self._check_tables(connection, old)
+        with transaction(connection, "DEFERRED"):  # another process may be bringing the file up to date
+            old = self._version(connection)
+            if old:
+                self._check_tables(connection, old)
         if self.path != ":memory:" and os.path.getsize(self.path) <= _CHECKED_SIZE:
             fault = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if fault != "ok":

@@ -15,6 +15,7 @@ from ..data import TripletTable
 from ..errors import SavedFileError
 from ..lvlm.cached import CachedLVLM
 from ..retriever import DemoRetriever
+from ..training.checkpoints import last_checkpoint
 from ..training.methods import METHODS
 from ..training.trainer import DrumTrainer, DrumTrainingArguments
 from .spec import TrainingSpec
@@ -64,6 +65,7 @@ def train_retriever(
     training: TrainingSpec,
     seed: int,
     choices: Sequence[str] = (),
+    draft_tokens: int = 32,
 ) -> TrainedRetriever:
     """Train a method of `METHODS`, or go on with a training that was stopped.
 
@@ -87,6 +89,7 @@ def train_retriever(
         "learning_rate": training.learning_rate,
         "per_device_train_batch_size": training.batch_size,
         "list_size": training.list_size,
+        "draft_tokens": draft_tokens,
         "warmup_steps": 0.1,  # a share of all steps
         "seed": seed,
         "score_store": str(lvlm.store.path),
@@ -105,7 +108,7 @@ def train_retriever(
             trainer.retriever.save_pretrained(folder / f"round-{done}", include_support=False)
 
     trainer = DrumTrainer(retriever, lvlm=lvlm, args=arguments, choices=choices, on_round_end=keep_round)
-    checkpoint = _last_checkpoint(work)
+    checkpoint = last_checkpoint(work)
     if checkpoint is not None:
         logger.info("%s goes on from %s", method, checkpoint.name)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -116,9 +119,3 @@ def train_retriever(
     os.replace(partial, folder / _DONE)
     shutil.rmtree(work, ignore_errors=True)
     return TrainedRetriever(folder, pairs)
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; the loss's parameters are written last."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "loss.safetensors").is_file()]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

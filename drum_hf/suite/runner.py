@@ -14,12 +14,14 @@ from typing import Any
 from ..data import TripletTable
 from ..evaluation.evaluator import ICLEvaluator
 from ..evaluation.registry import STRATEGIES, Comparison, make_strategy
+from ..evaluation.untrained import UntrainedRetrievers
 from ..experiment import METRICS
 from ..lvlm.cached import CachedLVLM
 from ..lvlm.feedback import Feedback
 from ..lvlm.store import ScoreStore
 from ..retriever import DemoRetriever
 from ..training.methods import METHODS
+from ..training.trainer import own_arguments
 from ..types import LVLM
 from .cells import Cell, CellFiles, Values, digest
 from .opening import encoder_key, open_data, open_lvlm
@@ -62,6 +64,7 @@ class _Bench:
     lvlm: CachedLVLM
     encoder: str
     lora: bool
+    evaluators: dict[bool, ICLEvaluator] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def feedback(self) -> Feedback:
@@ -81,16 +84,21 @@ class _Bench:
     def drafts(self) -> dict[str, str]:
         return dict(zip(self.queries.ids, self.feedback.drafts(self.queries.ids, progress=False), strict=True))
 
-    @functools.cache  # noqa: B019 (it lives as long as its bench)
+    @functools.cached_property
+    def untrained(self) -> UntrainedRetrievers:
+        return UntrainedRetrievers(self.encoder, self.support)
+
     def evaluator(self, drafted: bool) -> ICLEvaluator:
-        return ICLEvaluator(
-            self.lvlm,
-            self.support,
-            self.queries,
-            metric=self.metric,
-            drafts=self.drafts if drafted else {},
-            max_new_tokens=self.data.max_new_tokens,
-        )
+        if drafted not in self.evaluators:
+            self.evaluators[drafted] = ICLEvaluator(
+                self.lvlm,
+                self.support,
+                self.queries,
+                metric=self.metric,
+                drafts=self.drafts if drafted else {},
+                max_new_tokens=self.data.max_new_tokens,
+            )
+        return self.evaluators[drafted]
 
     def comparison(self, drafted: bool) -> Comparison:
         return Comparison(
@@ -101,9 +109,8 @@ class _Bench:
             task=self.data.task,
             drafts=self.drafts if drafted else {},
             lora=self.lora,
+            untrained=self.untrained,
         )
-
-    __hash__ = object.__hash__
 
 
 class SuiteRun:
@@ -215,8 +222,8 @@ class SuiteRun:
         base, _ = split_name(cell.strategy)
         return {
             "task": bench.data.task,
-            "support": bench.support.fingerprint,
-            "queries": bench.queries.fingerprint,
+            "support": [bench.support.fingerprint, bench.support.gold_fingerprint],
+            "queries": [bench.queries.fingerprint, bench.queries.gold_fingerprint],
             "lvlm": self._fingerprints[cell.lvlm],
             "encoder": self._encoder_keys[cell.encoder],
             "metric": bench.metric,
@@ -230,10 +237,11 @@ class SuiteRun:
         rounds, candidates = self.spec.training.schedule(len(bench.support))
         settings = dataclasses.asdict(self.spec.training) | {"rounds": rounds, "candidates": candidates, "pairs": ()}
         return {
-            "method": {"training": dict(method.training), "query": method.query},
+            "method": {"training": own_arguments(method), "query": method.query},
             "settings": settings,
             "seed": cell.seed,
-            "support": bench.support.fingerprint,
+            "draft_tokens": bench.data.max_new_tokens,
+            "support": [bench.support.fingerprint, bench.support.gold_fingerprint],
             "lvlm": self._fingerprints[cell.trained_on or cell.lvlm],
             "encoder": self._encoder_keys[cell.encoder],
             "choices": list(bench.choices),
@@ -273,6 +281,7 @@ class SuiteRun:
                 training=self.spec.training,
                 seed=cell.seed,
                 choices=bench.choices,
+                draft_tokens=bench.data.max_new_tokens,
             )
         finally:
             if teacher is not bench.lvlm:

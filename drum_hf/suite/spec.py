@@ -19,6 +19,7 @@ from ..errors import SuiteError
 from ..evaluation.metrics import METRICS
 from ..evaluation.registry import STRATEGIES, takes_selector
 from ..selection import SELECTORS
+from ..training.methods import METHODS
 
 __all__ = ["SUITES", "DataSpec", "LVLMSpec", "SuiteSpec", "TrainingSpec", "load_suite", "split_name"]
 
@@ -312,6 +313,8 @@ def _check(spec: SuiteSpec) -> None:
     for name in spec.curves:
         if name not in STRATEGIES or not STRATEGIES[name].trained:
             refuse("curves", "trained strategies", name)
+        if METHODS[name].training.get("mine_once"):
+            refuse("curves", "strategies that mine in rounds", name)
     for text in spec.paired:
         if len(text.split(">")) != 2:
             refuse("paired", "comparisons like 'drum>epr'", text)

@@ -370,7 +370,7 @@ class ContrastiveLVLMLoss(_LVLMLoss):
 
     Made for lists of one demonstration sampled from a query's five best by the LVLM and others from its five worst
     (`sampling="contrastive"` of the trainer). The list's best counts as the positive. Known scores and the query's own
-    group are left out of the negatives just as in `ListwiseLVLMLoss`, so that the two differ in the loss alone.
+    group are left out of the negatives just as in `ListwiseLVLMLoss` with `in_batch="best"`.
 
     Source: EPR; temperature our choice, as in `ListwiseLVLMLoss`.
     """

@@ -26,6 +26,7 @@ from ..types import LVLM, Query
 from .checkpoints import WholeCheckpoints, last_checkpoint
 from .collator import ListCollator
 from .losses import ContrastiveLVLMLoss, InBatch, ListwiseLVLMLoss, Weighting
+from .methods import Method
 from .mining import COMPANY_WEIGHT, FIRST_RANDOM_SHARE, CandidateTable, Sampling, mine_candidates, mine_company
 from .pricing import CALIBRATION, Pair, TrainingPlan, measure_drafts, plan_training, price
 
@@ -53,7 +54,8 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
         company_weight: what a demonstration is worth in company, beside what it is worth alone; our choice.
         random_share: share of the first round's candidates drawn at random; our choice.
         list_size: candidates sampled for a query in a step, l; UDR's value 8.
-        objective: "listwise" (DRUM) or "contrastive" (EPR).
+        objective: "listwise" (DRUM) or "contrastive" (EPR's loss). What else sets an ancestor apart from DRUM stands
+            in `drum_hf.training.methods.METHODS`.
         weighting: of the list-wise loss: "utility" (ours), "rank" (UDR's paper), "position" (UDR's code) or "kl".
         rank_weight: lambda; UDR's value 0.8.
         in_batch: targets of the in-batch term: "soft" (ours) or "best" (UDR); see `ListwiseLVLMLoss`.
@@ -67,6 +69,7 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
         frozen_candidates: the demonstrations' embeddings stay those of the encoder as it is before training; only the
             queries' side is trained (MSIER). The retriever then holds both encoders.
         mini_batch_size: gradient caching in chunks of so many items; off by default.
+        draft_tokens: length of the training queries' drafts; as long as those of the queries that will be asked.
         score_store: SQLite file of every LVLM score; `scores.sqlite` in `output_dir` by default.
         cascade_keep: share of each query's new pairs that the LVLM itself scores, the best by `cheap_lvlm`; the rest
             are estimates (see `Cascade`). 1, our choice, scores all and needs no cheaper LVLM.
@@ -90,6 +93,7 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
     mine_once: bool = dataclasses.field(default=False, metadata={"help": "buy all rounds' pairs in the first one"})
     frozen_candidates: bool = dataclasses.field(default=False, metadata={"help": "train the queries' side alone"})
     mini_batch_size: int | None = dataclasses.field(default=None, metadata={"help": "gradient caching chunk"})
+    draft_tokens: int = dataclasses.field(default=32, metadata={"help": "length of a training query's draft"})
     score_store: str | None = dataclasses.field(default=None, metadata={"help": "SQLite file of LVLM scores"})
     cascade_keep: float = dataclasses.field(default=1.0, metadata={"help": "share of pairs that the LVLM scores"})
 
@@ -128,6 +132,12 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
         self.num_train_epochs = float(self.rounds * self.epochs_per_round)
         super().__post_init__()
+
+
+def own_arguments(method: Method) -> dict[str, Any]:
+    """Every argument of a method's that is not the platform's, defaults included: what its outcome depends on."""
+    own = [f for f in dataclasses.fields(DrumTrainingArguments) if f.name in DrumTrainingArguments.__annotations__]
+    return {f.name: f.default for f in own} | dict(method.training)
 
 
 class _Rounds(TrainerCallback):
@@ -204,7 +214,8 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
             retriever.freeze_support()
         self.queries = retriever.support if train_dataset is None else TripletTable.from_dataset(train_dataset)
         store = ScoreStore(args.score_store or Path(args.output_dir) / "scores.sqlite")
-        self.feedback = Feedback(lvlm, retriever.support, self.queries, store=store, choices=choices)
+        common: dict[str, Any] = {"store": store, "choices": choices, "max_new_tokens": args.draft_tokens}
+        self.feedback = Feedback(lvlm, retriever.support, self.queries, **common)
         self.cascade: Cascade | None = None
         if args.cascade_keep < 1.0:
             if cheap_lvlm is None:
@@ -212,7 +223,7 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
                     f"expected a cheap_lvlm to choose by, with cascade_keep={args.cascade_keep}; give a smaller LVLM, "
                     "or this one's with_fewer_image_tokens(4)"
                 )
-            cheap = Feedback(cheap_lvlm, retriever.support, self.queries, store=store, choices=choices)
+            cheap = Feedback(cheap_lvlm, retriever.support, self.queries, **common)
             self.cascade = Cascade(self.feedback, cheap, keep=args.cascade_keep, seed=args.seed)
         self.table = CandidateTable(self.queries.ids, company_weight=args.company_weight)
         self.processes = Processes.current()
@@ -234,7 +245,7 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
         self.epoch = 0
         self.drafts: dict[str, str] = {}
         if loss is None:
-            common: dict[str, Any] = {"temperature": args.temperature, "mini_batch_size": args.mini_batch_size}
+            common = {"temperature": args.temperature, "mini_batch_size": args.mini_batch_size}
             if args.objective == "contrastive":
                 loss = ContrastiveLVLMLoss(retriever.encoder, **common)
             else:
