@@ -34,6 +34,11 @@ def local_name(path: str | os.PathLike[str]) -> str:
     return next((name for name, folder in _SHIPPED.items() if os.path.realpath(folder) == given), os.fspath(path))
 
 
+def bar_options(shown: bool) -> dict[str, bool]:
+    """What tells tqdm whether a bar is shown: a plain `disable=False` would overrule the user's TQDM_DISABLE."""
+    return {} if shown else {"disable": True}
+
+
 @contextlib.contextmanager
 def loading(what: str, name: str | os.PathLike[str]) -> Iterator[None]:
     """Says which model it was that transformers could not find, and what it was to be.

@@ -23,7 +23,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from torch import nn
 
-from ._compat import loading, local_name, resolve_name
+from ._compat import bar_options, loading, local_name, resolve_name
 from ._hub import commit_of
 from .adapters import ADAPTER_CONFIG, active_adapter, attach
 from .errors import NonFiniteEmbeddingError
@@ -565,7 +565,7 @@ def encode_items(
     done: list[np.ndarray] = []
     count = 0
     try:
-        with tqdm(total=total, desc="encoding", unit="item", disable=not shown) as bar:
+        with tqdm(total=total, desc="encoding", unit="item", **bar_options(shown)) as bar:
             for chunk in _chunks(items, _CHUNK * batch_size):
                 vectors = encoder.encode(chunk, batch_size=batch_size, show_progress_bar=False)
                 vectors = np.asarray(vectors, dtype=np.float32)
