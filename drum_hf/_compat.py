@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
-from .errors import DependencyError
+from .errors import DependencyError, DrumError, ModelError
 
 #: Import name -> the extra of drum-hf that brings it.
 _EXTRAS = {"matplotlib": "plot", "bm25s": "bm25", "gradio": "app"}
@@ -30,6 +32,29 @@ def local_name(path: str | os.PathLike[str]) -> str:
     """The name by which `resolve_name` finds this folder on any machine; any other name or path as it is."""
     given = os.path.realpath(path)
     return next((name for name, folder in _SHIPPED.items() if os.path.realpath(folder) == given), os.fspath(path))
+
+
+def bar_options(shown: bool) -> dict[str, bool]:
+    """What tells tqdm whether a bar is shown: a plain `disable=False` would overrule the user's TQDM_DISABLE."""
+    return {} if shown else {"disable": True}
+
+
+@contextlib.contextmanager
+def loading(what: str, name: str | os.PathLike[str]) -> Iterator[None]:
+    """Says which model it was that transformers could not find, and what it was to be.
+
+    Raises:
+        ModelError: in place of an OSError.
+    """
+    try:
+        yield
+    except DrumError:
+        raise
+    except OSError as error:
+        raise ModelError(
+            f"expected a folder or a Hub id of {what}, came {os.fspath(name)!r}, which could not be loaded: "
+            f"{' '.join(str(error).split())}"
+        ) from error
 
 
 def require(module: str, purpose: str) -> ModuleType:

@@ -6,6 +6,7 @@ import fnmatch
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,19 +81,22 @@ def commit_folder(
     mine = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     there = ask(lambda: api.list_repo_files(**where, revision=revision)) if replaces else []
     gone = [name for name in there if name not in mine and any(fnmatch.fnmatch(name, some) for some in replaces)]
-    # Not `upload_folder`, which may make several commits of a large folder.
-    made = ask(
-        lambda: api.create_commit(
-            **where,
-            operations=[
-                *(CommitOperationDelete(name) for name in gone),
-                *(CommitOperationAdd(name, os.fspath(path)) for name, path in mine.items()),
-            ],
-            commit_message=message,
-            revision=revision,
-            create_pr=create_pr,
+    with warnings.catch_warnings():
+        # a retriever's support set belongs to it
+        warnings.filterwarnings("ignore", "It seems that you are about to commit a data file", UserWarning)
+        # Not `upload_folder`, which may make several commits of a large folder.
+        made = ask(
+            lambda: api.create_commit(
+                **where,
+                operations=[
+                    *(CommitOperationDelete(name) for name in gone),
+                    *(CommitOperationAdd(name, os.fspath(path)) for name, path in mine.items()),
+                ],
+                commit_message=message,
+                revision=revision,
+                create_pr=create_pr,
+            )
         )
-    )
     return made.pr_url or made.commit_url
 
 

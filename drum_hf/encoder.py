@@ -23,7 +23,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from torch import nn
 
-from ._compat import local_name, resolve_name
+from ._compat import bar_options, loading, local_name, resolve_name
 from ._hub import commit_of
 from .adapters import ADAPTER_CONFIG, active_adapter, attach
 from .errors import NonFiniteEmbeddingError
@@ -480,18 +480,20 @@ def build_encoder(
         revision, token, cache_dir, local_files_only, trust_remote_code: as everywhere in transformers.
 
     Raises:
+        ModelError: there is no such model.
         ValueError: another model family, or weights that can't be used.
     """
-    module = JointEncoder.from_pretrained(
-        name_or_path,
-        weights=weights,
-        learn_weights=learn_weights,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        trust_remote_code=trust_remote_code,
-    )
+    with loading("a CLIP or SigLIP", name_or_path):
+        module = JointEncoder.from_pretrained(
+            name_or_path,
+            weights=weights,
+            learn_weights=learn_weights,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            trust_remote_code=trust_remote_code,
+        )
     encoder = SentenceTransformer(modules=[module], device=device, similarity_fn_name="dot")
     if lora:
         encoder.add_adapter(_lora_config() if lora is True else lora)
@@ -563,7 +565,7 @@ def encode_items(
     done: list[np.ndarray] = []
     count = 0
     try:
-        with tqdm(total=total, desc="encoding", unit="item", disable=not shown) as bar:
+        with tqdm(total=total, desc="encoding", unit="item", **bar_options(shown)) as bar:
             for chunk in _chunks(items, _CHUNK * batch_size):
                 vectors = encoder.encode(chunk, batch_size=batch_size, show_progress_bar=False)
                 vectors = np.asarray(vectors, dtype=np.float32)

@@ -19,6 +19,7 @@ __all__ = [
     "ImageError",
     "LeakError",
     "MissingIdError",
+    "ModelError",
     "NonFiniteEmbeddingError",
     "NonFiniteScoreError",
     "RowError",
@@ -54,6 +55,10 @@ class MissingIdError(DrumError, KeyError):
 
     def __str__(self) -> str:  # KeyError would show the repr of the message
         return str(self.args[0]) if self.args else ""
+
+
+class ModelError(DrumError, OSError):
+    """A model's files are neither in a folder, nor on the Hub, nor in its cache."""
 
 
 class EmptySupportError(DrumError, ValueError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from drum_hf.cli import main
+from drum_hf.cli.options import training_options
+from drum_hf.experiment import Settings
 from drum_hf.playground import make_world
 from drum_hf.retriever import DemoRetriever
 
@@ -133,10 +137,50 @@ def test_demo_writes_what_it_promises(tmp_path, capsys):
         (["eval", "--data", "DATA", "--strategies", "drum"], "--retriever"),
         (["demo", "--data", "DATA", "--task", "all"], "--task"),
         (["score", "--data", "DATA", "--store", "DATA"], ""),
+        (["train", "--data", "DATA", "--out", "x", "--lvlm", "no/such"], "an LVLM, came 'no/such'"),
+        (["train", "--data", "DATA", "--out", "x", "--encoder", "no/such"], "a CLIP or SigLIP, came 'no/such'"),
+        (["train", "--data", "DATA", "--out", "x", "--device", "gpu7"], "--device"),
+        (["train", "--data", "/dev/null", "--out", "x"], "/dev/null: expected a table"),
+        (["train", "--data", "DATA", "--out", "x", "--columns", "response=nowhere"], "nowhere"),
     ],
 )
 def test_faults_are_one_line_and_exit_2(command, words, folder, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["-q", *(str(folder) if part == "DATA" else part for part in command)]) == 2
     said = capsys.readouterr().err
     assert words in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        (["train"], "Train a retriever for your LVLM and data."),
+        (["scores", "push"], "Upload scores to a data set repository on the Hub."),
+    ],
+)
+def test_a_verbs_help_says_what_it_does(verb, words, capsys):
+    with pytest.raises(SystemExit):
+        main([*verb, "--help"])
+    assert words in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_help_tells_the_defaults_of_training():
+    settings, parser = Settings(), argparse.ArgumentParser()
+    training_options(parser)
+    told = {action.dest: re.search(r"\((\S+)\)$", action.help or "") for action in parser._actions}
+    names = {"rounds", "candidates", "epochs", "learning_rate", "batch", "list_size"}
+    for name in names:
+        found = told[name]
+        assert found is not None
+        assert float(found[1]) == getattr(settings, "batch_size" if name == "batch" else name)
+
+
+def test_columns_of_other_names(folder, tmp_path, capsys):
+    table = tmp_path / "german.csv"
+    lines = (folder / "table.csv").read_text().replace("question,answer", "frage,antwort", 1)
+    table.write_text(lines)
+    names = ["--columns", "prompt=frage", "response=antwort", "--image-root", str(folder)]
+    assert main(["data", "check", str(table), *names]) == 0
+    assert main(["-q", "index", str(tmp_path / "built"), "--data", str(table), *names]) == 0
+    assert "40 demonstrations" in capsys.readouterr().out

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
+from datasets.fingerprint import Hasher
 from safetensors.torch import load_file
 from tiny_encoders import tiny_clip
 from tiny_training import StubLVLM, coloured_rows, coloured_table, forbidden
@@ -216,6 +220,13 @@ def test_lists_are_drawn_anew_each_epoch_and_the_same_again_for_the_same_epoch(m
         trainer.epoch = epoch
         others.append(trainer.train_dataset[0]["candidates"])
     assert any(ids != first for ids in others)
+
+
+def test_rows_are_hashed_and_copied_without_the_trainer(make):
+    shown = [make(out=out).train_dataset.format["format_kwargs"]["transform"] for out in ("a", "b")]
+    assert all(len(pickle.dumps(lists)) < 500 for lists in shown)
+    assert len({Hasher.hash(lists) for lists in shown}) == 2
+    assert copy.deepcopy(shown[0]) is shown[0]
 
 
 def test_lists_follow_the_data_seed_where_there_is_one_even_0(make):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from ..errors import DrumError
 from . import _app, _bench, _data, _demo, _eval, _index, _push, _score, _scores, _train, _tune
+from .options import check_device
 
 __all__ = ["main"]
 
@@ -33,7 +34,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for verb in _VERBS:
         verb.add(commands)
+    _describe(commands)
     return parser
+
+
+def _describe(commands: argparse._SubParsersAction) -> None:
+    """What the list of verbs says of each stands at the head of its own help too."""
+    for listed in commands._choices_actions:
+        parser = commands.choices[listed.dest]
+        parser.description = f"{(listed.help or '')[:1].upper()}{(listed.help or '')[1:]}."
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                _describe(action)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,8 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         os.environ["TQDM_DISABLE"] = "1"
     try:
+        if getattr(args, "device", None):
+            check_device(args.device)
         status = args.run(args)
-    except (DrumError, ValueError) as error:
+    except (DrumError, ValueError, OSError) as error:
         sys.stderr.write(f"drum-hf {args.command}: {type(error).__name__}: {error}\n")
         return 2
     except KeyboardInterrupt:

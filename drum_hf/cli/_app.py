@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from .options import load_lvlm, model_options, read_table
+from .options import column_options, load_lvlm, model_options, read_table
 
 if TYPE_CHECKING:
     from ..data import TripletTable
@@ -29,6 +29,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="untrained strategy beside it (default: sit+draft; si without --retriever)",
     )
     parser.add_argument("--queries", help="table of examples to pick from; by default rows of the support set")
+    column_options(parser)
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows of it that can't be used")
     parser.add_argument("--world-seed", type=int, default=0, help="of the playground's world (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer (default: %(default)s)")

@@ -7,6 +7,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from .options import column_options
+
 if TYPE_CHECKING:
     from ..data import Source, TableReport
 
@@ -22,13 +24,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     check = verbs.add_parser("check", help="say what a table holds and what is wrong with it; status 1 if anything is")
     check.add_argument("path", metavar="PATH", help="CSV, TSV, JSONL, JSON or parquet file, or a folder")
     check.add_argument("--split", help="which split, where there are several")
-    check.add_argument(
-        "--columns",
-        nargs="+",
-        metavar="OURS=THEIRS",
-        help="what the table calls id, image, prompt, response, references, group or label",
-    )
-    check.add_argument("--image-root", metavar="DIR", help="folder that image paths are relative to")
+    column_options(check)
     check.add_argument("--source", metavar="NAME", help="PATH is a copy of this public data set")
     check.add_argument("--limit", type=int, help="with --source: the first so many rows")
     check.add_argument("--show", type=int, default=20, help="bad rows told, at most (default: %(default)s)")
@@ -49,14 +45,11 @@ def _check(args: argparse.Namespace) -> int:
 
     from ..data import check_table
 
-    pairs = [pair.partition("=") for pair in args.columns or ()]
-    if wrong := [ours for ours, equals, theirs in pairs if not (ours and equals and theirs)]:
-        raise ValueError(f"expected --columns like prompt=question, came {wrong[0]!r}")
     report = check_table(
         args.path,
         source=args.source,
         split=args.split,
-        columns={ours: theirs for ours, _, theirs in pairs},
+        columns=dict(args.columns or ()),
         image_root=args.image_root,
         limit=args.limit,
     )
@@ -90,7 +83,10 @@ def _told(report: TableReport, show: int) -> list[str]:
         lines += [f"  row {row}: {problem}" for row, problem in report.bad_rows[:show]]
         if len(report.bad_rows) > show:
             lines.append(f"  and {len(report.bad_rows) - show} more; --show N or --json tells them")
-    return [*lines, "all well" if report.ok else "correct these, or leave bad rows out with --skip-bad-rows"]
+    if report.ok:
+        return [*lines, "all well"]
+    skip = report.bad_rows and not report.problems
+    return [*lines, "correct these, or leave them out with --skip-bad-rows" if skip else "correct this first"]
 
 
 def _renamed(ours: str, theirs: str) -> str:

@@ -24,10 +24,15 @@ def add(commands: argparse._SubParsersAction) -> None:
         default="float32",
         help="of a new retriever's vectors (default: %(default)s)",
     )
-    parser.add_argument("--strategy", choices=("si", "st", "sit", "sit+draft"), default="sit+draft")
+    parser.add_argument(
+        "--strategy",
+        choices=("si", "st", "sit", "sit+draft"),
+        default="sit+draft",
+        help="parts that a new retriever compares: image, prompt, draft (default: %(default)s)",
+    )
     parser.add_argument("--add", metavar="TABLE", help="add these demonstrations")
     parser.add_argument("--remove", metavar="ID", nargs="+", help="remove these demonstrations")
-    data_options(parser, required=False)
+    data_options(parser, required=False, queries=None, task=False, metric=False)
     model_options(parser, lvlm=False)
     parser.set_defaults(run=run)
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ._processes import joined
-from .options import data_options, load_lvlm, model_options, read_table
+from .options import TRAINING_QUERIES, data_options, load_lvlm, model_options, read_table
 
 __all__ = ["add", "run"]
 
@@ -23,10 +23,10 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="only say how many pairs, tokens and images are new, and how long they take, from a few pairs that are "
         "scored and kept",
     )
-    data_options(parser, required=True)
+    data_options(parser, required=True, queries=TRAINING_QUERIES, metric=False)
     model_options(parser)
     parser.add_argument("--candidates", type=int, default=10, help="pairs for each query (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
     parser.set_defaults(run=run)
 
 

@@ -22,7 +22,7 @@ __all__ = ["add", "run"]
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the verb, its own verbs and their options."""
     parser = commands.add_parser(
-        "scores", help="look into a score store, export, import, push or pull scores, clear it out"
+        "scores", help="look into a score store; export, import, push or pull its scores; clear it out"
     )
     parser.set_defaults(run=run)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")

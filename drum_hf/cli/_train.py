@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._processes import joined
-from .options import data_options, load_lvlm, make_settings, model_options, read_table, training_options
+from .options import (
+    TRAINING_QUERIES,
+    data_options,
+    load_lvlm,
+    make_settings,
+    model_options,
+    read_table,
+    training_options,
+)
 
 if TYPE_CHECKING:
     from ..training import DrumTrainer
@@ -25,6 +33,8 @@ _OUTSIDE = {
     "out",
     "data",
     "queries",
+    "columns",
+    "image_root",
     "resume",
     "restart",
     "dry_run",
@@ -61,7 +71,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="the cheaper one: folder or Hub id; by default the LVLM with a quarter of its image tokens",
     )
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the trained retriever")
-    data_options(parser, required=True)
+    data_options(parser, required=True, queries=TRAINING_QUERIES, metric=False)
     model_options(parser)
     training_options(parser)
     parser.set_defaults(run=run)

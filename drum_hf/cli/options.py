@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TASKS",
+    "TRAINING_QUERIES",
+    "check_device",
+    "column_options",
     "data_options",
     "ints",
     "load_lvlm",
@@ -28,6 +31,7 @@ __all__ = [
 ]
 
 TASKS = ("vqa", "classification", "captioning")
+TRAINING_QUERIES = "table of training queries; by default every demonstration is one, which never sees its own group"
 
 
 def ints(text: str) -> tuple[int, ...]:
@@ -45,7 +49,12 @@ def model_options(parser: argparse.ArgumentParser, *, lvlm: bool = True, encoder
             "--lvlm", default="playground/lvlm", help="folder or Hub id of the LVLM (default: %(default)s)"
         )
         group.add_argument("--lvlm-revision", help="branch, tag or commit of the LVLM")
-        group.add_argument("--dtype", default="auto", help="of the LVLM: auto, float32, bfloat16, float16")
+        group.add_argument(
+            "--dtype",
+            choices=("auto", "float32", "bfloat16", "float16"),
+            default="auto",
+            help="of the LVLM (default: %(default)s, as it was saved)",
+        )
         group.add_argument(
             "--batch-size", type=int, default=64, help="sequences of the LVLM in a forward, at most (%(default)s)"
         )
@@ -81,42 +90,94 @@ def model_options(parser: argparse.ArgumentParser, *, lvlm: bool = True, encoder
     group.add_argument("--device", help="cuda, cpu, …; the best one there is by default")
 
 
-def data_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
+def check_device(name: str) -> None:
+    """Before anything is loaded for it.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"expected a --device of this machine, such as cpu or cuda:0, came {name!r}: {reason}"
+        ) from error
+
+
+def column(text: str) -> tuple[str, str]:
+    ours, _, theirs = text.partition("=")
+    if not (ours and theirs):
+        raise argparse.ArgumentTypeError(f"expected OURS=THEIRS such as prompt=question, came {text!r}")
+    return ours, theirs
+
+
+def column_options(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--columns",
+        type=column,
+        nargs="+",
+        metavar="OURS=THEIRS",
+        help="what the table calls id, image, prompt, response, references, group or label",
+    )
+    group.add_argument("--image-root", metavar="DIR", help="folder that image paths are relative to")
+
+
+def data_options(
+    parser: argparse.ArgumentParser,
+    *,
+    required: bool,
+    queries: str | None = "table of queries with gold responses; by default split off --data",
+    task: bool = True,
+    metric: bool = True,
+) -> None:
+    """Where the demonstrations are, and if asked for, what `--queries` is (in words), the task and its metric."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
         required=required,
         help="table of demonstrations: CSV, JSONL or parquet, or a folder of images with one of these",
     )
-    group.add_argument("--queries", help="table of queries with gold responses; by default split off --data")
+    if queries is not None:
+        group.add_argument("--queries", help=queries)
+    column_options(group)
     group.add_argument(
         "--skip-bad-rows", action="store_true", help="leave out rows that can't be used, and count them"
     )
-    group.add_argument("--task", choices=TASKS, default="vqa", help="default: %(default)s")
-    group.add_argument(
-        "--metric", help="exact_match, vqa_accuracy, top1, cider_d or roc_auc; by default the task's own"
-    )
+    if task:
+        group.add_argument("--task", choices=TASKS, default="vqa", help="default: %(default)s")
+    if metric:
+        group.add_argument(
+            "--metric", help="exact_match, vqa_accuracy, top1, cider_d or roc_auc; by default the task's own"
+        )
 
 
 def training_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
-    group.add_argument("--rounds", type=int, help="mining rounds")
-    group.add_argument("--candidates", type=int, help="new pairs that each query buys in a round")
-    group.add_argument("--epochs", type=int, help="epochs in each round")
-    group.add_argument("--learning-rate", type=float)
-    group.add_argument("--train-batch-size", dest="batch", type=int, help="queries in a step")
-    group.add_argument("--list-size", type=int, help="candidates drawn for a query in a step")
+    group.add_argument("--rounds", type=int, help="rounds of proposing, scoring and training (3)")
+    group.add_argument("--candidates", type=int, help="new pairs that each query buys in a round (10)")
+    group.add_argument("--epochs", type=int, help="epochs in each round (3)")
+    group.add_argument("--learning-rate", type=float, help="at its peak (3e-4)")
+    group.add_argument("--train-batch-size", dest="batch", type=int, help="queries in a step (64)")
+    group.add_argument("--list-size", type=int, help="candidates drawn for a query in a step (8)")
     group.add_argument(
-        "--company-rounds", type=int, help="last rounds, in which DRUM scores candidates beside the best (default: 1)"
+        "--company-rounds", type=int, help="last rounds, in which DRUM scores candidates beside the best (1)"
     )
     group.add_argument("--lora", action="store_true", help="train LoRA adapters rather than all weights")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=int, default=0, help="of training and sampling (%(default)s)")
 
 
 def read_table(path: str, args: argparse.Namespace) -> TripletTable:
     from ..data import load_table
 
-    return load_table(path, on_bad_rows="skip" if args.skip_bad_rows else "raise")
+    return load_table(
+        path,
+        on_bad_rows="skip" if args.skip_bad_rows else "raise",
+        columns=dict(args.columns or ()),
+        image_root=args.image_root,
+    )
 
 
 def read_tables(args: argparse.Namespace) -> tuple[TripletTable, TripletTable]:

@@ -54,7 +54,7 @@ def _match_columns(found: Sequence[str], columns: Mapping[str, str]) -> dict[str
     names = {ours: columns.get(ours, ours) for ours in COLUMNS}
     for ours, theirs in names.items():
         if theirs not in found and (ours in _REQUIRED or ours in columns):
-            remedy = f"name it with columns={{{ours!r}: '<column>'}}"
+            remedy = f"name it with columns={{{ours!r}: '<column>'}} (--columns {ours}=<column>)"
             if ours == "prompt":
                 remedy += ", or add a column of '' where nothing is asked (captioning, classification)"
             raise ColumnError(f"expected a column {theirs!r}, came columns {', '.join(map(repr, found))}; {remedy}")

@@ -139,7 +139,8 @@ def open_table(
             local = split_folder(local, split)
         elif split is not None:
             local = _split_path(local, split)
-        local = local if local.is_file() or is_saved_dataset(local) else _table_in(local) or local
+        if local.is_dir() and not is_saved_dataset(local):
+            local = _table_in(local) or local
         if local.suffix == ".parquet" and _is_triplet_file(local):
             return OpenTable("table saved by drum-hf", [], {}, saved=local)
         kind, data = _kind(local), _read(local, faults)
@@ -150,7 +151,7 @@ def open_table(
 
 
 def _kind(path: Path) -> str:
-    if path.is_file():
+    if not path.is_dir():
         return f"{path.suffix.lower().lstrip('.')} file"
     return "saved Dataset" if is_saved_dataset(path) else "folder of a folder of images for each class"
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._compat import bar_options
 from ..errors import ContextOverflowError, NonFiniteScoreError
 from ..types import ICLRequest
 from ._engine import Engine, Limits, halving
@@ -403,4 +404,4 @@ def _torch() -> Any:
 def progress_bar(title: str, total: int, shown: bool) -> tqdm:
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, desc=title, unit="answer", disable=not shown)
+    return tqdm(total=total, desc=title, unit="answer", **bar_options(shown))

@@ -8,6 +8,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from .._compat import bar_options
 from ..errors import NonFiniteScoreError
 from ..types import LVLM, ICLRequest
 from .store import RequestParts, ScoreStore, request_key
@@ -192,7 +193,7 @@ class CachedLVLM:
         new = sorted(first.values())
         self.hits += len(keys) - len(new)
         shown = bool(new) and (len(new) > _QUIET_BATCHES * self.batch_size if progress is None else progress)
-        with tqdm(total=len(new), desc=f"LVLM {verb}", unit="request", disable=not shown) as bar:
+        with tqdm(total=len(new), desc=f"LVLM {verb}", unit="request", **bar_options(shown)) as bar:
             bar.set_postfix({"from cache": f"{1 - len(new) / max(1, len(keys)):.0%}"}, refresh=False)
             for positions in self._batches(new, shared):
                 answers.update(zip((keys[i] for i in positions), ask(positions), strict=True))

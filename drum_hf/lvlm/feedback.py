@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from .._compat import bar_options
 from ..data import TripletTable
 from ..types import LVLM, ICLRequest, Query
 from .cached import CachedLVLM
@@ -229,7 +230,7 @@ class _Bar:
         from tqdm.auto import tqdm
 
         several = f" ({len(own):,} of {new:,} in this process)" if len(own) < new else ""
-        self._bar: tqdm = tqdm(total=len(own), desc=f"{title}{several}", unit=unit, disable=not shown)
+        self._bar: tqdm = tqdm(total=len(own), desc=f"{title}{several}", unit=unit, **bar_options(shown))
         self._bar.set_postfix({"new": new, "known": known}, refresh=False)
         self._begun = 0
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._compat import local_name, resolve_name
+from .._compat import loading, local_name, resolve_name
 from .._hub import commit_of
 from ..types import ICLRequest
 from ._answers import combine_answers, log_softmax, wanted_answers
@@ -140,7 +140,7 @@ class TransformersLVLM:
 
         Raises:
             ChatTemplateError: see the class.
-            OSError: there is no such model.
+            ModelError: there is no such model; an OSError, too.
         """
         import torch
         from transformers import AutoModelForImageTextToText
@@ -150,9 +150,10 @@ class TransformersLVLM:
         if revision is not None:
             hub["revision"] = revision
         place = resolve_name(name_or_path)
-        model: Any = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype, **hub, **model_kwargs)
-        commit = commit_of(place, revision=revision, cache_dir=cache_dir)
-        processor = load_processor(place, model.config, **hub)
+        with loading("an LVLM", name_or_path):
+            model: Any = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype, **hub, **model_kwargs)
+            commit = commit_of(place, revision=revision, cache_dir=cache_dir)
+            processor = load_processor(place, model.config, **hub)
         if adapter is not None:
             from peft import PeftModel
 

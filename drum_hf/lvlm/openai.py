@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from .._compat import bar_options
 from ..errors import EndpointError, ScoringUnsupportedError
 from ..types import ICLRequest
 from ._answers import combine_answers, wanted_answers
@@ -472,7 +473,7 @@ class OpenAILVLM:
                 raise
 
         with contextlib.ExitStack() as stack:
-            bar = stack.enter_context(tqdm(total=len(jobs), desc=title, unit="request", disable=not progress))
+            bar = stack.enter_context(tqdm(total=len(jobs), desc=title, unit="request", **bar_options(progress)))
             pool = stack.enter_context(ThreadPoolExecutor(min(self._slots, len(jobs)), "drum-hf-endpoint"))
             futures = {pool.submit(guarded, job): i for i, job in enumerate(jobs)}
             done: dict[int, _Result] = {}

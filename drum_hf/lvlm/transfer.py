@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._compat import bar_options
 from .._files import check_size, plain_schema, read_batches, refuse_special
 from ..errors import NonFiniteScoreError, SavedFileError
 from ..types import LVLM
@@ -87,8 +88,7 @@ def export_scores(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         schema = _schema().with_metadata({_ABOUT: json.dumps(about).encode()})
-        with pq.ParquetWriter(part, schema, compression="zstd") as writer, _bar(None, progress) as bar:
-            bar.set_description("exporting", refresh=False)
+        with pq.ParquetWriter(part, schema, compression="zstd") as writer, _bar("exporting", None, progress) as bar:
             for page in pages:
                 rows = [row for entry in page if (row := _row(entry)) is not None]
                 left_out += len(page) - len(rows)
@@ -136,8 +136,7 @@ def import_scores(
             (the message says in what they differ).
         NonFiniteScoreError: a score is NaN or infinite.
     """
-    with _opened(path) as (file, identities), _bar(2 * file.metadata.num_rows, progress) as bar:
-        bar.set_description("checking", refresh=False)
+    with _opened(path) as (file, identities), _bar("checking", 2 * file.metadata.num_rows, progress) as bar:
         used: dict[str, None] = {}
         for group in _groups(path, file):
             used.update(dict.fromkeys(entry.fingerprint for entry in group))
@@ -154,10 +153,11 @@ def import_scores(
     return merged
 
 
-def _bar(total: int | None, shown: bool) -> tqdm:
+def _bar(title: str, total: int | None, shown: bool) -> tqdm:
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, unit="row", disable=not shown, delay=1)  # seconds: short work needs no bar
+    # delay in seconds: short work needs no bar
+    return tqdm(desc=title, total=total, unit="row", delay=1, **bar_options(shown))
 
 
 # ---- writing ----

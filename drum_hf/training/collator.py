@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
 if TYPE_CHECKING:
     from .trainer import DrumTrainer
 
-__all__ = ["ListCollator", "Preprocessed"]
+__all__ = ["ListCollator", "Preprocessed", "SampledLists"]
 
 
 class Preprocessed:
@@ -43,6 +45,44 @@ class Preprocessed:
             _, dropped = self.rows.popitem(last=False)
             self.bytes -= sum(tensor.nbytes for tensor in dropped.values())
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class SampledLists:
+    """The transform of the training rows: ids of queries -> the candidates drawn for each now, and their scores.
+
+    `datasets` hashes a transform by pickling it, which here would be the trainer with encoder, LVLM and store. So a
+    name stands for it, no other's, since what is drawn changes from round to round.
+    """
+
+    def __init__(self, trainer: DrumTrainer) -> None:
+        self.trainer = trainer
+        self.name = uuid.uuid4().hex
+
+    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+        trainer, args = self.trainer, self.trainer.args
+        lists: dict[str, list[Any]] = {"query": [], "candidates": [], "scores": []}
+        seed = args.seed if args.data_seed is None else args.data_seed
+        for query_id in batch["query"]:
+            # a list is a function of (seed, epoch, query): resuming draws what the uninterrupted run would have
+            rng = np.random.default_rng([seed, trainer.epoch, trainer.queries.row(query_id)])
+            ids, scores = trainer.table.sample(
+                query_id,
+                args.list_size,
+                rng,
+                sampling=args.objective,
+                ends=args.pool_ends,
+                hard=args.hard_candidates,
+            )
+            lists["query"].append(query_id)
+            lists["candidates"].append(ids)
+            lists["scores"].append(scores)
+        return lists
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SampledLists:
+        return self  # a copied data set still shows this trainer's lists
 
 
 class ListCollator:

@@ -24,7 +24,7 @@ from ..lvlm.store import ScoreStore
 from ..retriever import DemoRetriever
 from ..types import LVLM, Query
 from .checkpoints import WholeCheckpoints, last_checkpoint
-from .collator import ListCollator
+from .collator import ListCollator, SampledLists
 from .losses import ContrastiveLVLMLoss, InBatch, ListwiseLVLMLoss, Weighting
 from .methods import Method
 from .mining import COMPANY_WEIGHT, FIRST_RANDOM_SHARE, CandidateTable, Sampling, mine_candidates, mine_company
@@ -261,7 +261,7 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
         super().__init__(
             model=retriever.encoder,
             args=args,
-            train_dataset=rows.with_transform(self._view),
+            train_dataset=rows.with_transform(SampledLists(self)),
             loss=loss,
             data_collator=collate,
             callbacks=[_Rounds(self), *(callbacks or [])],
@@ -285,30 +285,6 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
     def _say(self, message: str, *values: Any) -> None:
         if self.processes.is_main:
             logger.info(message, *values)
-
-    def _view(self, batch: dict[str, list[str]]) -> dict[str, list[Any]]:
-        lists: dict[str, list[Any]] = {"query": [], "candidates": [], "scores": []}
-        for query_id in batch["query"]:
-            # a list is a function of (seed, epoch, query): resuming draws what the uninterrupted run would have
-            rng = np.random.default_rng(
-                [
-                    self.args.seed if self.args.data_seed is None else self.args.data_seed,
-                    self.epoch,
-                    self.queries.row(query_id),
-                ]
-            )
-            ids, scores = self.table.sample(
-                query_id,
-                self.args.list_size,
-                rng,
-                sampling=self.args.objective,
-                ends=self.args.pool_ends,
-                hard=self.args.hard_candidates,
-            )
-            lists["query"].append(query_id)
-            lists["candidates"].append(ids)
-            lists["scores"].append(scores)
-        return lists
 
     @contextlib.contextmanager
     def _fresh_index(self) -> Iterator[None]:
