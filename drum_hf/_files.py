@@ -1,23 +1,38 @@
-"""Files that a stranger may have made: links that stay inside their folder, parquet that can't swell in memory."""
+"""Files that a stranger may have made: links stay in their folder, parquet and YAML can't swell in memory."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from .errors import SavedFileError
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-__all__ = ["check_size", "leads_outside", "plain_schema", "read_batches", "read_parquet", "refuse_special"]
+__all__ = [
+    "check_extent",
+    "check_size",
+    "leads_outside",
+    "plain_schema",
+    "read_batches",
+    "read_parquet",
+    "read_yaml",
+    "refuse_special",
+    "writing",
+]
 
 #: Rows read together: an image column's batch then stays far below Arrow's 2 GB an array.
 _ROWS = 256
 #: A parquet file may hold, in memory, so many times its own size, and so much in any case (bytes; our choice: tables
 #: of ours take up to a dozen times their size, a column of one repeated text may take hundreds).
 _SWELL, _FREE = 100, 256 << 20
+#: In a whole YAML file; our choice, thousands of times what a configuration has.
+_MOST_VALUES = 1_000_000
 
 
 def leads_outside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
@@ -44,6 +59,26 @@ def refuse_special(path: str | os.PathLike[str]) -> None:
     """Raise OSError where a pipe, a device or a folder stands for a file: reading it might never end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(f"{os.fspath(path)} is no file")
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name the file or folder in what goes wrong with the disk while it is written.
+
+    Raises:
+        SavedFileError: the disk is full, or the place can't be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SavedFileError):
+            raise
+        raise SavedFileError(
+            f"{os.fspath(path)}: writing it failed ({error}); free space on the disk, or give a place that can be "
+            "written"
+        ) from error
 
 
 def check_size(file: str | os.PathLike[str], parquet: pq.ParquetFile) -> int:
@@ -101,6 +136,37 @@ def read_parquet(file: str | os.PathLike[str]) -> pa.Table:
         table = pa.Table.from_batches(read_batches(file, parquet), schema=plain_schema(parquet))
     table.validate(full=True)
     return table
+
+
+def read_yaml(file: str | os.PathLike[str]) -> Any:
+    """What a YAML file of plain values holds.
+
+    Raises:
+        OSError, ValueError: it can't be read, or takes far more memory than its size.
+    """
+    import yaml
+
+    refuse_special(file)
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    # A value that is not what its tag says makes the parser raise nearly anything.
+    except (yaml.YAMLError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    check_extent(content)
+    return content
+
+
+def check_extent(content: Any) -> None:
+    """Raise ValueError for too many values: a few lines of YAML can stand for lists of lists that fill the memory."""
+    waiting, seen = [content], 0
+    while waiting:
+        one = waiting.pop()
+        seen += 1
+        if seen > _MOST_VALUES:
+            raise ValueError(f"expected at most {_MOST_VALUES:,} values, aliases written out; came more")
+        waiting += (
+            [*one.values(), *one] if isinstance(one, Mapping) else one if isinstance(one, (list, tuple, set)) else []
+        )
 
 
 def _most(file: str | os.PathLike[str]) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ._files import refuse_special
+from ._files import refuse_special, writing
 from ._index_faiss import CODES
 from .errors import SavedFileError
 
@@ -44,16 +44,17 @@ def write(
     an old one, `reading` says so.
     """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {"vectors": vectors, **state}
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(np.ascontiguousarray(tensors[name]).data)
     meta = {"format_version": _FORMAT_VERSION, "vectors_sha256": digest.hexdigest(), **entries}
-    with _replacing(folder / VECTORS) as path:
-        _write_tensors(path, tensors)
-    with _replacing(folder / META) as path:
-        path.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _replacing(folder / VECTORS) as path:
+            _write_tensors(path, tensors)
+        with _replacing(folder / META) as path:
+            path.write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -290,8 +290,9 @@ def read_config(folder: Path, *, parts: Iterable[str] = PARTS) -> dict[str, Any]
             "of; remove it, or download the folder again"
         )
     for name in ("config.json", "adapter_config.json", "processor_config.json", "preprocessor_config.json"):
-        if f"{ENCODER}/{name}" in config["files"]:
-            _check_sizes(folder / ENCODER / name, _read_json(folder / ENCODER / name))
+        for part in (ENCODER, SUPPORT_ENCODER):
+            if part in parts and f"{part}/{name}" in config["files"]:
+                _check_sizes(folder / part / name, _read_json(folder / part / name))
     return config
 
 

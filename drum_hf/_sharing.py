@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _hub, _saved
+from ._files import writing
 from ._saved import Form, Images
 from .data import TripletTable, load_table
 from .errors import DimensionMismatchError, SavedFileError
@@ -71,16 +72,18 @@ class Shared:
         Raises:
             ValueError: form="adapter" where no adapter is in use.
             ImageError: a picture to be referred to is not a file, or lies outside `image_root`.
+            SavedFileError: the disk is full, or the folder can't be written.
         """
         what: dict[str, Any] = {"form": form, "include_support": include_support, "include_index": include_index}
         what |= {"images": images, "image_root": image_root}
         folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        # Beside its destination: a move within one file system is atomic.
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as made, self._lock:
-            partial = Path(made)
-            _saved.write(self, partial, **what, repo_id=repo_id)  # type: ignore[arg-type]  # a DemoRetriever
-            _saved.move_into_place(partial, folder)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            # Beside its destination: a move within one file system is atomic.
+            with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as made, self._lock:
+                partial = Path(made)
+                _saved.write(self, partial, **what, repo_id=repo_id)  # type: ignore[arg-type]  # a DemoRetriever
+                _saved.move_into_place(partial, folder)
         if push_to_hub:
             self.push_to_hub(repo_id or folder.resolve().name, **what, **hub)
         elif hub:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ._files import refuse_special, writing
 from ._index_lock import SharedLock
 from .errors import (
     DimensionMismatchError,
@@ -248,14 +251,29 @@ class ShardedIndex:
         current._write_meta(folder, [_shard_name(i) for i in range(number)])
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write each shard as `DemoIndex.save` does into a folder of its own, and `shards.json`, which lists them."""
+        """Write each shard as `DemoIndex.save` does into a folder of its own, and `shards.json`, which lists them.
+
+        All are written aside first, so that an earlier save there outlives a full disk; and a save that was killed
+        while they were moved into place does not load.
+
+        Raises:
+            SavedFileError: the disk is full, or the folder can't be written.
+        """
         self.compact()
         folder = Path(directory)
-        with self._lock.reading():
-            names = [_shard_name(number) for number in range(len(self.shards))]
-            for name, shard in zip(names, self.shards, strict=True):
-                shard.save(folder / name)
-            self._write_meta(folder, names)
+        with self._lock.reading(), writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as made:
+                partial = Path(made)
+                names = [_shard_name(number) for number in range(len(self.shards))]
+                for name, shard in zip(names, self.shards, strict=True):
+                    shard.save(partial / name)
+                self._write_meta(partial, names)
+                (folder / _META).unlink(missing_ok=True)
+                for earlier in folder.glob("shard-*"):
+                    shutil.rmtree(earlier)
+                for name in (*names, _META):
+                    os.replace(partial / name, folder / name)
 
     def _write_meta(self, folder: Path, names: list[str]) -> None:
         meta: dict[str, Any] = {"format_version": _FORMAT_VERSION, "dimension": self._dimension}
@@ -264,10 +282,11 @@ class ShardedIndex:
             "options": self.options | {"kind": self.kind, "storage": self.storage},
             "shards": names,
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / f".{_META}.{os.getpid()}.tmp"
-        beside.write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        os.replace(beside, folder / _META)
+        with writing(folder / _META):
+            folder.mkdir(parents=True, exist_ok=True)
+            beside = folder / f".{_META}.{os.getpid()}.tmp"
+            beside.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            os.replace(beside, folder / _META)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], *, mmap: bool = False) -> ShardedIndex:
@@ -283,6 +302,7 @@ class ShardedIndex:
         path = Path(directory, _META)
         remedy = "restore the folder from where it was saved, or build the index anew"
         try:
+            refuse_special(path)
             meta = json.loads(path.read_text(encoding="utf-8"))
             if meta["format_version"] != _FORMAT_VERSION:
                 raise ValueError(f"format version {meta['format_version']!r}")
@@ -290,7 +310,7 @@ class ShardedIndex:
             if names != [_shard_name(number) for number in range(len(names))]:  # nothing outside the folder is read
                 raise ValueError("shards of other names")
             index = cls(meta["dimension"], shard_rows=meta["shard_rows"], **meta["options"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise SavedFileError(
                 f"{path}: expected what ShardedIndex.save wrote, in format version {_FORMAT_VERSION}; reading it "
                 f"failed ({error}); {remedy}"

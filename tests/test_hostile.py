@@ -8,6 +8,7 @@ import pickle
 import sqlite3
 import struct
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,10 +18,13 @@ from fuzz.mutations import Evil, big_png
 from tiny_encoders import picture
 
 from drum_hf._files import leads_outside, read_parquet
-from drum_hf.data import load_table
-from drum_hf.errors import DrumError, ImageError, RowError, SavedFileError
+from drum_hf.data import TripletTable, load_table
+from drum_hf.errors import DrumError, ImageError, RowError, SavedFileError, SuiteError
+from drum_hf.evaluation.benchmarks import read_smmile, read_vl_icl
 from drum_hf.index import DemoIndex
 from drum_hf.lvlm.store import RequestParts, ScoreStore
+from drum_hf.sharded_index import ShardedIndex
+from drum_hf.suite import load_suite
 from drum_hf.training.mining import CandidateTable
 from drum_hf.tuning import TuningConfig
 
@@ -182,6 +186,159 @@ def test_yaml_that_is_no_configuration(tmp_path, text):
     (tmp_path / "mix.yaml").write_text(text)
     with pytest.raises((SavedFileError, ValueError), match=r"mix\.yaml"):
         TuningConfig.load(tmp_path / "mix.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!python/object/apply:os.system ['true']",
+        "!!timestamp x",
+        "!!int ''",
+        "[" * 5000,
+        "a\x00",
+        "l0: &l0 [a]\n" + "\n".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 12)),
+        "&a [*a]",
+        "data: &a [*a]",
+    ],
+)
+def test_yaml_that_is_no_suite(tmp_path, text):
+    (tmp_path / "suite.yaml").write_text(text)
+    with pytest.raises(SuiteError, match=r"suite\.yaml"):
+        load_suite(tmp_path / "suite.yaml")
+
+
+def test_what_stands_for_a_suite_and_is_none(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(SuiteError, match="is no file"):
+        load_suite(tmp_path / "pipe.yaml")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{}", '{"format_version": 1, "shards": 7}', None])
+def test_shards_that_are_none(tmp_path, text):
+    made = ShardedIndex(4, shard_rows=2)
+    made.add(["a", "b", "c"], np.eye(3, 4))
+    made.save(tmp_path)
+    (tmp_path / "shards.json").unlink()
+    if text is None:
+        os.mkfifo(tmp_path / "shards.json")
+    else:
+        (tmp_path / "shards.json").write_text(text)
+    with pytest.raises(SavedFileError, match=r"shards\.json"):
+        ShardedIndex.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc", "shard-00000/../../secret"])
+def test_shards_lie_in_their_folder(tmp_path, name):
+    made = ShardedIndex(4)
+    made.add(["a"], np.eye(1, 4))
+    made.save(tmp_path / "index")
+    meta = json.loads((tmp_path / "index" / "shards.json").read_text())
+    (tmp_path / "index" / "shards.json").write_text(json.dumps(meta | {"shards": [name]}))
+    with pytest.raises(SavedFileError, match="shards of other names"):
+        ShardedIndex.load(tmp_path / "index")
+
+
+@pytest.fixture
+def task(tmp_path):
+    folder = tmp_path / "bench" / "clevr"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        picture(number).save(folder / f"{number}.png")
+    rows = [{"image": f"clevr/{number}.png", "question": "how many?", "answer": number} for number in range(3)]
+    (folder / "query.json").write_text(json.dumps(rows[:1]))
+    (folder / "support.json").write_text(json.dumps(rows[1:]))
+    read_vl_icl(folder, shots=1)
+    return folder
+
+
+def test_a_benchmark_whose_image_is_a_link_out_of_it(task, tmp_path):
+    picture(9).save(tmp_path / "secret.png")
+    (task / "0.png").unlink()
+    (task / "0.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(ImageError, match="is a link that leaves"):
+        read_vl_icl(task, shots=1)
+
+
+def test_a_benchmark_may_be_a_link_itself(task, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "clevr").symlink_to(task)
+    assert len(read_vl_icl(tmp_path / "here" / "clevr", shots=1).items) == 1
+
+
+def test_a_benchmarks_rows_that_are_none(task):
+    (task / "query.json").write_text("[" * 100_000)
+    with pytest.raises(SavedFileError, match=r"query\.json"):
+        read_vl_icl(task)
+    (task / "query.json").unlink()
+    os.mkfifo(task / "query.json")
+    with pytest.raises(SavedFileError, match="is no file"):
+        read_vl_icl(task)
+
+
+def test_a_benchmark_in_parquet_opens_nothing_else(tmp_path):
+    picture(0).save(tmp_path / "secret.png")
+    (tmp_path / "smmile").mkdir()
+    image = pa.array([{"bytes": None, "path": "../secret.png"}] * 2)
+    columns = {"problem_id": ["p", "p"], "order": [0, 1], "question": ["q"] * 2, "answer": ["a"] * 2}
+    pq.write_table(pa.table(columns | {"image": image}), tmp_path / "smmile" / "rows.parquet")
+    with pytest.raises(RowError, match="leaves it"):
+        read_smmile(tmp_path / "smmile")
+    bomb = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), pa.array(["x" * 5_000_000]))
+    pq.write_table(pa.table({"question": bomb}), tmp_path / "smmile" / "rows.parquet", compression="zstd")
+    with pytest.raises(SavedFileError, match="MB of memory"):
+        read_smmile(tmp_path / "smmile")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("state.json", {"_data_files": [{"filename": 7}]}),
+        ("state.json", {"_split": 7}),
+        ("state.json", {"_format_columns": 7, "_format_type": []}),
+        ("dataset_info.json", {"features": 7}),
+    ],
+)
+def test_a_saved_data_set_that_is_none(tmp_path, name, content):
+    rows = [{"id": "a", "prompt": "p", "response": "rather long"}]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    path = tmp_path / "saved" / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | content))
+    with pytest.raises(DrumError):
+        load_table(tmp_path / "saved")
+
+
+def test_a_saved_data_set_whose_text_is_none(tmp_path):
+    datasets.Dataset.from_list([{"id": "a", "prompt": "p", "response": "rather long"}]).save_to_disk(
+        tmp_path / "saved"
+    )
+    path = tmp_path / "saved" / "data-00000-of-00001.arrow"
+    path.write_bytes(path.read_bytes().replace(b"rather long", b"rather\xe4long"))
+    with pytest.raises(SavedFileError, match=r"Dataset\.save_to_disk"):
+        load_table(tmp_path / "saved")
+
+
+def test_a_column_twice_is_refused(tmp_path):
+    rows = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["id", "id", "prompt"])
+    pq.write_table(rows, tmp_path / "t.parquet")
+    with pytest.raises(SavedFileError, match="'id' is in it twice"):
+        load_table(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "link.png", "a\x00.png"])
+def test_a_reference_that_leaves_the_images_folder(tmp_path, name):
+    root = tmp_path / "images"
+    root.mkdir()
+    for place in (tmp_path / "secret.png", root / "0.png"):
+        picture(0).save(place)
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    table = TripletTable.from_dataset([{"id": "a", "image": str(root / "0.png"), "prompt": "p", "response": "r"}])
+    file = table.save(tmp_path / "t.parquet", images="reference", image_root=root)
+    rows = pq.read_table(file)
+    image = pa.array([{"bytes": None, "path": name}], rows.schema.field("image").type)
+    at = rows.column_names.index("image")
+    pq.write_table(rows.set_column(at, rows.schema.field("image"), image), file)
+    with pytest.raises(SavedFileError, match="image reference that"):
+        TripletTable.load(file, image_root=root)
 
 
 def test_a_few_hundred_mutations(tmp_path):

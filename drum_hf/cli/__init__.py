@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,9 @@ from collections.abc import Sequence
 from ..errors import DrumError
 from . import _app, _bench, _data, _demo, _eval, _index, _push, _score, _scores, _train, _tune
 from .options import check_device
+
+#: What a full disk, a quota, and a place that may not be written give.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 __all__ = ["main"]
 
@@ -63,6 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = args.run(args)
     except (DrumError, ValueError, OSError) as error:
         sys.stderr.write(f"drum-hf {args.command}: {type(error).__name__}: {error}\n")
+        return 2
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        sys.stderr.write(
+            f"drum-hf {args.command}: {error}; free space on the disk, or give a place that can be written; what was "
+            "scored is kept, run the same command again to go on\n"
+        )
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped; what was scored is kept, run the same command again to go on\n")

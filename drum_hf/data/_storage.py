@@ -143,6 +143,8 @@ def _referred(
     root = os.path.realpath(image_root or ".")
     found: list[dict[str, Any] | None] = []
     for name in names:
+        if name and "\0" in name:
+            raise altered(file, f"found an image reference that is no path: {name!r}")
         path = os.path.realpath(os.path.join(root, name)) if name else None
         if path and not _is_in(path, root):
             raise altered(file, f"found an image reference that leaves image_root: {name!r}")

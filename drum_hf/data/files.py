@@ -331,6 +331,8 @@ def _read_parquet_rows(path: Path) -> datasets.Dataset:
 
     try:
         table = read_parquet(path)
+        if twice := sorted({name for name in table.column_names if table.column_names.count(name) > 1}):
+            raise ValueError(f"the column {twice[0]!r} is in it twice")
         fingerprint = content_key(str(path.resolve()), str(path.stat().st_mtime_ns), str(path.stat().st_size))
         return datasets.Dataset(table, fingerprint=fingerprint)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -344,8 +346,10 @@ def read_saved_dataset(folder: Path) -> datasets.Dataset:
     try:
         for file in folder.iterdir():
             refuse_special(file)
-        return datasets.Dataset.load_from_disk(str(folder))
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        data = datasets.Dataset.load_from_disk(str(folder))
+        data.data.table.validate(full=True)  # texts and offsets: no row would be read to its end otherwise
+        return data
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise SavedFileError(
             f"{folder}: expected what Dataset.save_to_disk writes ({type(error).__name__}: {error}); save it again"
         ) from error

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .._files import writing
 from ..errors import DuplicateIdError, ImageError, LeakError, MissingIdError
 from ..types import Demonstration, Query, content_key, image_key
 from ._columns import no_rows, open_columns
@@ -308,10 +309,12 @@ class TripletTable:
         Raises:
             ImageError: an image file that the table refers to has gone since it was checked; or an image to be
                 referred to is not a file, or lies outside `image_root`.
+            SavedFileError: the disk is full, or the folder can't be written.
         """
         file = table_file(path)
         names = image_references(self._records, self._images, image_root) if images == "reference" else None
-        write_table(file, self._records, self._images, fingerprint=self.fingerprint, references=names)
+        with writing(file):
+            write_table(file, self._records, self._images, fingerprint=self.fingerprint, references=names)
         return file
 
     @classmethod

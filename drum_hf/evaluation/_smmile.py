@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from .._files import read_parquet
 from ..data import MAX_PIXELS, TripletTable
 from ..data.episodes import choice_prompt
 from ..errors import ColumnError, ImageError, RowError, SavedFileError
@@ -50,7 +51,7 @@ def _open(data: Any) -> datasets.Dataset | list[Mapping[str, Any]]:
                 f"expected SMMILE's parquet files at {path}, found none; download the data set smmile/SMMILE there"
             )
         try:
-            parts = [datasets.Dataset.from_parquet(str(file), keep_in_memory=True) for file in files]
+            parts = [datasets.Dataset(read_parquet(file)) for file in files]
             data = datasets.concatenate_datasets(parts)
         except Exception as error:  # pyarrow and datasets raise many kinds of their own
             raise SavedFileError(f"expected SMMILE's parquet files at {path}, reading failed ({error})") from error
@@ -64,7 +65,9 @@ def _open(data: Any) -> datasets.Dataset | list[Mapping[str, Any]]:
     return rows
 
 
-def _table(rows: datasets.Dataset | list[Mapping[str, Any]], on_bad_rows: Any, max_pixels: int) -> TripletTable:
+def _table(
+    rows: datasets.Dataset | list[Mapping[str, Any]], root: Path | None, on_bad_rows: Any, max_pixels: int
+) -> TripletTable:
     """The rows as (image, question, answer), their ids being their numbers: each checked."""
     import datasets
 
@@ -74,7 +77,9 @@ def _table(rows: datasets.Dataset | list[Mapping[str, Any]], on_bad_rows: Any, m
     else:
         data = [{name: row.get(name) for name in names} | {"id": str(i)} for i, row in enumerate(rows)]
     columns = {"prompt": "question", "response": "answer"}
-    return TripletTable.from_dataset(data, columns=columns, on_bad_rows=on_bad_rows, max_pixels=max_pixels)
+    return TripletTable.from_dataset(
+        data, columns=columns, on_bad_rows=on_bad_rows, image_root=root, max_pixels=max_pixels
+    )
 
 
 def read_smmile(
@@ -117,7 +122,8 @@ def read_smmile(
     if not wanted or any(s != "all" and (not isinstance(s, int) or s < 0) for s in wanted):
         raise ValueError(f'expected numbers of shots from 0, or "all", came {shots!r}')
     rows = _open(data)
-    table = _table(rows, on_bad_rows, max_pixels)
+    root = Path(data) if isinstance(data, (str, os.PathLike)) else None  # names in files from elsewhere stay there
+    table = _table(rows, root.parent if root is not None and root.is_file() else root, on_bad_rows, max_pixels)
     problems: dict[str, list[tuple[Any, str]]] = {}
     for i, (problem, order) in enumerate(zip(*(_column(rows, n) for n in ("problem_id", "order")), strict=True)):
         problems.setdefault(str(problem), []).append((order, str(i)))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._files import leads_outside, refuse_special
 from ..data import MAX_PIXELS, TripletTable
 from ..errors import ImageError, LeakError, RowError, SavedFileError, TooFewDemonstrationsError
 from ..types import Demonstration, ICLRequest, Query
@@ -117,6 +118,8 @@ class _Pictures:
         for root in self._roots:
             path = os.path.normpath(os.path.join(root, name))
             if Path(path).is_relative_to(root) and os.path.isfile(path):
+                if all(leads_outside(path, folder) for folder in self._roots):
+                    raise ImageError(f"{where}: column 'image': {name!r} is a link that leaves {root}; copy the image")
                 self._named.setdefault(path, where)
                 return path
         raise ImageError(
@@ -172,12 +175,13 @@ def _request(
 
 def _read(file: Path) -> list[Any]:
     try:
+        refuse_special(file)
         rows = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise SavedFileError(
             f"expected a VL-ICL task folder with {file.name}, there is none in {file.parent}; unpack the task there"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SavedFileError(f"expected a list of rows in {file}, reading it as JSON failed ({error})") from error
     if not isinstance(rows, list) or not rows:
         raise SavedFileError(f"expected a list of rows in {file}, came {type(rows).__name__} with nothing to read")

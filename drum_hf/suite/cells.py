@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from .._files import writing
 from ..errors import SavedFileError
 
 __all__ = ["Cell", "CellFiles", "Values", "digest"]
@@ -124,8 +125,12 @@ class CellFiles:
         }
         table = pa.table(rows).replace_schema_metadata({"pairs": json.dumps(values.pairs)})
         partial = self.folder / f".{key}.{os.getpid()}.partial"
-        pq.write_table(table, partial)
-        os.replace(partial, self.path(key))
+        with writing(self.path(key)):
+            try:
+                pq.write_table(table, partial)
+                os.replace(partial, self.path(key))
+            finally:
+                partial.unlink(missing_ok=True)
 
     def read(self, key: str) -> Values:
         """A finished cell.

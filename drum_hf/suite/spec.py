@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._files import read_yaml
 from ..data import find_source
 from ..errors import SuiteError
 from ..evaluation.metrics import METRICS
@@ -257,15 +258,13 @@ def load_suite(name_or_path: str | os.PathLike[str]) -> SuiteSpec:
     4
     """
     path = SUITES.get(os.fspath(name_or_path), Path(name_or_path))
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except OSError as error:
         raise SuiteError(
             f"expected a suite's name ({', '.join(SUITES)}) or a YAML file, came {os.fspath(name_or_path)!r} ({error})"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise SuiteError(f"{path}: expected YAML ({error}); mend the file") from error
     content = {"name": path.stem} | _mapping(content, str(path))
     fields: dict[str, Any] = dict(content)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from .._files import read_parquet
+from .._files import read_parquet, writing
 from ..errors import ColumnError, MissingIdError, SavedFileError
 
 if TYPE_CHECKING:
@@ -311,7 +311,11 @@ class CandidateTable:
         return [column[order] for column in columns]
 
     def save(self, path: str | Path) -> None:
-        """Write a parquet file; the query ids and the number of rounds stand in its metadata."""
+        """Write a parquet file; the query ids and the number of rounds stand in its metadata.
+
+        Raises:
+            SavedFileError: the disk is full, or the folder can't be written.
+        """
         import json
 
         import pyarrow as pa
@@ -321,14 +325,15 @@ class CandidateTable:
         schema = _schema().with_metadata({"drum_hf": state})
         part = Path(path).with_suffix(".part")
         queries, names = pa.array(self.query_ids, pa.string()), pa.array(self._names, pa.string())
-        with pq.ParquetWriter(part, schema) as writer:
-            for start in range(0, len(self._rows), _BLOCK):
-                rows, candidates, *rest = self._columns(start, min(start + _BLOCK, len(self._rows)))
-                columns = (queries.take(pa.array(rows)), names.take(pa.array(candidates)), *rest)
-                # a missing score in company is NaN here and null in the file
-                arrays = [pa.array(c, t, from_pandas=True) for c, t in zip(columns, schema.types, strict=True)]
-                writer.write_table(pa.table(arrays, schema=schema))
-        part.replace(path)
+        with writing(path):
+            with pq.ParquetWriter(part, schema) as writer:
+                for start in range(0, len(self._rows), _BLOCK):
+                    rows, candidates, *rest = self._columns(start, min(start + _BLOCK, len(self._rows)))
+                    columns = (queries.take(pa.array(rows)), names.take(pa.array(candidates)), *rest)
+                    # a missing score in company is NaN here and null in the file
+                    arrays = [pa.array(c, t, from_pandas=True) for c, t in zip(columns, schema.types, strict=True)]
+                    writer.write_table(pa.table(arrays, schema=schema))
+            part.replace(path)
 
     @classmethod
     def load(cls, path: str | Path, *, company_weight: float = COMPANY_WEIGHT) -> CandidateTable:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._files import read_parquet, refuse_special
+from .._files import check_extent, read_parquet, read_yaml, refuse_special
 from ..data import episodes as data
 from ..errors import SavedFileError
 
@@ -107,14 +107,10 @@ difficulty; came 'wieght'
             SavedFileError: there is none, or it is no YAML.
             ValueError: see `from_dict`.
         """
-        import yaml
-
         path = Path(path)
         try:
-            refuse_special(path)
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        # A value that is not what its tag says makes the parser raise nearly anything.
-        except (OSError, yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            content = read_yaml(path)
+        except (OSError, ValueError) as error:
             raise SavedFileError(f"{path}: expected a YAML file ({error}); check the path, or correct it") from error
         try:
             return dataclasses.replace(cls.from_dict(content), folder=path.parent)
@@ -128,7 +124,7 @@ difficulty; came 'wieght'
         Raises:
             ValueError: a key is unknown or missing, or a value out of range; the message names it.
         """
-        _check_extent(content)
+        check_extent(content)
         _check_keys(content, cls, "the configuration", without=("folder",))
         sources = content["sources"]
         if not isinstance(sources, Sequence) or isinstance(sources, str) or not sources:
@@ -272,9 +268,6 @@ _DRAWN = ("labels", "seed_bench", "vl_checklist", "concepts")
 
 # ---- checks ----
 
-#: In a whole configuration; our choice, thousands of times what one has.
-_MOST_VALUES = 1_000_000
-
 _TYPES: dict[str, tuple[type, ...]] = {
     "model": (str,),
     "revision": (str, type(None)),
@@ -299,19 +292,6 @@ def _check_types(content: Mapping[str, Any], types: Mapping[str, tuple[type, ...
         if name in content and (not isinstance(content[name], wanted) or isinstance(content[name], bool)):
             names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in wanted)
             raise ValueError(f"{where}: expected {name!r} as {names}, came {_brief(content[name])}")
-
-
-def _check_extent(content: Any) -> None:
-    """A few lines of YAML can stand for lists of lists that fill the memory once they are written out."""
-    waiting, seen = [content], 0
-    while waiting:
-        one = waiting.pop()
-        seen += 1
-        if seen > _MOST_VALUES:
-            raise ValueError(f"expected at most {_MOST_VALUES:,} values, aliases written out; came more")
-        waiting += (
-            [*one.values(), *one] if isinstance(one, Mapping) else one if isinstance(one, (list, tuple, set)) else []
-        )
 
 
 def _brief(value: Any) -> str:

@@ -98,6 +98,7 @@ def run(
     faults = []
     try:
         for kind in kinds:
+            began = time.perf_counter()
             for number in range(max(1, round(count * ARTEFACTS[kind].share / total))):
                 what, result = worker.load(kind, seed * 1_000_000 + number)
                 counts[kind, result.split(" ")[0] if result.startswith("FAULT") else result] += 1
@@ -106,6 +107,10 @@ def run(
                     if report:
                         sys.stdout.write(f"{faults[-1]}\n")
                         sys.stdout.flush()
+            if report:
+                done = sum(n for (of, _), n in counts.items() if of == kind)
+                sys.stdout.write(f"{kind}: {done} mutated in {time.perf_counter() - began:.0f} s\n")
+                sys.stdout.flush()
     finally:
         worker.close()
     return counts, faults

@@ -7,7 +7,6 @@ checksums cover everything, so that a change that was not signed anew must be re
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -15,38 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-ROWS = 24
-
-
-@dataclasses.dataclass(frozen=True)
-class Artefact:
-    make: Callable[[Path], None]
-    read: Callable[[Path], Any]
-    sign: Callable[[Path], None] | None = None
-    sealed: bool = False
-    share: float = 1.0  # of all mutations, beside the others'
-
-
-def picture(seed: int, side: int = 12) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
-
-
-def rows(count: int = ROWS) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": f"r{i}",
-            "image": picture(i),
-            "prompt": f"what is {i}?",
-            "response": f"word{i % 5}",
-            "references": [f"word{i % 5}"],
-            "group": f"g{i // 3}" if i % 2 else None,
-            "label": f"l{i % 3}",
-        }
-        for i in range(count)
-    ]
-
+from .basics import Artefact, picture, rows
+from .tasks import TASKS
 
 # ---- tables ----
 
@@ -190,27 +160,83 @@ def _sign_index(folder: Path) -> None:
     (folder / "index.json").write_text(json.dumps(meta))
 
 
+def _make_sharded(folder: Path) -> None:
+    from drum_hf.sharded_index import ShardedIndex
+
+    index = ShardedIndex(8, shard_rows=20)
+    index.add([f"r{i}" for i in range(50)], np.random.default_rng(0).standard_normal((50, 8)), [None, "g1"] * 25)
+    index.save(folder)
+
+
+def _read_sharded(folder: Path) -> Any:
+    from drum_hf.sharded_index import ShardedIndex
+
+    index = ShardedIndex.load(folder)
+    queries = np.random.default_rng(1).standard_normal((4, index.dimension))
+    found = index.search(queries, min(5, len(index)), exclude_groups=["g1", None, "g2", None])
+    index.add(["n0", "n1"], np.random.default_rng(2).standard_normal((2, index.dimension)))
+    index.remove(["n1", *index.ids[:2]])
+    return repr((found[0], [s.round(5).tolist() for s in found[1]], index.search(queries, min(5, len(index)))[0]))
+
+
+def _sign_sharded(folder: Path) -> None:
+    for shard in sorted(folder.glob("shard-*")):
+        _sign_index(shard)
+
+
 # ---- the retriever ----
 
 
 def _make_retriever(lora: bool) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
-        from drum_hf.playground.pretraining import build_clip
         from drum_hf.retriever import DemoRetriever
 
-        base = folder.parent / "base-clip"
-        if not base.exists():
-            for part in build_clip(seed=0):
-                part.save_pretrained(base)
-        DemoRetriever.from_encoder(base, support=_table(), lora=lora, device="cpu").save_pretrained(folder)
+        DemoRetriever.from_encoder(_base(folder), support=_table(), lora=lora, device="cpu").save_pretrained(folder)
 
     return make
 
 
-def _read_retriever(folder: Path) -> Any:
+def _base(folder: Path) -> Path:
+    from drum_hf.playground.pretraining import build_clip
+
+    base = folder.parent / "base-clip"
+    if not base.exists():
+        for part in build_clip(seed=0):
+            part.save_pretrained(base)
+    return base
+
+
+def _make_frozen(folder: Path) -> None:
     from drum_hf.retriever import DemoRetriever
 
-    retriever = DemoRetriever.from_pretrained(folder, device="cpu")
+    retriever = DemoRetriever.from_encoder(_base(folder), support=_table(), device="cpu")
+    retriever.freeze_support()
+    retriever.save_pretrained(folder)
+
+
+def _make_referring(folder: Path) -> None:
+    """A retriever beside the images that it refers to."""
+    from drum_hf.data import TripletTable
+    from drum_hf.retriever import DemoRetriever
+
+    places = folder / "images"
+    places.mkdir()
+    made = []
+    for row in rows():
+        row["image"].save(places / f"{row['id']}.png")
+        made.append(row | {"image": str(places / f"{row['id']}.png")})
+    retriever = DemoRetriever.from_encoder(_base(folder), support=TripletTable.from_dataset(made), device="cpu")
+    retriever.save_pretrained(folder / "retriever", images="reference", image_root=places)
+
+
+def _read_referring(folder: Path) -> Any:
+    return _read_retriever(folder / "retriever", image_root=folder / "images")
+
+
+def _read_retriever(folder: Path, **options: Any) -> Any:
+    from drum_hf.retriever import DemoRetriever
+
+    retriever = DemoRetriever.from_pretrained(folder, device="cpu", **options)
     found = retriever({"image": picture(99), "prompt": "what is 3?", "draft": "word1"}, k=3)
     return repr((found.ids, [round(float(s), 3) for s in found.scores], _content(retriever.support)))
 
@@ -369,6 +395,11 @@ def _read_mix(folder: Path) -> Any:
 ARTEFACTS: dict[str, Artefact] = {
     "retriever": Artefact(_make_retriever(False), _read_retriever, _sign_retriever, True, share=0.35),
     "retriever-lora": Artefact(_make_retriever(True), _read_retriever, _sign_retriever, True, share=0.35),
+    "retriever-frozen": Artefact(_make_frozen, _read_retriever, _sign_retriever, share=0.35),
+    "retriever-referring": Artefact(
+        _make_referring, _read_referring, lambda folder: _sign_retriever(folder / "retriever"), share=0.35
+    ),
+    "index-sharded": Artefact(_make_sharded, _read_sharded, _sign_sharded),
     "index-flat": Artefact(_make_index(), _read_index, _sign_index, sealed=True),
     "index-hnsw": Artefact(_make_index(kind="hnsw", hnsw_m=4), _read_index, _sign_index, sealed=True),
     "index-hnsw-int8": Artefact(
@@ -386,5 +417,6 @@ ARTEFACTS: dict[str, Artefact] = {
     "rows-parquet": Artefact(_make_rows_parquet, _load_table, share=0.6),
     "rows-dataset": Artefact(_make_dataset, _load_dataset, share=0.6),
     "images": Artefact(_make_images, _load_table, share=2.0),
-    "mix": Artefact(_make_mix, _read_mix),
+    "mix": Artefact(_make_mix, _read_mix, anywhere=True),
+    **TASKS,
 }

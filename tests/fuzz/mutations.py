@@ -28,7 +28,8 @@ ODD: list[Any] = [
     "x",
     "\x00",
     "\ud800",
-    "../secret.png",
+    "../secret/secret.png",
+    "../../secret/secret.png",
     "../../../../etc/passwd",
     "/etc/passwd",
     "a" * 100_000,
@@ -280,6 +281,11 @@ def parquet_file(path: Path, chance: Chance) -> None:
             table = table.slice(0, chance.randrange(len(table)))
         case 6:
             rows = table.to_pylist()
+            for row in rows:  # images that are named, not held
+                for value in row.values():
+                    if isinstance(value, dict) and chance.random() < 0.2:
+                        value["path"] = chance.choice([text for text in ODD if isinstance(text, str)])
+                        value["bytes"] = chance.choice([None, value.get("bytes")])
             rows = (
                 structurally([{k: v for k, v in row.items() if not isinstance(v, dict)} for row in rows], chance)
                 if not any(isinstance(v, dict) for row in rows for v in row.values())
@@ -356,8 +362,8 @@ def csv_file(path: Path, chance: Chance) -> None:
     cells[chance.randrange(len(cells))] = chance.choice(
         [
             "",
-            "../secret.png",
-            "../../secret.png",
+            "../secret/secret.png",
+            "../../secret/secret.png",
             "/etc/passwd",
             '"',
             "x" * 200_000,

@@ -34,6 +34,7 @@ def _watch(event: str, args: tuple[Any, ...]) -> None:
         return
     if (
         event == "open"
+        and _watched[0]
         and isinstance(args[0], (str, bytes))
         and os.fsdecode(args[0]).startswith((_watched[0], "/etc/"))
     ):
@@ -108,7 +109,7 @@ def main() -> None:
             what, result = f"not mutated ({error!r:.60})", "same"
         else:
             del _seen[:]
-            _watched[:] = [str(secret)]
+            _watched[:] = ["" if ARTEFACTS[kind].anywhere else str(secret)]
             result = outcome(kind, folder, expected, signed)
             _watched.clear()
             if _seen:
