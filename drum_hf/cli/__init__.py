@@ -66,15 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_device(args.device)
         status = args.run(args)
     except (DrumError, ValueError, OSError) as error:
-        sys.stderr.write(f"drum-hf {args.command}: {type(error).__name__}: {error}\n")
-        return 2
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        sys.stderr.write(
-            f"drum-hf {args.command}: {error}; free space on the disk, or give a place that can be written; what was "
-            "scored is kept, run the same command again to go on\n"
-        )
+        if isinstance(error, OSError) and not isinstance(error, DrumError) and error.errno in _DISK:
+            said = (
+                f"{error}; free space on the disk, or give a place that can be written; what was scored is kept, run "
+                "the same command again to go on"
+            )
+        else:
+            said = f"{type(error).__name__}: {error}"
+        sys.stderr.write(f"drum-hf {args.command}: {said}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped; what was scored is kept, run the same command again to go on\n")
