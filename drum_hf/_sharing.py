@@ -156,6 +156,7 @@ class Shared:
         base_model: str | os.PathLike[str] | None = None,
         draft_lvlm: LVLM | None = None,
         batch_size: int = 64,
+        mmap: bool = False,
         device: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -174,6 +175,8 @@ class Shared:
             base_model: where the base model of a LoRA encoder lies on this machine, or its name on the Hub, instead of
                 the one recorded; it is recorded from then on. Left aside where the encoder was saved whole.
             draft_lvlm, batch_size, device: as in the class.
+            mmap: leave the index's vectors in their file; see [`DemoIndex.load`][drum_hf.index.DemoIndex.load].
+                Demonstrations can then be removed, but not added. The table is read into memory all the same.
             revision: branch, tag or commit on the Hub.
             token, cache_dir, local_files_only, force_download: as everywhere on the Hub.
             trust_remote_code: run code from the base model's repository. Nothing needs it.
@@ -184,6 +187,7 @@ class Shared:
             SavedFileError: a file is missing, altered, or of a later format version; or the files don't fit one
                 another.
             DimensionMismatchError: the index holds vectors of another width than the encoder's.
+            ValueError: `mmap` of an `hnsw` index, which can't be mapped.
         """
         from .encoder import load_encoder
 
@@ -191,7 +195,7 @@ class Shared:
         folder = _saved.locate(name_or_path, revision=revision, force_download=force_download, **hub)
         config = _saved.read_config(folder)
         table = _saved_support(folder, config, image_root) if support is None else as_table(support)
-        index = DemoIndex.load(folder / _saved.INDEX) if config["index"]["included"] else None
+        index = DemoIndex.load(folder / _saved.INDEX, mmap=mmap) if config["index"]["included"] else None
         options: dict[str, Any] = {"base_model": base_model, "device": device, "trust_remote_code": trust_remote_code}
         support_encoder = None
         try:

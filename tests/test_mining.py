@@ -146,6 +146,14 @@ def test_scores_in_company_are_kept_beside_those_alone():
     assert scores == [table.candidates("q")[i] for i in ids]
 
 
+def test_scored_are_the_candidates_in_their_order():
+    table = in_company()
+    for query_id in table.query_ids:
+        assert table.scored(query_id) == list(table.candidates(query_id))
+    with pytest.raises(MissingIdError):
+        table.scored("nobody")
+
+
 def test_impossible_answers_are_worth_little_and_no_infinity():
     table = CandidateTable(["q"])
     table.extend({"q": [("a", 0), ("b", 0)]}, [-1e4, -1e4])

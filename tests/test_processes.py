@@ -33,24 +33,26 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
 
 
-def run_two(folder: Path, *arguments: str) -> tuple[list[int], list[dict | None]]:
-    """Exit statuses and results of both."""
-    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+def run_processes(
+    folder: Path, *arguments: str, script: str = "two_processes.py", count: int = 2
+) -> tuple[list[int], list[dict | None]]:
+    """Exit statuses and results of all."""
+    launch = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "two_processes.py"), str(folder), *arguments],
+            [sys.executable, str(HERE / script), str(folder), *arguments],
             env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **launch),
             stdout=subprocess.DEVNULL,
             stderr=open(folder / f"log{rank}", "w"),  # noqa: SIM115
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     try:
-        statuses = [process.wait(timeout=300) for process in started]
+        statuses = [process.wait(timeout=900) for process in started]
     finally:
         for process in started:
             process.kill()
-    files = [folder / f"result{rank}.json" for rank in range(2)]
+    files = [folder / f"result{rank}.json" for rank in range(count)]
     return statuses, [json.loads(file.read_text()) if file.exists() else None for file in files]
 
 
@@ -71,7 +73,7 @@ def both(tmp_path_factory, table) -> list[dict]:
     tiny_clip(folder)
     with ScoreStore(folder / "scores.sqlite") as store:
         Feedback(StubLVLM(), table, table, store=store).score(PAIRS[:10])
-    statuses, results = run_two(folder)
+    statuses, results = run_processes(folder)
     assert statuses == [0, 0], [(folder / f"log{rank}").read_text()[-3000:] for rank in range(2)]
     with ScoreStore(folder / "scores.sqlite") as store:
         assert len(store) == len(PAIRS) + 2  # and the two that the main process asked for by itself
@@ -168,7 +170,7 @@ def test_a_real_lvlms_scores_are_those_of_one_process(both, table):
 
 
 def test_a_killed_process_does_not_leave_the_other_hanging(tmp_path):
-    statuses, results = run_two(tmp_path, "die")
+    statuses, results = run_processes(tmp_path, "die")
     assert statuses == [0, -9]
     kind, message = results[0]["gone"]
     assert kind == "RuntimeError" and "another process is gone" in message and "run the same command again" in message

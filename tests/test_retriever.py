@@ -314,6 +314,19 @@ def test_a_full_encoder_and_options_survive(clip, table, queries, tmp_path, kind
     assert loaded.base_model == str(clip) and loaded.teacher is None and loaded.strategy == "sit"
 
 
+def test_vectors_can_stay_in_their_file(encoder, table, queries, tmp_path):
+    retriever = DemoRetriever.from_encoder(encoder, table, strategy="sit")
+    expected = retriever.retrieve_ids(queries, 6)
+    retriever.save_pretrained(tmp_path)
+    loaded = DemoRetriever.from_pretrained(tmp_path, mmap=True, device="cpu")
+    assert loaded.index.mapped and same(loaded.retrieve_ids(queries, 6), expected)
+    with pytest.raises(ValueError, match="mmap=True takes no rows"):
+        loaded.add([{"id": "new", "prompt": "what?", "response": "that"}])
+    assert "new" not in loaded.support
+    loaded.remove([table.ids[0]])
+    assert table.ids[0] not in loaded.index and loaded.index.mapped
+
+
 def test_saving_over_an_older_one_leaves_nothing_of_it(clip, encoder, table, queries, tmp_path):
     DemoRetriever.from_encoder(encoder, table, strategy="sit").save_pretrained(tmp_path)
     assert (tmp_path / "encoder" / "model.safetensors").exists()

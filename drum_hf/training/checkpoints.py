@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import SavedFileError
 
-__all__ = ["WholeCheckpoints", "last_checkpoint", "same_run"]
+__all__ = ["WholeCheckpoints", "in_steps_of_now", "last_checkpoint", "same_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,68 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
             return checkpoint
         logger.warning("%s was not written to its end, and is not used", checkpoint)
     return None
+
+
+@contextlib.contextmanager
+def in_steps_of_now(checkpoint: Path, steps: int) -> Iterator[Path]:
+    """A checkpoint for a launch whose epochs have another number of steps, since it has more or fewer processes.
+
+    The platform counts in steps, and would take up the training in another epoch. So trainer state and schedule are
+    set to the step of this launch that lies where the checkpoint's did, or less than one step before.
+
+    Args:
+        checkpoint: of a training whose length was given in epochs.
+        steps: of an epoch, as it is now.
+
+    Returns:
+        The checkpoint itself, or a copy (mostly of links) that lasts as long as the context.
+
+    Raises:
+        SavedFileError: the checkpoint's state can't be read.
+    """
+    import torch
+
+    state_file, schedule_file = checkpoint / "trainer_state.json", checkpoint / "scheduler.pt"
+    try:
+        state = json.loads(state_file.read_text(encoding="utf-8"))
+        before, odd = divmod(int(state["max_steps"]), int(state["num_train_epochs"]))
+        done = int(state["global_step"])
+        if before < 1 or odd:
+            raise ValueError(f"{state['max_steps']} steps are no {state['num_train_epochs']} epochs")
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise SavedFileError(
+            f"expected the state of a training in {state_file}; reading it failed ({error}). Resume from another "
+            "checkpoint"
+        ) from error
+    if before == steps:
+        yield checkpoint
+        return
+    now = done * steps // before
+    logger.warning(
+        "%s: its epochs had %d steps, this launch's have %d: going on after step %d of them instead of %d",
+        checkpoint, before, steps, now, done,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as made:
+        copy = Path(made, f"checkpoint-{now}")
+        copy.mkdir()
+        for path in checkpoint.iterdir():
+            if path not in (state_file, schedule_file):
+                _link(path.resolve(), copy / path.name)
+        state |= {"global_step": now, "epoch": now / steps}
+        (copy / state_file.name).write_text(json.dumps(state), encoding="utf-8")
+        if schedule_file.exists():
+            schedule = torch.load(schedule_file, weights_only=True)
+            for name in ("last_epoch", "_step_count"):
+                schedule[name] += now - done
+            torch.save(schedule, copy / schedule_file.name)
+        yield copy
+
+
+def _link(path: Path, place: Path) -> None:
+    try:
+        place.symlink_to(path)
+    except OSError:  # Windows lets only some users make links
+        (shutil.copytree if path.is_dir() else shutil.copy2)(path, place)
 
 
 def same_run(folder: str | os.PathLike[str], settings: dict[str, Any], *, anew: bool = False) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -112,7 +113,8 @@ class ListCollator:
         for row in rows:
             for candidate in row["candidates"]:
                 column.setdefault(candidate, len(column))
-        if not column:
+        listed = bool(column)
+        if not listed:
             # Nothing to rank, so nothing to learn; but a step needs embeddings, and under DDP a gradient, if only 0.
             column[trainer.retriever.support.ids[0]] = 0
         size = max(1, *(len(row["candidates"]) for row in rows))
@@ -151,7 +153,31 @@ class ListCollator:
             f"{name}_{key}": value for name, part in (features | vectors).items() for key, value in part.items()
         }
         batch["label"] = {"index": index, "scores": scores, "mask": mask, "known": known, "blocked": blocked}
+        if trainer.args.gather_negatives and trainer.processes.count > 1:
+            batch["label"]["origins"] = self._origins([row["query"] for row in rows], list(column), filler=not listed)
         return batch
+
+    @functools.cached_property
+    def _group_numbers(self) -> dict[str | None, int]:
+        groups = self.trainer.retriever.support.groups
+        return {None: -1} | {group: row for row, group in enumerate(groups) if group is not None}
+
+    def _origins(self, query_ids: list[str], column: list[str], *, filler: bool) -> dict[str, torch.Tensor]:
+        """`Origins` of a batch: a demonstration's number is its row in the support set, a group's its last row."""
+        support, queries, numbers = self.trainer.retriever.support, self.trainer.queries, self._group_numbers
+        pools = [self.trainer.table.candidates(query_id) for query_id in query_ids]
+        shape = (len(pools), max(map(len, pools)))
+        scored, known = torch.full(shape, -1), torch.full(shape, torch.nan)
+        for i, pool in enumerate(pools):
+            scored[i, : len(pool)] = torch.tensor([support.row(c) for c in pool], dtype=torch.long)
+            known[i, : len(pool)] = torch.tensor(list(pool.values()), dtype=torch.float)
+        rows = [-1 if filler else support.row(c) for c in column]
+        own = [support.row(query_id) if query_id in support else -1 for query_id in query_ids]
+        own_groups = [numbers.get(queries.groups[queries.row(query_id)], -1) for query_id in query_ids]
+        groups = [numbers[support.groups[support.row(c)]] for c in column]
+        long = {"rows": rows, "groups": groups, "own": own, "own_groups": own_groups}
+        tensors = {name: torch.tensor(values, dtype=torch.long) for name, values in long.items()}
+        return {**tensors, "scored": scored, "known": known}
 
 
 def _number(image_key: str) -> int:

@@ -16,6 +16,8 @@ from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from .gathering import Origins, join_batches, several_processes
+
 __all__ = [
     "ContrastiveLVLMLoss",
     "InBatch",
@@ -169,6 +171,7 @@ class ListBatch:
         mask: (B, K) bool, False where a list is padded.
         known: (B, U) float, LVLM scores known for any pair of the batch, NaN elsewhere.
         blocked: (B, U) bool, the query's own row and group.
+        origins: what other processes must know to join the batch with theirs; None where they need not.
     """
 
     index: Tensor
@@ -176,12 +179,15 @@ class ListBatch:
     mask: Tensor
     known: Tensor
     blocked: Tensor
+    origins: Origins | None = None
 
     @classmethod
     def from_labels(cls, labels: Any, queries: int, demonstrations: int) -> ListBatch:
         """From the trainer's dict of tensors, or from plain (B, K) scores with one column a demonstration."""
         if isinstance(labels, dict):
-            return cls(**{field.name: labels[field.name] for field in dataclasses.fields(cls)})
+            origins = Origins(**labels["origins"]) if "origins" in labels else None
+            own = {name: labels[name] for name in ("index", "scores", "mask", "known", "blocked")}
+            return cls(**own, origins=origins)
         if labels is None or labels.ndim != 2 or labels.shape[0] != queries:
             came = "none" if labels is None else tuple(labels.shape)
             raise ValueError(
@@ -201,8 +207,8 @@ class ListBatch:
         known = labels.new_full((queries, demonstrations), math.nan, dtype=torch.float).scatter(
             1, index, labels.float()
         )
-        mask = torch.ones_like(index, dtype=torch.bool)
-        return cls(index, labels.float(), mask, known, torch.zeros_like(known, dtype=torch.bool))
+        mask, blocked = torch.ones_like(index, dtype=torch.bool), torch.zeros_like(known, dtype=torch.bool)
+        return cls(index, labels.float(), mask, known, blocked, Origins.apart(index, labels.float(), demonstrations))
 
 
 #: What the platform calls an embedding among a model's inputs and outputs.
@@ -214,7 +220,14 @@ class _LVLMLoss(CachedLossMixin, nn.Module):
 
     _temperature_slope: Tensor
 
-    def __init__(self, model: nn.Module, temperature: float, learn_temperature: bool, mini_batch_size: int | None):
+    def __init__(
+        self,
+        model: nn.Module,
+        temperature: float,
+        learn_temperature: bool,
+        mini_batch_size: int | None,
+        gather_negatives: bool,
+    ) -> None:
         super().__init__()
         if not 0 < temperature < math.inf:
             raise ValueError(f"expected a positive temperature; got {temperature}")
@@ -222,6 +235,7 @@ class _LVLMLoss(CachedLossMixin, nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learn_temperature)
         self.mini_batch_size = mini_batch_size or 0
         self.uses_gradient_cache = mini_batch_size is not None
+        self.gather_negatives = gather_negatives
 
     @property
     def temperature(self) -> Tensor:
@@ -258,6 +272,8 @@ class _LVLMLoss(CachedLossMixin, nn.Module):
         queries = torch.cat(list(reps[0]))
         demonstrations = torch.cat([chunk for column in reps[1:] for chunk in column])
         batch = ListBatch.from_labels(labels, len(queries), len(demonstrations))
+        if self.gather_negatives and several_processes():
+            demonstrations, batch = join_batches(demonstrations, batch)
         loss = self.list_loss(queries @ demonstrations.T, batch).mean()
         if with_backward:
             if self.log_temperature.requires_grad:
@@ -310,6 +326,9 @@ class ListwiseLVLMLoss(_LVLMLoss):
         learn_temperature: train it along (default).
         mini_batch_size: if given, gradient caching (GradCache): memory of that many items, the loss of the whole
             batch. A small pool of in-batch negatives costs quality, so cache rather than shrink the batch.
+        gather_negatives: of several processes, each compares its queries with the demonstrations of all, as one
+            process with the joint batch would. Every process must then call the loss alike. Off, as in the platform's
+            losses; `DrumTrainer` turns it on.
 
     Inputs:
         Either `DrumTrainer`'s batches, or a data set for the plain SentenceTransformerTrainer with the columns
@@ -326,8 +345,9 @@ class ListwiseLVLMLoss(_LVLMLoss):
         temperature: float = 0.05,
         learn_temperature: bool = True,
         mini_batch_size: int | None = None,
+        gather_negatives: bool = False,
     ) -> None:
-        super().__init__(model, temperature, learn_temperature, mini_batch_size)
+        super().__init__(model, temperature, learn_temperature, mini_batch_size, gather_negatives)
         for name, value, known in (
             ("weighting", weighting, get_args(Weighting)),
             ("in_batch", in_batch, get_args(InBatch)),
@@ -362,6 +382,7 @@ class ListwiseLVLMLoss(_LVLMLoss):
             "in_batch": self.in_batch_targets,
             "temperature": round(self.temperature.item(), 4),
             "mini_batch_size": self.mini_batch_size or None,
+            "gather_negatives": self.gather_negatives,
         }
 
 
@@ -382,12 +403,17 @@ class ContrastiveLVLMLoss(_LVLMLoss):
         temperature: float = 0.05,
         learn_temperature: bool = True,
         mini_batch_size: int | None = None,
+        gather_negatives: bool = False,
     ) -> None:
-        super().__init__(model, temperature, learn_temperature, mini_batch_size)
+        super().__init__(model, temperature, learn_temperature, mini_batch_size, gather_negatives)
 
     def list_loss(self, similarities: Tensor, batch: ListBatch) -> Tensor:
         return self.in_batch(similarities, batch)
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""
-        return {"temperature": round(self.temperature.item(), 4), "mini_batch_size": self.mini_batch_size or None}
+        return {
+            "temperature": round(self.temperature.item(), 4),
+            "mini_batch_size": self.mini_batch_size or None,
+            "gather_negatives": self.gather_negatives,
+        }

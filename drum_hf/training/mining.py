@@ -186,8 +186,18 @@ class CandidateTable:
     def alone(self, query_id: str) -> list[str]:
         """Candidates that were not scored in company, the companion left out, in the order scored."""
         pool = self._pool(query_id)
-        rows = [row for row in np.flatnonzero(np.isnan(pool.company)).tolist() if row != pool.companion()]
+        companion = pool.companion()
+        rows = [row for row in np.flatnonzero(np.isnan(pool.company)).tolist() if row != companion]
         return [self._names[c] for c in pool.candidates[rows].tolist()]
+
+    def scored(self, query_id: str) -> list[str]:
+        """Candidates in the order scored; `candidates` also says what each is worth, which takes longer."""
+        row, names = self._row(query_id), self._names
+        return [
+            names[c]
+            for added in self._rounds.values()
+            for c in added.candidates[added.offsets[row] : added.offsets[row + 1]].tolist()
+        ]
 
     def extend(self, mined: Mapping[str, Sequence[tuple[str, int]]], scores: Sequence[float] | np.ndarray) -> None:
         """Add a round: per query its (candidate id, retriever's place) pairs; `scores` in the same flat order.
@@ -439,10 +449,13 @@ def mine_company(
     for start in range(0, len(ids), batch_size):
         chunk = ids[start : start + batch_size]
         vectors = retriever.encode_queries([make_query(q) for q in chunk])
-        for query_id, vector in zip(chunk, vectors, strict=True):
-            names = table.alone(query_id)
-            places = np.argsort(-(retriever.index.vectors(names) @ vector), kind="stable")[:count] if names else ()
-            asked[query_id] = [names[place] for place in places]
+        pools = [table.alone(query_id) for query_id in chunk]
+        shown = list(dict.fromkeys(name for names in pools for name in names))
+        row_of = {name: row for row, name in enumerate(shown)}
+        stored = retriever.index.vectors(shown) if shown else None
+        for query_id, vector, names in zip(chunk, vectors, pools, strict=True):
+            similarities = np.zeros(0) if stored is None else stored[[row_of[name] for name in names]] @ vector
+            asked[query_id] = [names[place] for place in np.argsort(-similarities, kind="stable")[:count].tolist()]
     return asked
 
 
@@ -474,7 +487,7 @@ def mine_candidates(
     mined: dict[str, list[tuple[str, int]]] = {}
     for start in range(0, len(ids), batch_size):
         chunk = ids[start : start + batch_size]
-        known = [table.candidates(q) for q in chunk]
+        known = [set(table.scored(q)) for q in chunk]
         queries = [make_query(q) for q in chunk]
         depth = max(1, min(total, count - drawn + max(map(len, known))))
         found, _ = retriever.retrieve_ids(queries, depth)

@@ -23,7 +23,7 @@ from ..lvlm.sharding import Processes
 from ..lvlm.store import ScoreStore
 from ..retriever import DemoRetriever
 from ..types import LVLM, Query
-from .checkpoints import WholeCheckpoints, last_checkpoint
+from .checkpoints import WholeCheckpoints, in_steps_of_now, last_checkpoint
 from .collator import ListCollator, SampledLists
 from .losses import ContrastiveLVLMLoss, InBatch, ListwiseLVLMLoss, Weighting
 from .methods import Method
@@ -70,6 +70,9 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
             queries' side is trained (MSIER). The retriever then holds both encoders.
         mini_batch_size: gradient caching in chunks of so many items; off by default.
         draft_tokens: length of the training queries' drafts; as long as those of the queries that will be asked.
+        gather_negatives: of several processes, each compares its queries with the demonstrations of all of them, so
+            that N processes with batches of B train as one process with a batch of N B. On by default (our choice):
+            with few in-batch negatives quality falls.
         score_store: SQLite file of every LVLM score; `scores.sqlite` in `output_dir` by default.
         cascade_keep: share of each query's new pairs that the LVLM itself scores, the best by `cheap_lvlm`; the rest
             are estimates (see `Cascade`). 1, our choice, scores all and needs no cheaper LVLM.
@@ -94,6 +97,7 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
     frozen_candidates: bool = dataclasses.field(default=False, metadata={"help": "train the queries' side alone"})
     mini_batch_size: int | None = dataclasses.field(default=None, metadata={"help": "gradient caching chunk"})
     draft_tokens: int = dataclasses.field(default=32, metadata={"help": "length of a training query's draft"})
+    gather_negatives: bool = dataclasses.field(default=True, metadata={"help": "in-batch negatives of all processes"})
     score_store: str | None = dataclasses.field(default=None, metadata={"help": "SQLite file of LVLM scores"})
     cascade_keep: float = dataclasses.field(default=1.0, metadata={"help": "share of pairs that the LVLM scores"})
 
@@ -183,8 +187,8 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
     Launched as several processes (`torchrun`, `accelerate launch`), these share the LVLM's work: the main process
     proposes candidates, pairs are dealt out by demonstrations, none is scored twice, and every process ends up with
     the same table, weights and temperature. Checkpoints are written by the main process, scores by each. Make the
-    arguments before models are loaded, since they give each process its GPU. A batch is each process's own, and so
-    are its in-batch negatives.
+    arguments before models are loaded, since they give each process its GPU. A batch is each process's own; its
+    in-batch negatives are those of all (`gather_negatives`).
 
     Source: DRUM (arXiv 2412.07619); list sampling and loss after UDR.
     """
@@ -245,7 +249,11 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
         self.epoch = 0
         self.drafts: dict[str, str] = {}
         if loss is None:
-            common = {"temperature": args.temperature, "mini_batch_size": args.mini_batch_size}
+            common = {
+                "temperature": args.temperature,
+                "mini_batch_size": args.mini_batch_size,
+                "gather_negatives": args.gather_negatives,
+            }
             if args.objective == "contrastive":
                 loss = ContrastiveLVLMLoss(retriever.encoder, **common)
             else:
@@ -443,7 +451,8 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
     ) -> Any:
         """As `transformers.Trainer.train`; afterwards the retriever's index is fresh and it knows its teacher.
 
-        `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
+        `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end. Another number of
+        processes may go on: it does so at the same place of the same epoch (see `in_steps_of_now`).
         """
         if resume_from_checkpoint is True:
             found = last_checkpoint(self.args.output_dir or ".")
@@ -453,7 +462,13 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
                     "without resuming: what was scored is in the score store"
                 )
             resume_from_checkpoint = str(found)
-        output = super().train(resume_from_checkpoint, **kwargs)
+        if resume_from_checkpoint and self.args.max_steps <= 0:
+            # steps of all processes together, the last one of an epoch with what is left
+            steps = -(-len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps)
+            with in_steps_of_now(Path(resume_from_checkpoint), steps) as checkpoint:
+                output = super().train(str(checkpoint), **kwargs)
+        else:
+            output = super().train(resume_from_checkpoint, **kwargs)
         self.finish_round()
         self.retriever.record_training(
             teacher=_describe(self.feedback.lvlm.lvlm),
