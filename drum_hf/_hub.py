@@ -38,7 +38,9 @@ def make_repository(
 
     api = HfApi(token=token)
     made = _asking(
-        lambda: api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True), repo_id, "made"
+        lambda: api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True),
+        repo_id,
+        "can't be made on",
     )
     return made.repo_id
 
@@ -74,7 +76,7 @@ def commit_folder(
     where: dict[str, Any] = {"repo_id": repo_id, "repo_type": repo_type}
 
     def ask(call: Callable[[], Result]) -> Result:
-        return _asking(call, repo_id, "written to", revision=revision)
+        return _asking(call, repo_id, "can't be written to on", revision=revision)
 
     if revision is not None and not create_pr and not revision.startswith("refs/"):
         ask(lambda: api.create_branch(**where, branch=revision, exist_ok=True))
@@ -133,7 +135,7 @@ def fetch_snapshot(
                 force_download=force_download,
             ),
             repo_id,
-            "fetched",
+            ("is no folder here, and " if repo_type == "model" else "") + "can't be fetched from",
             revision=revision,
         )
     )
@@ -157,7 +159,7 @@ def commit_of(
     return commit[1] if commit else None
 
 
-def _asking(call: Callable[[], Result], repo_id: str, verb: str, *, revision: str | None = None) -> Result:
+def _asking(call: Callable[[], Result], repo_id: str, failure: str, *, revision: str | None = None) -> Result:
     """What the Hub answers; put off (429), it is asked again once it said that it may be."""
     for repeat in range(_REPEATS + 1):
         try:
@@ -171,7 +173,7 @@ def _asking(call: Callable[[], Result], repo_id: str, verb: str, *, revision: st
                 status = None if answer is None else answer.status_code
                 why = _remedy(error, status, wait, revision)
                 raise HubError(
-                    f"{repo_id!r} can't be {verb} on the Hub ({_first_line(error)}); {why}", status=status
+                    f"{repo_id!r} {failure} the Hub ({_first_line(error)}); {why}", status=status
                 ) from error
             time.sleep(wait)
     raise AssertionError("the last repeat returns or raises")

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from .data import TripletTable
+from .errors import TooFewDemonstrationsError
 from .evaluation.evaluator import ICLEvaluator, StrategyResult
-from .evaluation.metrics import Metric
+from .evaluation.metrics import Metric, get_metric
 from .evaluation.plots import plot_shots
 from .evaluation.registry import STRATEGIES, Comparison, check_names, make_strategy, takes_selector
 from .evaluation.report import write_report
@@ -395,12 +396,19 @@ def evaluate_strategies(
 
     Raises:
         ValueError: an unknown name, or a trained strategy without its retriever.
+        TooFewDemonstrationsError: more shots than demonstrations.
     """
     given = {"drum": retriever} if isinstance(retriever, DemoRetriever) else dict(retriever or {})
     check_names([*names, *given])
     for name in names:
         if STRATEGIES[name].trained and name not in given:
             raise ValueError(f"strategy {name!r} needs a trained retriever: pass --retriever {name}=FOLDER")
+    if max(shots, default=0) > len(support):
+        raise TooFewDemonstrationsError(
+            f"expected at most {len(support)} shots, as many as there are demonstrations, got {max(shots)}; ask for "
+            "fewer, or give more demonstrations"
+        )
+    measured = get_metric(metric or METRICS[task])
     began = time.perf_counter()
     cached = CachedLVLM(lvlm, ScoreStore(store or ":memory:"))
     choices = support.label_set if task == "classification" else ()
@@ -412,7 +420,7 @@ def evaluate_strategies(
         cached,
         support,
         queries,
-        metric=metric or METRICS[task],
+        metric=measured,
         order=order,
         drafts=drafts,
         max_new_tokens=max_new_tokens,

@@ -219,9 +219,14 @@ def test_the_page_answers(page, picture, query, retriever):
 
 
 @needs_gradio
-def test_the_page_says_what_is_wrong(page, picture):
+def test_the_page_says_what_is_wrong(page, picture, tmp_path):
+    from gradio_client import handle_file
+
     client, _ = page
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
     for given, words in (
+        ((handle_file(broken), "what?"), "expected an image, came broken.png"),
         ((None, "what?"), "expected an image"),
         ((picture, " "), "expected a question"),
         ((picture, "what?", 2, (0, 0, 0, 1, 0, 0)), "expected weights of"),

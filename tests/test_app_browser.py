@@ -118,3 +118,16 @@ def test_a_visit(page, served):
         assert page.locator("#strategy-1 li").count() == 0
     finally:
         lvlm.down = False
+
+
+def test_a_file_that_is_no_picture_is_told(page, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    page.get_by_label("Question").fill("what colour?")
+    with page.expect_response(lambda answer: "upload" in answer.url):
+        page.locator("input[type=file]").first.set_input_files(str(broken))
+    page.wait_for_function('document.querySelector(\'button[aria-label="Remove Image"], button[aria-label="Clear"]\')')
+    page.get_by_role("button", name="Ask").click()
+    error = page.locator("#error [role=alert]")
+    error.wait_for()
+    assert "expected an image, came broken.png" in error.inner_text()

@@ -135,6 +135,8 @@ def test_demo_writes_what_it_promises(tmp_path, capsys):
         (["eval", "--shots", "1"], "--data"),
         (["eval", "--data", "DATA", "--strategies", "psychic"], "psychic"),
         (["eval", "--data", "DATA", "--strategies", "drum"], "--retriever"),
+        (["eval", "--data", "DATA", "--strategies", "random", "--shots", "1,99"], "got 99"),
+        (["eval", "--data", "DATA", "--strategies", "random", "--metric", "bleu"], "bleu"),
         (["demo", "--data", "DATA", "--task", "all"], "--task"),
         (["score", "--data", "DATA", "--store", "DATA"], ""),
         (["train", "--data", "DATA", "--out", "x", "--lvlm", "no/such"], "an LVLM, came 'no/such'"),

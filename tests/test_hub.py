@@ -249,7 +249,9 @@ def test_private_repositories_and_tokens(hub, clip, table, tmp_path):
 
 
 def test_what_is_not_there_is_said(hub, clip, table):
-    with pytest.raises(HubError, match=r"'me/nothing' can't be fetched on the Hub.*check its name") as caught:
+    with pytest.raises(
+        HubError, match=r"'me/nothing' is no folder here, and can't be fetched from the Hub.*check its name"
+    ) as caught:
         load("me/nothing", **ME)
     assert caught.value.status == 404
     with pytest.raises(HubError, match=r"expected a folder that is there, or a name such as 'owner/name'"):
@@ -587,7 +589,7 @@ def test_scores_are_pushed_and_pulled(hub, tmp_path, capsys, monkeypatch):
     with ScoreStore(tmp_path / "a.sqlite") as store:
         assert list(store.identities()) == ["f" * 32]
     assert main(["-q", "scores", "pull", "me/none", str(new)]) == 2
-    assert "HubError: 'me/none' can't be fetched on the Hub" in capsys.readouterr().err
+    assert "HubError: 'me/none' is no folder here, and can't be fetched from the Hub" in capsys.readouterr().err
 
 
 # ---- older and newer formats ----

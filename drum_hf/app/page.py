@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._compat import require
 from ..encoder import PARTS
-from ..errors import DrumError
+from ..errors import DrumError, ImageError
 from ..types import LVLM, Demonstration, Query
 from .cards import CSS, answer_card, error_card, outcome_cards, thumbnail
 from .compare import Comparer, Strategy
@@ -80,6 +80,7 @@ def build_app(
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
                 image = gr.Image(type="pil", label="Image", height=260, sources=["upload", "clipboard"], buttons=[])
+                image.preprocess = _told_later(image.preprocess)
                 question = gr.Textbox(label="Question", placeholder=_placeholder(support), max_lines=3)
                 shots = gr.Slider(
                     1,
@@ -203,7 +204,7 @@ def launch(
             theme=theme,
             css=CSS,
         )
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise ValueError(f"expected to listen on {host or 'this machine'}:{port or 7860}, but {error}") from error
     url = public or local
     started(url)
@@ -268,8 +269,26 @@ def _sliders(gr: Any, strategy: Strategy) -> list[Any]:
     return sliders
 
 
+def _told_later(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Reads an upload, or gives the error that says why not: raised here, Gradio would show its own insides."""
+
+    def reading(upload: Any) -> Any:
+        try:
+            return read(upload)
+        except Exception as error:  # PIL raises OSError, SyntaxError and more, Gradio its own
+            name = getattr(upload, "orig_name", None) or "another file"
+            return ImageError(
+                f"expected an image, came {name}, which can't be read as one ({type(error).__name__}); upload a PNG "
+                "or JPEG"
+            )
+
+    return reading
+
+
 def _query(picture: Any, text: str, example: Demonstration | None) -> tuple[Query, tuple[str, ...]]:
     """The query, and its gold responses where an example is asked as it stands."""
+    if isinstance(picture, ImageError):
+        raise picture
     if example is None or picture is None:
         return Query(picture, text), ()
     if text.strip() != example.prompt.strip():

@@ -43,7 +43,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--strategies",
         type=names,
         metavar="NAMES",
-        help="comma-separated (default: zero-shot,random,sit+draft,drum; with --suite the suite's), of: "
+        help="comma-separated (default: zero-shot,random,sit+draft and each --retriever; with --suite its own), of: "
         f"{_UNTRAINED}; with a --retriever or a suite: {_TRAINED}",
     )
     parser.add_argument("--shots", type=ints, help="such as 1,2,4 (default: 4; with --suite the suite's)")
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     results = evaluate_strategies(
         support,
         queries,
-        names=args.strategies or ("zero-shot", "random", "sit+draft", "drum"),
+        names=args.strategies or ("zero-shot", "random", "sit+draft", *retrievers),
         shots=args.shots or (4,),
         lvlm=lvlm,
         encoder=args.encoder,

@@ -35,7 +35,10 @@ TRAINING_QUERIES = "table of training queries; by default every demonstration is
 
 
 def ints(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 1,2,4, came {text!r}") from None
 
 
 def names(text: str) -> tuple[str, ...]:
