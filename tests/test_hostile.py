@@ -19,6 +19,7 @@ from tiny_encoders import picture
 
 from drum_hf._files import leads_outside, read_parquet
 from drum_hf.data import TripletTable, load_table
+from drum_hf.data.episodes import read_llava, read_seed_bench, read_vl_checklist
 from drum_hf.errors import DrumError, ImageError, RowError, SavedFileError, SuiteError
 from drum_hf.evaluation.benchmarks import read_smmile, read_vl_icl
 from drum_hf.index import DemoIndex
@@ -315,6 +316,37 @@ def test_a_saved_data_set_whose_text_is_none(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"rather long", b"rather\xe4long"))
     with pytest.raises(SavedFileError, match=r"Dataset\.save_to_disk"):
         load_table(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        7,
+        True,
+        None,
+        [],
+        "text",
+        {"conversations": 7},
+        {"conversations": "text"},
+        {"conversations": [{"from": [], "value": "v"}]},
+    ],
+)
+def test_episode_rows_that_are_none(tmp_path, odd):
+    question = {"question": "which?", "choice_a": "a", "choice_b": "b", "answer": "A", "question_type_id": 1}
+    for name, read in (("seed", read_seed_bench), ("list", read_vl_checklist), ("chat", read_llava)):
+        (tmp_path / f"{name}.json").write_text(json.dumps([odd, question]))
+        with pytest.raises(DrumError):
+            read(tmp_path / f"{name}.json")
+
+
+@pytest.mark.parametrize("content", ["image,colour\\na.png," + "x" * 200_000, "[" * 100_000])
+def test_a_sources_rows_that_are_none(tmp_path, content):
+    path = tmp_path / ("rows.csv" if "," in content else "rows.json")
+    path.write_text(content)
+    source = {"name": "own", "reader": "concepts", "path": path.name}
+    (tmp_path / "mix.yaml").write_text(json.dumps({"model": "m", "sources": [source]}))
+    with pytest.raises(SavedFileError, match="expected a table as"):
+        TuningConfig.load(tmp_path / "mix.yaml").mixes()
 
 
 def test_a_column_twice_is_refused(tmp_path):

@@ -185,9 +185,9 @@ def read_llava(
 
     def read(row: Mapping[str, Any], pictures: Pictures) -> Conversation:
         messages = []
-        for message in row.get("conversations") or ():
+        for message in _said(row, "conversations"):
             role, text = (message.get("from"), message.get("value")) if isinstance(message, Mapping) else (None, None)
-            if role not in _ROLES or not isinstance(text, str):
+            if not (isinstance(role, str) and role in _ROLES and isinstance(text, str)):
                 raise RowError(
                     f"'conversations': expected 'from' human or gpt and a text 'value', came {message!r:.80}"
                 )
@@ -226,7 +226,7 @@ def read_messages(
 
     def read(row: Mapping[str, Any], pictures: Pictures) -> Conversation:
         messages, inline = [], []
-        for message in row.get("messages") or ():
+        for message in _said(row, "messages"):
             role = message.get("role") if isinstance(message, Mapping) else None
             if role not in ("user", "assistant"):
                 raise RowError(f"'messages': expected the roles user and assistant, came {role!r}; leave others out")
@@ -253,6 +253,13 @@ def read_messages(
         return Conversation(tuple(turns), concept, value, form, row.get("source") or source, row.get("kind") or kind)
 
     return _conversations(undecoded(data), read, image_root, on_bad_rows, max_pixels)
+
+
+def _said(row: Mapping[str, Any], column: str) -> Sequence[Any]:
+    found = row.get(column)
+    if found is not None and (not isinstance(found, Sequence) or isinstance(found, (str, bytes))):
+        raise RowError(f"{column!r}: expected a list of messages, came {type(found).__name__}")
+    return found or ()
 
 
 def _conversations(

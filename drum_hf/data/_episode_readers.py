@@ -92,7 +92,9 @@ def read_seed_bench(
     rows = undecoded(data)
     _need_columns(rows, ("question", "choice_a", "choice_b", "answer", "question_type_id"))
 
-    def read(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def read(row: Any) -> list[dict[str, Any]]:
+        if not isinstance(row, Mapping):
+            raise RowError(f"expected a dict of columns, came {type(row).__name__}")
         if row.get("question_type_id") not in types:
             return [_NOTHING]
         image = row.get("image", row.get("data_id"))

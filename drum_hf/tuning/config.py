@@ -218,6 +218,7 @@ def _of(given: Mapping[str, Any] | None, table: data.ConceptTable) -> dict[str, 
 def _rows(path: Path) -> Any:
     """Rows of a table of ours: JSON, JSONL, CSV or parquet."""
     import datasets
+    import pyarrow as pa
 
     try:
         if path.suffix == ".parquet":
@@ -229,7 +230,7 @@ def _rows(path: Path) -> Any:
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in text.splitlines() if line.strip()]
         return json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, RecursionError, csv.Error, pa.ArrowException) as error:
         raise SavedFileError(
             f"{path}: expected a table as .json, .jsonl, .csv or .parquet ({error}); check the path"
         ) from error
