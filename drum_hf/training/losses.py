@@ -185,8 +185,8 @@ class ListBatch:
     def from_labels(cls, labels: Any, queries: int, demonstrations: int) -> ListBatch:
         """From the trainer's dict of tensors, or from plain (B, K) scores with one column a demonstration."""
         if isinstance(labels, dict):
-            origins = Origins(**labels["origins"]) if "origins" in labels else None
-            return cls(*(labels[name] for name in ("index", "scores", "mask", "known", "blocked")), origins)
+            given = {name: labels[name] for name in ("index", "scores", "mask", "known", "blocked")}
+            return cls(**given, origins=Origins(**labels["origins"]) if "origins" in labels else None)
         if labels is None or labels.ndim != 2 or labels.shape[0] != queries:
             came = "none" if labels is None else tuple(labels.shape)
             raise ValueError(
