@@ -638,7 +638,8 @@ def test_check_of_a_good_table(tmp_path, capsys):
     assert main([*command, "--columns", "prompt=frage"]) == 0
     out = capsys.readouterr().out
     assert "all well" in out and "prompt (from frage)" in out and "2 of them without an image" in out
-    assert main([*command, "--columns", "prompt"]) == 2
+    with pytest.raises(SystemExit):
+        main([*command, "--columns", "prompt"])
     (tmp_path / "t.csv").write_text("prompt,response\nWhy?,so,so\nHow?,thus\nWho\n")
     report = check_table(tmp_path / "t.csv")
     assert report.rows == 1 and [problem[-100:].count("expected 2 cells") for problem in report.problems] == [1, 1]
