@@ -329,7 +329,16 @@ class JointEncoder(Transformer):
 
         An adapter's configuration names the base model as it was given to us, and its commit.
         """
-        super().save(output_path, *args, safe_serialization=safe_serialization, **kwargs)
+        adapters = getattr(self.model, "peft_config", None) or {}
+        names = {name: config.base_model_name_or_path for name, config in adapters.items()}
+        try:
+            # Given a name that is no folder, peft asks the Hub for its configuration, only to compare vocabularies.
+            for config in adapters.values():
+                config.base_model_name_or_path = ""
+            super().save(output_path, *args, safe_serialization=safe_serialization, **kwargs)
+        finally:
+            for name, config in adapters.items():
+                config.base_model_name_or_path = names[name]
         adapter = Path(output_path) / ADAPTER_CONFIG
         if self.has_adapter and adapter.is_file():
             config = json.loads(adapter.read_text(encoding="utf-8"))
