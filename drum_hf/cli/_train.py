@@ -112,6 +112,10 @@ def run(args: argparse.Namespace) -> None:
             args=arguments,
             choices=support.label_set if args.task == "classification" else (),
         )
+        if args.quiet:
+            from transformers import PrinterCallback
+
+            trainer.remove_callback(PrinterCallback)  # stands in for the progress bar that there is not
         if args.dry_run:
             plan = trainer.plan()
             if processes.is_main:
