@@ -113,9 +113,10 @@ def run(args: argparse.Namespace) -> None:
             choices=support.label_set if args.task == "classification" else (),
         )
         if args.quiet:
-            from transformers import PrinterCallback
+            from transformers import PrinterCallback, ProgressCallback
 
-            trainer.remove_callback(PrinterCallback)  # stands in for the progress bar that there is not
+            for telling in (PrinterCallback, ProgressCallback):  # both write each log to the screen
+                trainer.remove_callback(telling)
         if args.dry_run:
             plan = trainer.plan()
             if processes.is_main:
