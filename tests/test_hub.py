@@ -589,7 +589,7 @@ def test_scores_are_pushed_and_pulled(hub, tmp_path, capsys, monkeypatch):
     with ScoreStore(tmp_path / "a.sqlite") as store:
         assert list(store.identities()) == ["f" * 32]
     assert main(["-q", "scores", "pull", "me/none", str(new)]) == 2
-    assert "HubError: 'me/none' is no folder here, and can't be fetched from the Hub" in capsys.readouterr().err
+    assert "HubError: 'me/none' can't be fetched from the Hub" in capsys.readouterr().err
 
 
 # ---- older and newer formats ----
