@@ -61,6 +61,18 @@ def test_logging_seeds_and_the_network_are_left_alone():
     assert len(said) == 2  # offline is believed, and refused by name
 
 
+def test_progress_bars_heed_the_users_word():
+    code = (
+        "from drum_hf.lvlm._runner import progress_bar\n"
+        "from drum_hf.lvlm.transfer import _bar\n"
+        "print(*(bar(title, 3, True).disable for bar, title in ((progress_bar, 'a'), (_bar, 'b'))))\n"
+    )
+    for value, disabled in (("1", "True True"), ("", "False False")):
+        environment = os.environ | {"TQDM_DISABLE": value}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert done.stdout.strip() == disabled, done.stderr
+
+
 def test_the_package_is_typed():
     assert (Path(drum_hf.__file__).parent / "py.typed").is_file()
 

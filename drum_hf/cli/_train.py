@@ -115,6 +115,11 @@ def run(args: argparse.Namespace) -> None:
             args=arguments,
             choices=support.label_set if args.task == "classification" else (),
         )
+        if args.quiet:
+            from transformers import PrinterCallback, ProgressCallback
+
+            for telling in (PrinterCallback, ProgressCallback):  # both write each log to the screen
+                trainer.remove_callback(telling)
         if args.dry_run:
             plan = trainer.plan()
             if processes.is_main:
