@@ -423,8 +423,11 @@ def used_here(hub: LocalHub, cache: Any, *, offline: bool = False) -> Iterator[N
     """This process takes `hub` for the Hub, as HF_ENDPOINT would have it from the start."""
     from huggingface_hub import constants
     from huggingface_hub.utils import close_session
+    from transformers.utils import hub as of_transformers
 
     with pytest.MonkeyPatch.context() as patch:
+        # its shared client keeps the endpoint of the day it was made
+        patch.setattr(of_transformers, "_hf_api", None)
         patch.setattr(constants, "ENDPOINT", hub.endpoint)
         template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
