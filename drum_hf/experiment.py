@@ -20,6 +20,7 @@ import numpy as np
 from .data import TripletTable
 from .errors import TooFewDemonstrationsError
 from .evaluation.evaluator import ICLEvaluator, StrategyResult
+from .evaluation.examples import at_their_best, pick_rows, shown
 from .evaluation.metrics import Metric, get_metric
 from .evaluation.plots import plot_shots
 from .evaluation.registry import STRATEGIES, Comparison, check_names, make_strategy, takes_selector
@@ -328,15 +329,8 @@ def make_examples(
     shots, queries = run.settings.shots, run.evaluator.queries
     names = {"SIT + draft": "sit+draft", "DRUM": "drum"}
     results = {title: run.results[name, shots] for title, name in names.items()}
-    best = {title: result.values >= max(result.values.max(), 1e-9) - 1e-9 for title, result in results.items()}
-    kinds: dict[tuple[bool, ...], list[int]] = {}
-    for row in range(len(queries)):
-        kinds.setdefault(tuple(bool(best[t][row]) for t in names), []).append(row)
-    rows: list[int] = []
-    while len(rows) < min(count, len(queries)):
-        for kind in sorted(kinds):
-            if kinds[kind] and len(rows) < count:
-                rows.append(kinds[kind].pop(0))
+    best = {title: at_their_best(result.values) for title, result in results.items()}
+    rows = pick_rows([best[title] for title in names], count)
     ids = [queries.ids[r] for r in rows]
     bare = dict(zip(ids, asked.zero_shot(ids), strict=True))
     examples = []
@@ -348,23 +342,15 @@ def make_examples(
             query = queries.query(query_id, draft=drafts[query_id])
             found = retriever(query, k=min(shots, len(retriever)))
             utilities = asked.score([(query_id, (d.id,)) for d in found.demonstrations]) - bare[query_id]
-            columns[title] = {
-                "demonstrations": [
-                    {
-                        "image": d.image,
-                        "prompt": d.prompt,
-                        "response": d.response,
-                        "score": float(score),
-                        "utility": float(utility),
-                        "note": None,
-                    }
-                    for d, score, utility in zip(found.demonstrations, found.scores, utilities, strict=True)
-                ],
-                "answer": result.answers[row],
-                "correct": bool(best[title][row]),
-            }
-        shown = {"image": gold.image, "prompt": gold.prompt, "gold": gold.response, "draft": drafts[query_id]}
-        examples.append({"query": shown, "columns": columns})
+            columns[title] = shown(
+                found.demonstrations,
+                result.answers[row],
+                bool(best[title][row]),
+                scores=found.scores,
+                utilities=utilities,
+            )
+        about = {"image": gold.image, "prompt": gold.prompt, "gold": gold.response, "draft": drafts[query_id]}
+        examples.append({"query": about, "columns": columns})
     return examples
 
 

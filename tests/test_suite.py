@@ -131,6 +131,9 @@ def test_pages_say_what_was_measured(whole):
     assert r"\textgreater{}" in latex and "\\% " not in latex.splitlines()[0]
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
     report = (out / "report.html").read_text()
+    # six queries, each with what similarity and what DRUM chose, and what came of it
+    assert report.count('class="example"') == 6
+    assert report.count("The LVLM answers") == 12
     assert "DRUM + mmr" in report and "colours, transfer to second" in report
 
 

@@ -315,7 +315,7 @@ def _shots_panel(ax: Axes, task: TaskResult) -> None:
     lines = [s for s in task.strategies if s.key != "zero-shot"]
     ax.set_xlim(-0.25, len(counts) - 0.75)
     # Side by side within a shot count, so that the interval bars do not hide one another.
-    width, ends = 0.36, []
+    width, ends = min(0.36, 0.06 * (len(lines) - 1)), []
     for place, strategy in enumerate(lines):
         style = styles[strategy.key]
         shift = width * (place / max(1, len(lines) - 1) - 0.5)

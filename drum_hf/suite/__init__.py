@@ -64,5 +64,5 @@ def run_suite(
     summary = summarise(spec, cells)
     out = Path(out_dir)
     write_results(spec, cells, summary, out)
-    write_pages(spec, summary, out, command=command)
+    write_pages(spec, summary, out, examples=run.examples, command=command)
     return summary

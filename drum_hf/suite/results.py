@@ -18,7 +18,7 @@ from ..experiment import METRICS
 from .cells import Cell, CellFiles, Values
 from .spec import DataSpec, LVLMSpec, SuiteSpec, split_name
 
-__all__ = ["label_of", "read_cells", "summarise", "write_results"]
+__all__ = ["label_of", "read_cells", "summarise", "title_of", "write_results"]
 
 
 def label_of(name: str) -> str:
@@ -81,19 +81,24 @@ def summarise(spec: SuiteSpec, cells: Mapping[Cell, Values]) -> dict[str, Any]:
         after each round. `gap_closed` is (DRUM - SIT+draft) / (oracle - SIT+draft), None without
         such a gap.
     """
-    several = len(spec.lvlms) * len(spec.encoders) > 1
     content: dict[str, Any] = {"suite": spec.name, "shots": spec.headline, "tasks": {}}
     for lvlm in (*spec.lvlms, *spec.transfer):
         moved = lvlm in spec.transfer
         tasks = content.setdefault("transfer", {}).setdefault(lvlm.name, {}) if moved else content["tasks"]
         for data, encoder, block in _blocks(spec, lvlm, cells):
-            parts = [data.name, *([lvlm.name] if several and not moved else []), *([encoder] if several else [])]
             names = spec.transferred() if moved else list(spec.strategies)
             task = _summarise(spec, block, names)
             about = {"data": data.name, "task": data.task, "lvlm": lvlm.name, "encoder": encoder}
             trained_on = {"trained_on": spec.lvlms[0].name} if moved else {}
-            tasks[" · ".join(parts)] = about | trained_on | task
+            tasks[title_of(spec, data, lvlm, encoder)] = about | trained_on | task
     return content
+
+
+def title_of(spec: SuiteSpec, data: DataSpec, lvlm: LVLMSpec, encoder: str) -> str:
+    """What a task is called in the summary; see `summarise`."""
+    several = len(spec.lvlms) * len(spec.encoders) > 1
+    moved = lvlm in spec.transfer
+    return " · ".join([data.name, *([lvlm.name] if several and not moved else []), *([encoder] if several else [])])
 
 
 def _blocks(spec: SuiteSpec, lvlm: LVLMSpec, cells: Mapping[Cell, Values]) -> Iterator[tuple[DataSpec, str, _Block]]:

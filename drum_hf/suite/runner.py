@@ -13,6 +13,7 @@ from typing import Any
 
 from ..data import TripletTable
 from ..evaluation.evaluator import ICLEvaluator
+from ..evaluation.examples import at_their_best, pick_rows, shown
 from ..evaluation.registry import STRATEGIES, Comparison, make_strategy
 from ..evaluation.untrained import UntrainedRetrievers
 from ..experiment import METRICS
@@ -25,12 +26,18 @@ from ..training.trainer import own_arguments
 from ..types import LVLM
 from .cells import Cell, CellFiles, Values, digest
 from .opening import encoder_key, open_data, open_lvlm
+from .results import label_of, title_of
 from .retrievers import TrainedRetriever, train_retriever
 from .spec import DataSpec, LVLMSpec, SuiteSpec, split_name
 
 __all__ = ["SuiteRun", "cells_of"]
 
 logger = logging.getLogger(__name__)
+
+#: Queries of each data set that the report shows; and what it shows of them, the first of each that there is.
+_EXAMPLES = 6
+_UNTRAINED = ("sit+draft", "sit", "si", "random")
+_TRAINED = ("drum", "drum-rank", "epr", "udr", "msier")
 
 
 def cells_of(spec: SuiteSpec, data: DataSpec, data_seed: int, lvlm: LVLMSpec, encoder: str) -> list[Cell]:
@@ -148,6 +155,8 @@ class SuiteRun:
         self._encoder_keys = {name: encoder_key(name) for name in spec.encoders}
         #: Every cell of the suite with the key of its file, filled by `run`.
         self.keys: dict[Cell, str] = {}
+        #: Queries for the report, a few of each data set, filled by `run`.
+        self.examples: list[dict[str, Any]] = []
         self._retrievers: dict[tuple[str, int, int | None], tuple[DemoRetriever, int]] = {}
 
     def run(self) -> dict[Cell, str]:
@@ -172,7 +181,33 @@ class SuiteRun:
                         )
                         self._carry_out(cell, bench)
                         bar.update()
+                    if (lvlm, seed, encoder) == (spec.lvlms[0], data.seeds[0], spec.encoders[0]):
+                        self.examples += self._examples(bench, seed)
         return self.keys
+
+    def _examples(self, bench: _Bench, seed: int) -> list[dict[str, Any]]:
+        """What similarity chose beside what a trained retriever chose, from the cells: nothing is asked again."""
+        spec, data = self.spec, bench.data
+        names = [next((n for n in kind if n in spec.strategies), None) for kind in (_UNTRAINED, _TRAINED)]
+        found: dict[str, Values] = {}
+        for name in filter(None, names):
+            where = (data.name, seed, spec.lvlms[0].name, "", spec.encoders[0], name)
+            seeds = spec.seeds if STRATEGIES[name].trained else (0,)
+            found[name] = self.files.read(self.keys[Cell(*where, seeds[0], spec.headline)])
+        if not found or not spec.headline:
+            return []
+        right = {name: at_their_best(values.values) for name, values in found.items()}
+        examples = []
+        for row in pick_rows(list(right.values()), _EXAMPLES):
+            gold = bench.queries[bench.queries.ids[row]]
+            columns = {}
+            for name, values in found.items():
+                demos = [bench.support[d] for d in values.demonstrations[row]]
+                columns[label_of(name)] = shown(demos, values.answers[row], bool(right[name][row]))
+            about = {"image": gold.image, "prompt": gold.prompt, "gold": gold.response}
+            title = title_of(spec, data, spec.lvlms[0], spec.encoders[0])
+            examples.append({"task": title, "query": about, "columns": columns})
+        return examples
 
     # Models and tables
 

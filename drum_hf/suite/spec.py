@@ -107,6 +107,7 @@ class TrainingSpec:
         pairs: instead of both: the scored pairs in all after each round, in equal steps, such as [6000, 12000, 18000];
             what a query buys follows from the size of the support set, whose rows are the training queries.
         epochs: in each round.
+        company_rounds: of DRUM, how many of the last rounds score in company; its ancestors score alone.
         learning_rate, batch_size, list_size, lora: as `drum_hf.experiment.Settings` has them.
     """
 
@@ -114,6 +115,7 @@ class TrainingSpec:
     candidates: int = 10
     pairs: tuple[int, ...] = ()
     epochs: int = 3
+    company_rounds: int = 1
     learning_rate: float = 3e-4
     batch_size: int = 64
     list_size: int = 8
@@ -327,6 +329,8 @@ def _check(spec: SuiteSpec) -> None:
     for name in ("rounds", "candidates", "epochs", "batch_size"):
         if getattr(budget, name) < 1:
             refuse(f"training.{name}", "at least 1", getattr(budget, name))
+    if budget.company_rounds < 0:
+        refuse("training.company_rounds", "at least 0", budget.company_rounds)
     if budget.list_size < 2:
         refuse("training.list_size", "at least 2, something to rank", budget.list_size)
     if budget.pairs and any(total != budget.pairs[0] * (i + 1) for i, total in enumerate(budget.pairs)):
