@@ -26,16 +26,7 @@ from .evaluation.plots import plot_shots
 from .evaluation.registry import STRATEGIES, Comparison, check_names, make_strategy, takes_selector
 from .evaluation.report import write_report
 from .evaluation.statistics import paired_bootstrap
-from .evaluation.strategies import (
-    BM25,
-    Fixed,
-    Random,
-    Retrieved,
-    SameAnswerOracle,
-    ScoreOracle,
-    Strategy,
-    ZeroShot,
-)
+from .evaluation.strategies import Retrieved, SameAnswerOracle, ScoreOracle, Strategy
 from .lvlm.cached import CachedLVLM
 from .lvlm.feedback import Feedback
 from .lvlm.store import ScoreStore
@@ -136,6 +127,7 @@ class _Run:
 
     evaluator: ICLEvaluator
     settings: Settings
+    comparison: Comparison
     rows: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     results: dict[tuple[str, int], StrategyResult] = dataclasses.field(default_factory=dict)
 
@@ -148,6 +140,17 @@ class _Run:
             if count == self.settings.shots:
                 row.update(_row(result))
         logger.info("%s: %.3f at %d shots", result.strategy, self.rows[result.strategy]["metric"], self.settings.shots)
+
+    def evaluate_named(
+        self, name: str, shots: Sequence[int], *, retriever: DemoRetriever | None = None, selector: str | None = None
+    ) -> None:
+        """A strategy of the registry, over several seeds where it is seeded."""
+        chosen_by = selector if takes_selector(name) else None
+        seeds = range(self.settings.random_seeds if STRATEGIES[name].seeded else 1)
+        self.evaluate(
+            [make_strategy(name, self.comparison, seed=s, retriever=retriever, selector=chosen_by) for s in seeds],
+            shots,
+        )
 
 
 def run_experiment(
@@ -196,18 +199,13 @@ def run_experiment(
         drafts=drafts,
         max_new_tokens=settings.max_new_tokens,
     )
-    run = _Run(evaluator, settings)
+    comparison = Comparison(support, queries, asked, encoder, task, drafts, lora=settings.lora)
+    run = _Run(evaluator, settings, comparison)
     every = sorted({settings.shots, *settings.by_shots})
-    seeds = range(settings.random_seeds)
-    run.evaluate(ZeroShot(), [settings.shots])
+    run.evaluate_named("zero-shot", [settings.shots])
     run.rows["zero-shot"]["by_shots"] = {}
-    run.evaluate([Random(support, s) for s in seeds], every)
-    run.evaluate([Fixed(support, s) for s in seeds], every)
-    untrained: dict[str, DemoRetriever] = {}
-    for name in ("si", "st", "sit", "sit+draft"):
-        untrained[name] = DemoRetriever.from_encoder(encoder, support=support, strategy=name)
-        run.evaluate(Retrieved(name, untrained[name]), every)
-    run.evaluate(BM25(support), every)
+    for name in ("random", "fixed", "si", "st", "sit", "sit+draft", "bm25"):
+        run.evaluate_named(name, every)
     if settings.oracle != "none":
         run.evaluate(SameAnswerOracle(support, queries) if settings.oracle == "answer" else ScoreOracle(asked), every)
         if settings.oracle == "score":
@@ -263,7 +261,8 @@ def run_experiment(
     (out / "values.json").write_text(json.dumps(values), encoding="utf-8")
     _tell(trained["drum"], results, evaluator.metric, out)
     trained["drum"].save_pretrained(out / "retriever")
-    examples = make_examples(run, asked, {"SIT + draft": untrained["sit+draft"], "DRUM": trained["drum"]}, drafts)
+    shown_of = {"SIT + draft": comparison.untrained("sit+draft"), "DRUM": trained["drum"]}
+    examples = make_examples(run, asked, shown_of, drafts)
     write_report(results, examples, out)
     write_manifest(
         out,
@@ -412,14 +411,9 @@ def evaluate_strategies(
         max_new_tokens=max_new_tokens,
     )
     comparison = Comparison(support, queries, asked, encoder, task, drafts)
-    run = _Run(evaluator, Settings(shots=max(shots)))
+    run = _Run(evaluator, Settings(shots=max(shots), random_seeds=random_seeds), comparison)
     for name in names:
-        seeds = range(random_seeds if STRATEGIES[name].seeded else 1)
-        chosen_by = selector if takes_selector(name) else None
-        strategies = [
-            make_strategy(name, comparison, seed=s, retriever=given.get(name), selector=chosen_by) for s in seeds
-        ]
-        run.evaluate(strategies, sorted(shots))
+        run.evaluate_named(name, sorted(shots), retriever=given.get(name), selector=selector)
     return {
         "task": task,
         "shots": max(shots),
