@@ -17,7 +17,7 @@ _EXTRAS = {"matplotlib": "plot", "bm25s": "bm25", "gradio": "app"}
 
 _MODELS = os.path.join(os.path.dirname(__file__), "playground", "models")
 #: Name of each model that ships with the package -> its folder.
-_SHIPPED = {f"playground/{model}": os.path.join(_MODELS, model) for model in ("clip", "lvlm", "lvlm-base")}
+_SHIPPED = {f"playground/{model}": os.path.join(_MODELS, model) for model in ("clip", "lvlm", "lvlm-base", "internvl")}
 
 
 def resolve_name(name: str | os.PathLike[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -81,7 +82,12 @@ def test_unknown_names_are_refused():
 def test_models_are_small_stock_and_safe():
     from pathlib import Path
 
-    shipped = {encoder_path(): "clip", lvlm_path(): "idefics3", resolve("playground/lvlm-base"): "idefics3"}
+    shipped = {
+        encoder_path(): "clip",
+        lvlm_path(): "idefics3",
+        resolve("playground/lvlm-base"): "idefics3",
+        resolve("playground/internvl"): "internvl",
+    }
     for folder, kind in shipped.items():
         assert json.loads((Path(folder) / "config.json").read_text())["model_type"] == kind
     files = [f for folder in shipped for f in Path(folder).rglob("*") if f.is_file()]
@@ -110,6 +116,30 @@ def test_the_lvlm_binds_private_words_in_context_on_unseen_worlds(lvlm, shots):
         right += sum(a == g for a, g in zip(lvlm.generate(requests, max_new_tokens=6), gold, strict=True))
         asked += len(gold)
     assert right / asked >= 0.90
+
+
+@pytest.fixture(scope="session")
+def other_lvlm() -> TransformersLVLM:
+    return TransformersLVLM.from_pretrained(resolve("playground/internvl"), batch_size=32)
+
+
+def test_the_other_lvlm_uses_demonstrations_too(other_lvlm):
+    world = make_world(SEEDS[0])
+    right = {}
+    for shots in (0, 1, 4):
+        requests, gold = _with_same_answer(world, shots, np.random.default_rng(0))
+        answers = other_lvlm.generate(requests[:120], max_new_tokens=6)
+        right[shots] = np.mean([a == g for a, g in zip(answers, gold[:120], strict=True)])
+    assert right[0] <= 0.03 and right[1] >= 0.8 and right[4] >= 0.8
+
+
+def test_a_picture_takes_four_tokens_of_either_lvlm(lvlm, other_lvlm):
+    world = make_world(SEEDS[0])
+    shown = world.queries.query(world.queries.ids[0])
+    bare = ICLRequest(dataclasses.replace(shown, image=None))
+    # the four, and what stands around them
+    assert lvlm.count_tokens([ICLRequest(shown)])[0] - lvlm.count_tokens([bare])[0] == 7
+    assert other_lvlm.count_tokens([ICLRequest(shown)])[0] - other_lvlm.count_tokens([bare])[0] == 6
 
 
 def test_without_demonstrations_private_words_stay_at_chance_and_values_are_seen(lvlm):
@@ -147,3 +177,15 @@ def test_build_runs_every_stage_and_resumes(tmp_path):
     for name in ("clip", "lvlm-base", "lvlm"):
         weights = [(tmp_path / run / name / "model.safetensors").read_bytes() for run in "ab"]
         assert weights[0] == weights[1]
+
+
+def test_the_other_lvlm_is_built_of_another_architecture(tmp_path):
+    from drum_hf.playground.build import OTHER_STEPS, QUICK, build_other
+
+    steps = dict.fromkeys(OTHER_STEPS, 3)
+    facts = build_other(tmp_path / "out", tmp_path / "work", steps=steps, pictures=QUICK)
+    assert set(facts) >= {"tower", "induction", "bare pairs", "chat", "last chat"}
+    lvlm = TransformersLVLM.from_pretrained(tmp_path / "out" / "internvl")
+    assert lvlm.model.config.model_type == "internvl"
+    assert lvlm.model.config.text_config.model_type == "qwen2"
+    assert lvlm.capabilities.shared_prefix

@@ -17,6 +17,7 @@ from drum_hf.playground import resolve
 from drum_hf.playground.benchmarks import compare_lvlms, format_comparison, make_benchmarks, ordinary_questions
 from drum_hf.playground.conversations import HELD_OUT, OPERATORS, Album, Chat, PlaygroundEpisodes, things_of
 from drum_hf.playground.curriculum import Encoder
+from drum_hf.playground.lvlms import IDEFICS_IMAGE, INTERNVL_IMAGE
 from drum_hf.playground.pretraining import render_pool
 from drum_hf.playground.tower import render_groups, render_pairs
 from drum_hf.playground.tuning import RULES, VARIANTS, make_mix
@@ -149,10 +150,13 @@ def test_chat_is_right_and_shares_nothing(album):
     assert all(len(asked[prompt]) > 1 for prompt in ("what shape is the object?", "add the digits."))
 
 
-def test_the_quick_tokens_are_the_tuners_tokens(album):
-    lvlm = TransformersLVLM.from_pretrained("playground/lvlm")
+@pytest.mark.parametrize(
+    ("name", "slot"), [("playground/lvlm", IDEFICS_IMAGE), ("playground/internvl", INTERNVL_IMAGE)]
+)
+def test_the_quick_tokens_are_the_tuners_tokens(album, name, slot):
+    lvlm = TransformersLVLM.from_pretrained(name)
     form = ConversationFormat(lvlm.format, loss_on="all", max_length=None)
-    encoder = Encoder(lvlm.processor.tokenizer, album)
+    encoder = Encoder(lvlm.processor.tokenizer, album, slot)
     for rule in ("captions", "letters", "operators"):
         for talk in talks(album, rule, count=3):
             found = form(talk, [(32, 32)] * len(talk.turns), "a conversation")

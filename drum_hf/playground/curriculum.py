@@ -19,101 +19,21 @@ from torch import nn
 
 from ..data.episodes import Conversation
 from .conversations import Album
-from .language import chat_words, private_words
-from .pretraining import PATCH, PIXELS, WIDTH, build_tokenizer, train_steps
-
-USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<end_of_utterance>"
-IMAGE_TOKENS = 4
-#: Pairs of a short convolution and an attention layer in the decoder.
-DEPTH = 4
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|user|>' if message['role'] != 'assistant' else '<|assistant|>' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}"
-    "{% endif %}{{ '<end_of_utterance>' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-
-
-def build_lvlm(seed: int):
-    """An untrained tiny Idefics3 with an Lfm2 decoder, and its processor."""
-    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
-    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-
-    specials = (USER, ASSISTANT, "<fake_token_around_image>", "<global-img>", "<image>")
-    tokenizer = build_tokenizer(
-        {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": END},
-        specials,
-        chat_words(),
-        model_max_length=1024,
-        padding_side="left",
-    )
-    torch.manual_seed(seed)
-    config = Idefics3Config(
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        pad_token_id=tokenizer.pad_token_id,  # type: ignore[call-arg]  # its __post_init__ takes it
-        scale_factor=2,
-        tie_word_embeddings=True,
-        vision_config={
-            "hidden_size": WIDTH,
-            "intermediate_size": 3 * WIDTH,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "image_size": PIXELS,
-            "patch_size": PATCH,
-            "hidden_act": "gelu",
-            "layer_norm_eps": 1e-5,
-        },
-        text_config={
-            "model_type": "lfm2",
-            "vocab_size": len(tokenizer),
-            "hidden_size": WIDTH,
-            "intermediate_size": 3 * WIDTH,
-            "block_auto_adjust_ff_dim": False,
-            "num_hidden_layers": 2 * DEPTH,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "layer_types": ["conv", "full_attention"] * DEPTH,
-            "max_position_embeddings": 1024,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.eos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "tie_word_embeddings": True,
-        },
-    )
-    images = Idefics3ImageProcessorPil(
-        do_image_splitting=False,
-        size={"longest_edge": PIXELS},
-        max_image_size={"longest_edge": PIXELS},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-        resample=3,
-    )
-    processor = Idefics3Processor(images, tokenizer, image_seq_len=IMAGE_TOKENS, chat_template=CHAT_TEMPLATE)
-    model = Idefics3ForConditionalGeneration(config)
-    nn.init.normal_(model.get_input_embeddings().weight, std=0.1)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.bos_token_id = None
-    return model, processor
+from .language import private_words
+from .lvlms import ASSISTANT, END, IDEFICS_IMAGE, USER, ImageSlot, TinyLVLM
+from .pretraining import train_steps
 
 
 class Encoder:
     """Conversations to token ids, as the chat template and the tokenizer have them, only quicker."""
 
-    def __init__(self, tokenizer: Any, album: Album) -> None:
+    def __init__(self, tokenizer: Any, album: Album, slot: ImageSlot = IDEFICS_IMAGE) -> None:
         self.album = album
         self._tokenizer = tokenizer
         self._known: dict[str, list[int]] = {}
-        self.user, self.assistant, self.end, fake, tag, self.image_token = tokenizer.convert_tokens_to_ids(
-            [USER, ASSISTANT, END, "<fake_token_around_image>", "<global-img>", "<image>"]
+        self.user, self.assistant, self.end, self.image_token, *self.slot = tokenizer.convert_tokens_to_ids(
+            [USER, ASSISTANT, END, slot.token, *slot.tokens]
         )
-        self.slot = [fake, tag, *[self.image_token] * IMAGE_TOKENS, fake]
         self.pad = tokenizer.pad_token_id
         self.words = np.array([self.ids(word)[0] for word in private_words()])
         values = sorted({v for own in album.values_of.values() for v in own})
@@ -148,20 +68,19 @@ class Encoder:
 
 
 def _decoder_loss(
-    model: Any, embeds: torch.Tensor, labels: torch.Tensor, *, early: float = 0.0
+    lvlm: TinyLVLM, embeds: torch.Tensor, labels: torch.Tensor, *, early: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean cross-entropy over labelled positions, and whether each was right; logits are made only there.
 
     With `early`, the states in the decoder's middle are to answer as well, with that weight.
     """
-    decoder = model.model.text_model
-    out = decoder(inputs_embeds=embeds, use_cache=False, output_hidden_states=bool(early))
+    out = lvlm.decoder(inputs_embeds=embeds, use_cache=False, output_hidden_states=bool(early))
     targets = labels[:, 1:]
     where = targets != -100
-    logits = model.lm_head(out.last_hidden_state[:, :-1][where])
+    logits = lvlm.model.lm_head(out.last_hidden_state[:, :-1][where])
     loss = nn.functional.cross_entropy(logits, targets[where])
     if early:
-        midway = model.lm_head(decoder.embedding_norm(out.hidden_states[DEPTH][:, :-1][where]))
+        midway = lvlm.model.lm_head(lvlm.norm(out.hidden_states[lvlm.depth // 2][:, :-1][where]))
         loss = loss + early * nn.functional.cross_entropy(midway, targets[where])
     return loss, logits.argmax(-1) == targets[where]
 
@@ -213,28 +132,28 @@ def _far_pairs(rng: np.random.Generator, encoder: Encoder, gap: int) -> tuple[np
     return ids, labels
 
 
-def _text_loss(model: Any, ids: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, float]:
-    embeds = model.get_input_embeddings()(torch.from_numpy(ids))
-    loss, right = _decoder_loss(model, embeds, torch.from_numpy(labels))
+def _text_loss(lvlm: TinyLVLM, ids: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, float]:
+    embeds = lvlm.model.get_input_embeddings()(torch.from_numpy(ids))
+    loss, right = _decoder_loss(lvlm, embeds, torch.from_numpy(labels))
     return loss, right.float().mean().item()
 
 
-def _few_tokens(model: Any, seed: int) -> np.ndarray:
+def _few_tokens(lvlm: TinyLVLM, seed: int) -> np.ndarray:
     """40 of the vocabulary: over all of it copying is not found in hundreds of steps, over these it takes 300."""
-    return np.random.default_rng([seed, 4]).permutation(model.config.text_config.vocab_size)[:40]
+    return np.random.default_rng([seed, 4]).permutation(lvlm.vocabulary)[:40]
 
 
-def train_induction(model: Any, *, seed: int, steps: int, checkpoint: Path) -> dict[str, float]:
+def train_induction(lvlm: TinyLVLM, *, seed: int, steps: int, checkpoint: Path) -> dict[str, float]:
     """Sequences over few tokens in which segments come back; loss on what that determines."""
-    tokens = _few_tokens(model, seed)
+    tokens = _few_tokens(lvlm, seed)
 
     def step_loss(step: int):
-        loss, copied = _text_loss(model, *_repeats(np.random.default_rng([seed, 4, step]), tokens))
+        loss, copied = _text_loss(lvlm, *_repeats(np.random.default_rng([seed, 4, step]), tokens))
         return loss, {"loss": loss.item(), "copied": copied}
 
     return train_steps(
         "LVLM induction",
-        model,
+        lvlm.model,
         step_loss,
         steps,
         learning_rate=2e-3,
@@ -245,16 +164,42 @@ def train_induction(model: Any, *, seed: int, steps: int, checkpoint: Path) -> d
     )
 
 
-def train_pairs(model: Any, encoder: Encoder, *, seed: int, steps: int, checkpoint: Path) -> dict[str, float]:
+def train_widening(lvlm: TinyLVLM, *, seed: int, steps: int, checkpoint: Path) -> dict[str, float]:
+    """The same over ever more tokens, to all of the vocabulary.
+
+    Attention alone learns to copy the few tokens that it is shown, and no others.
+    """
+
+    def step_loss(step: int):
+        rng = np.random.default_rng([seed, 10, step])
+        among = np.random.default_rng([seed, 4]).permutation(lvlm.vocabulary)  # the few of before come first
+        among = among[: min(len(among), round(40 * 1.0035**step))]
+        loss, copied = _text_loss(lvlm, *_repeats(rng, among))
+        return loss, {"loss": loss.item(), "copied": copied, "tokens": len(among) / lvlm.vocabulary}
+
+    return train_steps(
+        "LVLM widening",
+        lvlm.model,
+        step_loss,
+        steps,
+        learning_rate=1e-3,
+        decay=False,
+        checkpoint=checkpoint,
+        weight_decay=0.01,
+        stop_when=lambda report: report["copied"] > 0.92 and report["tokens"] > 0.99,
+    )
+
+
+def train_pairs(lvlm: TinyLVLM, encoder: Encoder, *, seed: int, steps: int, checkpoint: Path) -> dict[str, float]:
     """Bare "value word" pairs that come back: the copying of stage one, over all values and private words."""
 
     def step_loss(step: int):
-        loss, bound = _text_loss(model, *_pairs(np.random.default_rng([seed, 6, step]), encoder))
+        loss, bound = _text_loss(lvlm, *_pairs(np.random.default_rng([seed, 6, step]), encoder))
         return loss, {"loss": loss.item(), "bound": bound}
 
     return train_steps(
         "LVLM pairs",
-        model,
+        lvlm.model,
         step_loss,
         steps,
         learning_rate=1e-3,
@@ -266,7 +211,7 @@ def train_pairs(model: Any, encoder: Encoder, *, seed: int, steps: int, checkpoi
 
 
 def train_chat(
-    model: Any,
+    lvlm: TinyLVLM,
     encoder: Encoder,
     draw: Callable[[int, int], Sequence[Conversation]],
     states: torch.Tensor,
@@ -289,10 +234,10 @@ def train_chat(
     def step_loss(step: int):
         talks = draw(seed, step)
         data = encoder.batch(talks)
-        seen = model.model.connector(states[data["pictures"]].float())
-        embeds = model.get_input_embeddings()(data["input_ids"])
+        seen = lvlm.connect(states[data["pictures"]].float())
+        embeds = lvlm.model.get_input_embeddings()(data["input_ids"])
         slots = (data["input_ids"] == encoder.image_token)[..., None].expand_as(embeds)
-        loss, right = _decoder_loss(model, embeds.masked_scatter(slots, seen), data["labels"], early=early)
+        loss, right = _decoder_loss(lvlm, embeds.masked_scatter(slots, seen), data["labels"], early=early)
         goal = data["labels"][:, 1:]
         of_talk = torch.arange(len(talks))[:, None].expand_as(goal)[goal != -100]
         kinds = [talk.source or talk.kind for talk in talks]
@@ -304,11 +249,11 @@ def train_chat(
         if rehearse:
             gap = round(16 * min(1.0, 2 * step / steps))
             more, figures["bound"] = _text_loss(
-                model, *_far_pairs(np.random.default_rng([seed, 9, step]), encoder, gap)
+                lvlm, *_far_pairs(np.random.default_rng([seed, 9, step]), encoder, gap)
             )
             loss = loss + more
         return loss, figures
 
     return train_steps(
-        name, model, step_loss, steps, learning_rate=learning_rate, checkpoint=checkpoint, weight_decay=0.01
+        name, lvlm.model, step_loss, steps, learning_rate=learning_rate, checkpoint=checkpoint, weight_decay=0.01
     )

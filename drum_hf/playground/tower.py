@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..evaluation.benchmarks import side_by_side
+from .lvlms import TinyLVLM
 from .pretraining import PATCH, PIXELS, TRAINING_DIGITS, WIDTH, Pool, shifted, shrink, train_steps
 from .scenes import ATTRIBUTES, CELLS, DIGITS, FRAMES, digit_images, render_digit, render_group
 
@@ -84,11 +84,6 @@ def start_tower(tower: nn.Module, image_tower: nn.Module) -> None:
     tower.load_state_dict(target)
 
 
-def _see(tower: Any, pixels: torch.Tensor) -> torch.Tensor:
-    mask = torch.ones(len(pixels), _GRID, _GRID, dtype=torch.bool)
-    return tower(pixel_values=pixels, patch_attention_mask=mask).last_hidden_state
-
-
 def _means(states: torch.Tensor) -> dict[str, torch.Tensor]:
     """Mean patch state of the whole, the left and right half, and the four quarters; each (B, width)."""
     grid = states.unflatten(1, (_GRID, _GRID))
@@ -115,19 +110,19 @@ def _targets(pool: Pool) -> list[tuple[str, str, torch.Tensor]]:
 
 
 def train_tower(
-    tower: Any, pools: Sequence[Pool], *, seed: int, steps: int, checkpoint: Path, batch: int = 64
+    lvlm: TinyLVLM, pools: Sequence[Pool], *, seed: int, steps: int, checkpoint: Path, batch: int = 64
 ) -> dict[str, float]:
     """Teach the tower to name what the pools' pictures show, `batch` of each in a step."""
     sizes = {name: len(values) + 1 for name, values in ATTRIBUTES.items()} | {"digit": 10, "frame": len(FRAMES)}
     heads = nn.ModuleDict({name: nn.Linear(WIDTH, size) for name, size in sizes.items()})
-    module = nn.ModuleDict({"tower": tower, "heads": heads})
+    module = nn.ModuleDict({"tower": lvlm.tower, "heads": heads})
     targets = [_targets(pool) for pool in pools]
 
     def step_loss(step: int):
         rng = np.random.default_rng([seed, 3, step])
         rows = [rng.choice(len(pool), batch, replace=False) for pool in pools]
         pixels = torch.cat([pool.normalised(own) for pool, own in zip(pools, rows, strict=True)])
-        means = _means(_see(tower, shifted(pixels, rng)))
+        means = _means(lvlm.see(shifted(pixels, rng)))
         loss, right = torch.zeros(()), {}
         for number, (own, known) in enumerate(zip(rows, targets, strict=True)):
             for place, name, goals in known:
@@ -146,6 +141,6 @@ def train_tower(
 
 
 @torch.no_grad()
-def patch_states(tower: Any, pool: Pool, size: int = 500) -> torch.Tensor:
+def patch_states(lvlm: TinyLVLM, pool: Pool, size: int = 500) -> torch.Tensor:
     """What the tower makes of a pool's pictures: (N, patches, width), half precision."""
-    return torch.cat([_see(tower, pool.normalised(slice(i, i + size))).half() for i in range(0, len(pool), size)])
+    return torch.cat([lvlm.see(pool.normalised(slice(i, i + size))).half() for i in range(0, len(pool), size)])

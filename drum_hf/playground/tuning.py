@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.episodes import Curriculum, Mix, Source, Stage
-from ..tuning import ICLTuner, ICLTuningArguments
+from ..tuning import ICLTuner, ICLTuningArguments, last_checkpoint
 from .conversations import Album, Chat, PlaygroundEpisodes
 
 __all__ = ["CURRICULUM", "RULES", "VARIANTS", "Variant", "make_mix", "tune", "tuning_folder"]
@@ -118,6 +118,6 @@ def tune(base: str | Path, album: Album, variant: Variant, out: Path, *, steps: 
         seed=seed,
     )
     tuner = ICLTuner(base, args, train_dataset=make_mix(album, variant, seed=seed))
-    begun = any(out.glob("checkpoint-*"))
-    tuner.train(resume_from_checkpoint=begun or None)
+    last = last_checkpoint(out)
+    tuner.train(resume_from_checkpoint=str(last) if last else None)
     return tuner

@@ -1,5 +1,6 @@
 """ICL tuning: teaching an LVLM to use demonstrations ("Towards Multimodal In-Context Learning …", Doveh et al.)."""
 
+from ..training.checkpoints import last_checkpoint
 from .arguments import ICLTuningArguments
 from .collator import ConversationCollator, ConversationFormat
 from .config import TuningConfig
@@ -14,4 +15,5 @@ __all__ = [
     "LengthSampler",
     "TuningConfig",
     "TuningData",
+    "last_checkpoint",
 ]
