@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.evaluator import ICLEvaluator
+from ..evaluation.rankings import ndcg_at_k
 from ..evaluation.strategies import Retrieved
 from ..experiment import METRICS, Settings, training_arguments
 from ..lvlm.cascade import Cascade
@@ -21,25 +22,9 @@ from ..playground import make_world
 from ..retriever import DemoRetriever
 from ..training import CandidateTable, DrumTrainer, mine_candidates
 
-__all__ = ["bench_cascade", "describe", "ndcg"]
+__all__ = ["bench_cascade", "describe"]
 
 logger = logging.getLogger(__name__)
-
-
-def ndcg(gains: np.ndarray, order: np.ndarray, k: int) -> float:
-    """NDCG@k of an order under exponential gains, the best order being 1.
-
-    Args:
-        gains: shape (n,), at least 0.
-        order: shape (n,): rows, best first.
-
-    >>> ndcg(np.array([1.0, 0.5, 0.0]), np.array([0, 1, 2]), 3)
-    1.0
-    """
-    discount = 1.0 / np.log2(np.arange(2, k + 2))
-    best = np.sort(gains)[::-1][:k]
-    most = float(best @ discount[: len(best)])
-    return float(gains[order[:k]] @ discount[: len(order[:k])]) / most if most else 1.0
 
 
 def bench_cascade(
@@ -98,7 +83,7 @@ def bench_cascade(
             gains = [np.exp(truth[i] - truth[i].max()) for i in own]
             orders = [np.argsort(-scores[i], kind="stable") for i in own]
             best = [truth[i][o[0]] == truth[i].max() for i, o in zip(own, orders, strict=True)]
-            agreement = [ndcg(g, o, 10) for g, o in zip(gains, orders, strict=True)]
+            agreement = [ndcg_at_k(g[o], g, 10) for g, o in zip(gains, orders, strict=True)]
             result: dict[str, Any] = {
                 "keep": keep,
                 "calls": round(calls, 3),
