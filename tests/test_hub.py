@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hub_server import LocalHub, serving, used_here
+from hub_server import LocalHub, used_here
 from tiny_encoders import picture, tiny_clip
 
 from drum_hf.cli import main
@@ -50,23 +50,6 @@ def table(pictures):
         ],
         image_root=pictures,
     )
-
-
-@pytest.fixture(scope="session")
-def served():
-    with serving(LocalHub()) as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(served, tmp_path):
-    """An empty Hub, and an empty cache."""
-    served.repos.clear()
-    served.stored.clear()
-    served.requests.clear()
-    served.refusals.clear()
-    with used_here(served, tmp_path / "cache"):
-        yield served
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from datasets import Dataset
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback, set_seed
 
-from .._compat import local_name, resolve_name
+from .._compat import local_name, public_name, resolve_name
 from .._hub import commit_of
+from ..adapters import ADAPTER_CONFIG
 from ..data.episodes import Conversation, Mix, MixReport, check_disjoint
 from ..errors import SavedFileError
 from ..lvlm.local import TransformersLVLM
@@ -175,6 +176,7 @@ class ICLTuner(WholeCheckpoints, Trainer):
         elif eval_dataset is not None:
             evaluated = as_conversations(eval_dataset)
         self._checked: dict[int, TuningData] = {}
+        self._publishing = False
         self._losses: Any = 0.0
         # The platform turns it off for training, in the configuration that would be saved.
         self._use_cache: bool = getattr(model.config, "use_cache", True)
@@ -337,6 +339,11 @@ class ICLTuner(WholeCheckpoints, Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
+            noted = folder / ADAPTER_CONFIG
+            if (self._publishing or self.args.push_to_hub) and noted.is_file():
+                config = json.loads(noted.read_text(encoding="utf-8"))
+                config["base_model_name_or_path"] = public_name(self.base_model)
+                noted.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
             (folder / "README.md").write_text(self._card(), encoding="utf-8")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -361,6 +368,14 @@ class ICLTuner(WholeCheckpoints, Trainer):
         self._merged().save_pretrained(folder)
         self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
         (Path(folder) / "README.md").write_text(self._card(adapter=False), encoding="utf-8")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.push_to_hub`; of a base model in a folder of this machine, the last name goes."""
+        self._publishing = True
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            self._publishing = False
 
     def lvlm(self, **kwargs: Any) -> TransformersLVLM:
         """The LVLM as it is tuned by now, in a copy that further training leaves alone.
