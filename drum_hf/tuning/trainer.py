@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,7 +18,7 @@ from torch.nn import functional
 from transformers import Trainer, TrainerCallback, set_seed
 
 from .._compat import local_name, public_name, resolve_name
-from .._hub import commit_of
+from .._hub import commit_folder, commit_of, make_repository
 from ..adapters import ADAPTER_CONFIG
 from ..data.episodes import Conversation, Mix, MixReport, check_disjoint
 from ..errors import SavedFileError
@@ -369,13 +370,46 @@ class ICLTuner(WholeCheckpoints, Trainer):
         self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
         (Path(folder) / "README.md").write_text(self._card(adapter=False), encoding="utf-8")
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers.Trainer.push_to_hub`; of a base model in a folder of this machine, the last name goes."""
-        self._publishing = True
-        try:
-            return super().push_to_hub(*args, **kwargs)
-        finally:
-            self._publishing = False
+    def push_to_hub(self, *args: Any, merged: bool = False, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.push_to_hub`; of a base model in a folder of this machine, the last name goes.
+
+        Args:
+            merged: upload the whole model with the adapter in its weights; of the platform's arguments only
+                `commit_message`, `token`, `revision` and `private` then count.
+
+        Returns:
+            What the platform does; with `merged` the address of the commit.
+        """
+        if not merged or self.args.full:
+            self._publishing = True
+            try:
+                return super().push_to_hub(*args, **kwargs)
+            finally:
+                self._publishing = False
+        return self._push_merged(*args, **kwargs)
+
+    def _push_merged(
+        self,
+        commit_message: str = "End of training",
+        *,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> str:
+        token = token or self.args.hub_token
+        private = self.args.hub_private_repo if private is None else private
+        name = self.args.hub_model_id or Path(self.args.output_dir or ".").resolve().name
+        self.hub_model_id = make_repository(name, private=private, token=token)
+        with tempfile.TemporaryDirectory() as made:
+            self.save_pretrained(made, merged=True)
+            return commit_folder(
+                self.hub_model_id,
+                Path(made),
+                message=commit_message,
+                replaces=("adapter_*", "*.safetensors"),
+                token=token,
+                revision=revision or self.args.hub_revision,
+            )
 
     def lvlm(self, **kwargs: Any) -> TransformersLVLM:
         """The LVLM as it is tuned by now, in a copy that further training leaves alone.
