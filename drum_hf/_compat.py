@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from types import ModuleType
@@ -62,6 +63,15 @@ def public_name(name: str | os.PathLike[str]) -> str:
 def bar_options(shown: bool) -> dict[str, bool]:
     """What tells tqdm whether a bar is shown: a plain `disable=False` would overrule the user's TQDM_DISABLE."""
     return {} if shown else {"disable": True}
+
+
+@contextlib.contextmanager
+def adapting() -> Iterator[None]:
+    """While an adapter is put on a model: without warnings that peft gives of what is meant, or its own doing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 @contextlib.contextmanager

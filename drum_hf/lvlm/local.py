@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._compat import loading, local_name, resolve_name
+from .._compat import adapting, loading, local_name, resolve_name
 from .._hub import commit_of, fetch_snapshot
 from ..types import ICLRequest
 from ._answers import combine_answers, log_softmax, wanted_answers
@@ -168,7 +168,8 @@ class TransformersLVLM:
                         local_files_only=local_files_only,
                     )
                 )
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+            with adapting():
+                model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
             commit = None  # the weights are no longer those of the commit
         if "device_map" not in model_kwargs:
             model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -246,7 +246,7 @@ class ICLTuner(WholeCheckpoints, Trainer):
             LeakError: a picture to evaluate on is trained on, and `args.on_leak` is "raise".
             ContextOverflowError, RowError, ImageError, ChatTemplateError: see `check`.
         """
-        found = self.check()
+        self.check()
         train: Any = self.train_dataset
         given: Any = self.eval_dataset
         evaluated = given if isinstance(given, dict) else {"": given}
@@ -255,7 +255,7 @@ class ICLTuner(WholeCheckpoints, Trainer):
                 self.check(dataset)
                 check_disjoint(train.origin, dataset.origin, on_leak=self.args.on_leak)
         if self.is_world_process_zero():
-            logger.info("tuning %s on %s", self.base_model, found)
+            logger.info("tuning %s on %d conversations", self.base_model, len(train))
         if resume_from_checkpoint is True:
             last = last_checkpoint(self.args.output_dir or ".")
             if last is None:
@@ -399,11 +399,11 @@ class ICLTuner(WholeCheckpoints, Trainer):
         token = token or self.args.hub_token
         private = self.args.hub_private_repo if private is None else private
         name = self.args.hub_model_id or Path(self.args.output_dir or ".").resolve().name
-        self.hub_model_id = make_repository(name, private=private, token=token)
+        repo_id = make_repository(name, private=private, token=token)
         with tempfile.TemporaryDirectory() as made:
             self.save_pretrained(made, merged=True)
             return commit_folder(
-                self.hub_model_id,
+                repo_id,
                 Path(made),
                 message=commit_message,
                 replaces=("adapter_*", "*.safetensors"),
