@@ -7,7 +7,10 @@ import functools
 import importlib
 import importlib.metadata
 import os
+import re
+import warnings
 from collections.abc import Iterator
+from pathlib import Path, PureWindowsPath
 from types import ModuleType
 
 from .errors import DependencyError, DrumError, ModelError
@@ -34,9 +37,41 @@ def local_name(path: str | os.PathLike[str]) -> str:
     return next((name for name, folder in _SHIPPED.items() if os.path.realpath(folder) == given), os.fspath(path))
 
 
+def is_folder(name: str | os.PathLike[str]) -> bool:
+    """Whether a model's name is a folder of this machine, or of another: no Hub id, and none that ships."""
+    given = os.fspath(name)
+    if given in _SHIPPED:
+        return False
+    return os.path.isabs(given) or PureWindowsPath(given).is_absolute() or os.path.isdir(given)
+
+
+def public_name(name: str | os.PathLike[str]) -> str:
+    """A model's name as it may be published: of a folder the last name alone.
+
+    Example:
+        >>> public_name("/home/me/models/birds"), public_name("me/birds"), public_name("playground/lvlm")
+        ('birds', 'me/birds', 'playground/lvlm')
+    """
+    given = os.fspath(name)
+    if not is_folder(given):
+        return given
+    # " / " is no separator: "/home/me/birds with image tokens / 4" is the name of an LVLM
+    whole = Path(given).resolve().as_posix() if os.path.isdir(given) else given
+    return re.split(r"(?<! )[\\/](?! )", whole.rstrip("\\/"))[-1]
+
+
 def bar_options(shown: bool) -> dict[str, bool]:
     """What tells tqdm whether a bar is shown: a plain `disable=False` would overrule the user's TQDM_DISABLE."""
     return {} if shown else {"disable": True}
+
+
+@contextlib.contextmanager
+def adapting() -> Iterator[None]:
+    """While an adapter is put on a model: without warnings that peft gives of what is meant, or its own doing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 @contextlib.contextmanager

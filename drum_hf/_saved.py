@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import _hub
-from ._compat import resolve_name
+from ._compat import is_folder, public_name, resolve_name
 from ._files import leads_outside, refuse_special
-from .adapters import plain_copy
+from .adapters import ADAPTER_CONFIG, plain_copy
 from .errors import SavedFileError
 from .manifest import package_version, write_manifest
 from .model_card import render_card
@@ -39,6 +40,8 @@ __all__ = [
     "read_config",
     "write",
 ]
+
+logger = logging.getLogger("drum_hf.retriever")
 
 Form = Literal["adapter", "full"]
 Images = Literal["embedded", "reference"]
@@ -84,8 +87,14 @@ def write(
     images: Images = "embedded",
     image_root: str | os.PathLike[str] | None = None,
     repo_id: str | None = None,
+    published: bool = False,
 ) -> None:
-    """Write every file of a retriever into an empty folder; see `DemoRetriever.save_pretrained`."""
+    """Write every file of a retriever into an empty folder; see `DemoRetriever.save_pretrained`.
+
+    Args:
+        published: others will read it, who have none of this machine's folders: models that lie in one are called by
+            its last name, and an adapter on such a base model is merged into it unless `form` says otherwise.
+    """
     encoder = retriever.encoder
     has_adapter = retriever.active_adapter is not None
     if form not in (None, "adapter", "full") or images not in ("embedded", "reference"):
@@ -98,12 +107,23 @@ def write(
             "expected an adapter in use to save as form='adapter', there is none: train one with lora=True, choose "
             "one with set_adapter, or save the whole encoder with form='full'"
         )
+    if published and form is None and has_adapter and is_folder(retriever.base_model):
+        form = "full"
+        logger.info("the base model is a folder of this machine, so the whole encoder goes: see form=")
     if retriever.adapters and (form == "full" or not has_adapter):
         encoder, has_adapter = plain_copy(encoder), False
     encoder.save(os.fspath(folder / ENCODER), create_model_card=False)
     if retriever.support_encoder is not None:
         side = plain_copy(retriever.support_encoder) if form == "full" else retriever.support_encoder
         side.save(os.fspath(folder / SUPPORT_ENCODER), create_model_card=False)
+    base_model, teacher = retriever.base_model, dict(retriever.teacher or {})
+    if published:
+        base_model = public_name(base_model)
+        if teacher.get("name"):
+            teacher["name"] = public_name(teacher["name"])
+        for adapter in folder.glob(f"*/{ADAPTER_CONFIG}"):
+            noted = json.loads(adapter.read_text(encoding="utf-8")) | {"base_model_name_or_path": base_model}
+            adapter.write_text(json.dumps(noted, indent=2, sort_keys=True), encoding="utf-8")
     modules = [{"idx": 0, "name": "0", "path": ENCODER, "type": "drum_hf.encoder.JointEncoder"}]
     (folder / _MODULES).write_text(json.dumps(modules, indent=2), encoding="utf-8")
     (folder / _ST_CONFIG).write_bytes((folder / ENCODER / _ST_CONFIG).read_bytes())
@@ -118,7 +138,7 @@ def write(
         "drum_hf_version": package_version("drum-hf"),
         "strategy": retriever.strategy,
         "weights": retriever.weights,
-        "base_model": retriever.base_model,
+        "base_model": base_model,
         "base_revision": retriever.base_revision,
         "adapter": has_adapter,
         "support_encoder": retriever.support_encoder is not None,
@@ -129,7 +149,7 @@ def write(
             "included": include_support,
             "images": images,
         },
-        "teacher": retriever.teacher,
+        "teacher": teacher or None,
         "top_k": retriever.top_k,
         "card": retriever.card_data,
         "files": {
@@ -148,11 +168,14 @@ def write(
 
 def _card(retriever: DemoRetriever, config: Mapping[str, Any], repo_id: str | None) -> str:
     teacher = dict(retriever.teacher or {})
-    if teacher.get("name") and os.path.isdir(resolve_name(teacher["name"])):
-        teacher["name"] = f"a local model ({Path(teacher['name']).name})"  # folders are nobody else's business
+    if teacher.get("name"):
+        teacher["name"] = _shown(teacher["name"], is_local=is_folder(teacher["name"]))
+    # Without an owner it is what was published of somebody's folder.
+    base_is_local = is_folder(retriever.base_model) or "/" not in retriever.base_model
     data = {
         "repo_id": repo_id,
-        "base_model": None if os.path.isdir(resolve_name(retriever.base_model)) else retriever.base_model,
+        "base_model": _shown(retriever.base_model, is_local=base_is_local),
+        "base_is_local": base_is_local,
         "base_revision": retriever.base_revision,
         "strategy": config["strategy"],
         "weights": config["weights"],
@@ -165,6 +188,13 @@ def _card(retriever: DemoRetriever, config: Mapping[str, Any], repo_id: str | No
         "version": config["drum_hf_version"],
     }
     return render_card(data | retriever.card_data)
+
+
+def _shown(model: str, *, is_local: bool) -> str:
+    """A model's name on the card: a Hub id as it is; folders are nobody else's business."""
+    if is_local:
+        return f"a local model ({public_name(model)})"
+    return model if resolve_name(model) == model else f"{model}, which ships with drum-hf"
 
 
 def plot(folder: Path) -> bytes | None:

@@ -107,11 +107,14 @@ class Shared:
         """Upload to the Hub, in one commit that replaces an earlier retriever there.
 
         The support set is uploaded with it: mind its licence, or pass `include_support=False`, or
-        `images="reference"`.
+        `images="reference"`. Of an LVLM or base model that lies in a folder of this machine, only the folder's last
+        name is.
 
         Args:
             repo_id: "name" or "owner/name"; made where it is missing.
-            form, include_support, include_index, images, image_root: as in `save_pretrained`.
+            form: as in `save_pretrained`; but None: the adapter where one is in use whose base model is not a folder
+                of this machine, so that others have it, too.
+            include_support, include_index, images, image_root: as in `save_pretrained`.
             private: for a new repository; None: as the owner's settings have it.
             token: None: that of `hf auth login`.
             commit_message: a default where left out.
@@ -135,6 +138,7 @@ class Shared:
                 images=images,
                 image_root=image_root,
                 repo_id=repo_id,
+                published=True,
             )
             return _hub.commit_folder(
                 repo_id,

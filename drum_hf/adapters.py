@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._compat import resolve_name
+from ._compat import adapting, resolve_name
 from .errors import SavedFileError
 
 if TYPE_CHECKING:
@@ -85,10 +86,32 @@ def add_adapter(module: JointEncoder, folder: Path, name: str) -> list[float] | 
 
 
 def attach(model: Any, folder: str, name: str) -> None:
-    """Load an adapter from a folder onto a transformers model."""
+    """Load an adapter from a folder onto a transformers model.
+
+    Raises:
+        SavedFileError: the folder lacks some of the adapter's weights, or has others.
+    """
     if not hasattr(model, _RENAMING_ASIDE):
         setattr(model, _RENAMING_ASIDE, getattr(model, _RENAMING, None))
-    model.load_adapter(folder, adapter_name=name, is_trainable=True)
+    reporting = logging.getLogger("transformers.integrations.peft")
+    reporting.addFilter(_is_no_report)
+    try:
+        with adapting():
+            found = model.load_adapter(folder, adapter_name=name, is_trainable=True)
+    finally:
+        reporting.removeFilter(_is_no_report)
+    if found is not None:
+        amiss = [key for key in found.missing_keys if f".{name}." in key] or list(found.unexpected_keys)
+        if amiss:
+            raise SavedFileError(
+                f"{folder}: expected the weights of the adapter that {ADAPTER_CONFIG} describes; {min(amiss)!r} is "
+                "missing from them, or too much; save the retriever again"
+            )
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    """Not transformers' report on an adapter's weights: it takes those of the adapters beside it for missing."""
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def use(module: JointEncoder, name: str | None) -> None:

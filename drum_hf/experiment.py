@@ -46,6 +46,12 @@ logger = logging.getLogger(__name__)
 #: The methods that an experiment trains.
 METHODS: dict[str, Method] = {name: methods.METHODS[name] for name in ("drum", "drum-rank", "epr")}
 
+#: Task of a comparison -> the pipeline that does it.
+PIPELINES = {
+    "vqa": "icl-vqa",
+    "classification": "icl-image-classification",
+    "captioning": "icl-image-captioning",
+}
 METRICS = {"vqa": "exact_match", "classification": "top1", "captioning": "cider_d"}
 
 
@@ -279,6 +285,7 @@ def _tell(retriever: DemoRetriever, results: Mapping[str, Any], metric: Metric, 
     shots, label, rows = results["shots"], results["metric_name"], results["strategies"]
     plotted = plot_shots(results, out / "shots.png")
     retriever.plot = plotted.read_bytes()
+    retriever.teacher = {**(retriever.teacher or {}), "task": PIPELINES[results["task"]]}
     table = [{"strategy": row.get("label", name), label: row["metric"] * metric.scale} for name, row in rows.items()]
     ours = rows["drum"]
     rounds = [

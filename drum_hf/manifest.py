@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ._compat import public_name
+
 __all__ = ["MANIFEST", "manifest_beside", "package_version", "shown_command", "write_manifest"]
 
 MANIFEST = "manifest.json"
@@ -110,6 +112,8 @@ def shown_command(words: Sequence[str]) -> str:
     Example:
         >>> shown_command(["/usr/bin/drum-hf", "eval", "--data", "/home/me/birds", "--api-token", "abc"])
         'drum-hf eval --data birds --api-token …'
+        >>> shown_command(["drum-hf", "eval", "--retriever", "epr=/home/me/epr"])
+        'drum-hf eval --retriever epr=epr'
     """
     shown: list[str] = []
     hide = False
@@ -118,8 +122,8 @@ def shown_command(words: Sequence[str]) -> str:
         names_secret = bool(_SECRET_OPTION.fullmatch(option or word)) and not word.endswith("tokens")
         if hide or (names_secret and equals):
             value = "…"
-        elif os.path.isabs(value):
-            value = Path(value).name
+        else:
+            value = re.sub(r"[^=,]+", lambda part: Path(part[0]).name if os.path.isabs(part[0]) else part[0], value)
         shown.append(option + equals + _URL_LOGIN.sub("", _SECRET.sub("…", value)))
         hide = names_secret and not equals
     return " ".join(shown)
@@ -136,6 +140,6 @@ def _lvlm(lvlm: Any) -> dict[str, Any] | None:
         told["prompt"] = {
             key: identity.get(key) for key in ("chat_template", "image_position", "system", "score_end_of_turn")
         }
-    if os.path.isabs(str(told.get("name", ""))):
-        told["name"] = Path(str(told["name"])).name
+    if "name" in told:
+        told["name"] = public_name(str(told["name"]))
     return told

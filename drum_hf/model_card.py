@@ -39,7 +39,8 @@ def render_card(data: Mapping[str, Any]) -> str:
 
     Args:
         data: plain values:
-            `repo_id` (where it will be found); `base_model`, `base_revision` (the encoder's, on the Hub);
+            `repo_id` (where it will be found); `base_model`, `base_revision` (the encoder's; a link where it is a Hub
+            id); `base_is_local` (bool: an adapter's base model is in a folder, which whoever loads it must name);
             `strategy`, `weights` (part -> share), `adapter` (bool), `dimension`, `index` (kind);
             `support` (`rows`, `included`, `fingerprint`, `images`: "embedded" or "reference");
             `teacher` (`name`, `revision`, `fingerprint`, `task`);
@@ -186,8 +187,10 @@ def _front_matter(data: Mapping[str, Any]) -> str:
         "library_name": "drum-hf",
         "pipeline_tag": _PIPELINE_TAGS.get(teacher.get("task") or "", "feature-extraction"),
     }
-    meta |= {key: data[key] for key in ("base_model", "license", "language") if data.get(key)}
-    if data.get("adapter") and data.get("base_model"):
+    if _is_hub_id(data.get("base_model")):
+        meta["base_model"] = data["base_model"]
+    meta |= {key: data[key] for key in ("license", "language") if data.get(key)}
+    if data.get("adapter") and "base_model" in meta:
         meta["base_model_relation"] = "adapter"
     meta["tags"] = ["drum-hf", "in-context-learning", "demonstration-retrieval", "vision-language"]
     meta |= {key: list(data[key]) for key in ("datasets", "metrics") if data.get(key)}
@@ -248,6 +251,8 @@ def _usage(data: Mapping[str, Any]) -> str:
     missing = "" if support.get("included", True) else ', support="your_table.parquet"'
     if support.get("images") == "reference" and not missing:
         missing = ', image_root="folder/of/images"'
+    if data.get("adapter") and data.get("base_is_local"):
+        missing += ', base_model="folder/of/its/base/model"'
     code = [
         "from drum_hf import DemoRetriever",
         "from PIL import Image",
@@ -258,11 +263,13 @@ def _usage(data: Mapping[str, Any]) -> str:
     ]
     task = teacher.get("task")
     if task in _USES:
+        taught = str(teacher.get("name"))
+        model = "" if _is_hub_id(taught) or taught.startswith("playground/") else 'model="owner/name", '
         code += [
             "",
             "import drum_hf",
             "",
-            f'ask = drum_hf.pipeline("{task}", retriever=retriever, num_shots=4)',
+            f'ask = drum_hf.pipeline("{task}", {model}retriever=retriever, num_shots=4)',
             f"ask({_USES[task]})",
         ]
     return "## How to use\n\n```bash\npip install drum-hf\n```\n\n```python\n" + "\n".join(code) + "\n```"
@@ -323,7 +330,11 @@ def _limits(data: Mapping[str, Any]) -> str:
 
 def _linked(name: str) -> str:
     text = _text(name)
-    return f"[{text}](https://huggingface.co/{name})" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) else text
+    return f"[{text}](https://huggingface.co/{name})" if _is_hub_id(name) else text
+
+
+def _is_hub_id(name: Any) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None
 
 
 def _cell(value: Any) -> str:

@@ -441,3 +441,20 @@ def used_here(hub: LocalHub, cache: Any, *, offline: bool = False) -> Iterator[N
             yield
         finally:
             close_session()
+
+
+@pytest.fixture(scope="session")
+def served():
+    with serving(LocalHub()) as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(served, tmp_path):
+    """An empty Hub, and an empty cache."""
+    served.repos.clear()
+    served.stored.clear()
+    served.requests.clear()
+    served.refusals.clear()
+    with used_here(served, tmp_path / "cache"):
+        yield served

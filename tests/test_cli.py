@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from drum_hf.cli import main
+from drum_hf import cli
+from drum_hf.cli import main, options
 from drum_hf.cli.options import training_options
+from drum_hf.errors import ModelError
 from drum_hf.experiment import Settings
 from drum_hf.playground import make_world
 from drum_hf.retriever import DemoRetriever
@@ -187,3 +191,45 @@ def test_columns_of_other_names(folder, tmp_path, capsys):
     assert main(["data", "check", str(table), *names]) == 0
     assert main(["-q", "index", str(tmp_path / "built"), "--data", str(table), *names]) == 0
     assert "40 demonstrations" in capsys.readouterr().out
+
+
+# ---- what is said, and who is asked ----
+
+
+def test_the_teacher_answers_unless_another_is_named(monkeypatch):
+    asked = []
+    monkeypatch.setattr(options, "load_lvlm", lambda args: asked.append((args.lvlm, args.lvlm_revision)))
+    parser = argparse.ArgumentParser()
+    options.model_options(parser)
+    options.default_to_teacher(parser)
+    taught = SimpleNamespace(teacher={"name": "me/vlm", "revision": "0123abc"})
+    for words, retriever in (([], taught), (["--lvlm", "me/other"], taught), ([], SimpleNamespace(teacher=None))):
+        options.load_teacher(parser.parse_args(words), retriever)
+    assert asked == [("me/vlm", "0123abc"), ("me/other", None), ("playground/lvlm", None)]
+
+    def missing(args):
+        raise ModelError(f"there is no {args.lvlm}")
+
+    monkeypatch.setattr(options, "load_lvlm", missing)
+    with pytest.raises(ModelError, match=r"no me/vlm; it is what the retriever learned from: .*--lvlm"):
+        options.load_teacher(parser.parse_args([]), taught)
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "message", "shown"),
+    [
+        ("drum_hf.training", logging.INFO, "round 2 of 3", True),
+        ("bm25s", logging.DEBUG, "Building index from tokens", False),
+        ("datasets", logging.WARNING, "a file is broken", True),
+        (
+            "transformers",
+            logging.WARNING,
+            "`f` is falling back to its reference PyTorch implementation because",
+            False,
+        ),
+    ],
+)
+def test_what_the_command_line_tells(monkeypatch, name, level, message, shown):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    record = logging.LogRecord(name, level, __file__, 1, message, (), None)
+    assert cli._is_worth_telling(record) is shown

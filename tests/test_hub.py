@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
+import warnings
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hub_server import LocalHub, serving, used_here
+from hub_server import LocalHub, used_here
 from tiny_encoders import picture, tiny_clip
 
 from drum_hf.cli import main
 from drum_hf.data import TripletTable
+from drum_hf.encoder import JointEncoder
 from drum_hf.errors import HubError, ImageError, SavedFileError
 from drum_hf.lvlm.store import RequestParts, ScoreStore
 from drum_hf.retriever import DemoRetriever
@@ -50,23 +53,6 @@ def table(pictures):
         ],
         image_root=pictures,
     )
-
-
-@pytest.fixture(scope="session")
-def served():
-    with serving(LocalHub()) as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(served, tmp_path):
-    """An empty Hub, and an empty cache."""
-    served.repos.clear()
-    served.stored.clear()
-    served.requests.clear()
-    served.refusals.clear()
-    with used_here(served, tmp_path / "cache"):
-        yield served
 
 
 @pytest.fixture
@@ -445,6 +431,36 @@ def test_adapters_that_do_not_fit(hub, base, clip, table, tmp_path):
     with pytest.raises(SavedFileError, match="altered"):
         retriever.load_adapter(tmp_path / "one", "two")
     assert retriever.adapters == ["default"]
+
+
+def test_an_adapter_beside_another_is_loaded_without_a_word(base, table, tmp_path):
+    lora(base, table, 1).save_pretrained(tmp_path / "one")
+    lora(base, table, 2).save_pretrained(tmp_path / "two")
+    told: list[logging.LogRecord] = []
+    listening = logging.Handler()
+    listening.emit = told.append
+    logging.getLogger("transformers").addHandler(listening)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            retriever = load(tmp_path / "one")
+            retriever.load_adapter(tmp_path / "two", "two")
+    finally:
+        logging.getLogger("transformers").removeHandler(listening)
+    assert told == [] and retriever.adapters == ["default", "two"]
+    assert logging.getLogger("transformers.integrations.peft").filters == []
+
+
+def test_an_adapter_that_lacks_a_weight_is_refused(base, table, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    lora(base, table).save_pretrained(tmp_path)
+    file = tmp_path / "encoder" / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights.pop(next(name for name in weights if "lora_B" in name))
+    save_file(weights, file)
+    with pytest.raises(SavedFileError, match=r"lora_B\.default\.weight' is missing"):
+        JointEncoder.from_pretrained(tmp_path / "encoder")
 
 
 # ---- images by reference ----

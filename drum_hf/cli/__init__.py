@@ -52,10 +52,24 @@ def _describe(commands: argparse._SubParsersAction) -> None:
                 _describe(action)
 
 
+def _is_worth_telling(record: logging.LogRecord) -> bool:
+    """Not what other packages say below a warning, nor advice to install what only runs on another device."""
+    if record.levelno < logging.WARNING:
+        return record.name.startswith("drum_hf")
+    if "is falling back to its reference PyTorch implementation" in record.getMessage():
+        import torch
+
+        return torch.cuda.is_available()
+    return True
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `drum-hf`; returns the exit status."""
     args = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    shown = logging.StreamHandler()
+    shown.addFilter(_is_worth_telling)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[shown])
+    logging.getLogger("transformers.integrations.hub_kernels").addFilter(_is_worth_telling)
     logger.setLevel(logging.WARNING if args.quiet else logging.INFO)
     if args.quiet:
         import os

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from .options import column_options, load_lvlm, model_options, read_table
+from .options import column_options, default_to_teacher, load_teacher, model_options, read_table
 
 if TYPE_CHECKING:
     from ..data import TripletTable
@@ -37,12 +37,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--port", type=int, help="by default the first free one from 7860")
     parser.add_argument("--share", action="store_true", help="make a public link through Gradio's servers")
     model_options(parser)
-    for option, default in (("--lvlm", "that which the retriever learned from"), ("--encoder", "the retriever's own")):
-        action = parser._option_string_actions[option]
-        action.default, action.help = (
-            None,
-            (action.help or "").replace("%(default)s", f"{default}, or the playground's"),
-        )
+    default_to_teacher(parser)
+    encoder = parser._option_string_actions["--encoder"]
+    encoder.default = None
+    encoder.help = (encoder.help or "").replace("%(default)s", "the retriever's own, or the playground's")
     parser.set_defaults(run=run)
 
 
@@ -60,10 +58,6 @@ def run(args: argparse.Namespace) -> None:
         retriever, examples = _playground(args)
     if args.queries:
         examples = read_table(args.queries, args)
-    teacher = retriever.teacher or {}
-    if args.lvlm is None:
-        args.lvlm = teacher.get("name") or "playground/lvlm"
-        args.lvlm_revision = args.lvlm_revision or teacher.get("revision")
     first: DemoRetriever | Strategy = retriever if args.retriever else similarity(retriever, "sit+draft")
     second = similarity(
         retriever,
@@ -73,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     )
     app = build_app(
         first,
-        load_lvlm(args),
+        load_teacher(args, retriever),
         second=second,
         examples=examples,
         max_new_tokens=args.max_new_tokens,

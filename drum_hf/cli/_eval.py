@@ -8,7 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import data_options, ints, load_lvlm, model_options, names, read_table, read_tables, write_json
+from .options import (
+    data_options,
+    default_to_teacher,
+    ints,
+    load_teacher,
+    model_options,
+    names,
+    read_table,
+    read_tables,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from ..retriever import DemoRetriever
@@ -68,6 +78,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--store", type=Path, help="SQLite file that keeps answers, so that none is generated twice")
     data_options(parser, required=False)
     model_options(parser)
+    default_to_teacher(parser)
     parser.set_defaults(run=run)
 
 
@@ -90,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
         support, queries = next(iter(retrievers.values())).support, read_table(args.queries, args)
     else:
         raise ValueError("expected --data TABLE, or --retriever FOLDER with --queries TABLE; got neither")
-    lvlm = load_lvlm(args)
+    lvlm = load_teacher(args, next(iter(retrievers.values()), None))
     results = evaluate_strategies(
         support,
         queries,
@@ -145,7 +156,7 @@ def _run_suite(args: argparse.Namespace) -> None:
     for option in ("data", "queries", "retriever", "endpoint", "metric", "selector"):
         if getattr(args, option):
             raise ValueError(f"--{option} does not go with --suite; a suite file says all of it: docs/suites.md")
-    for option, usual in (("lvlm", "playground/lvlm"), ("encoder", "playground/clip"), ("order", "best_last")):
+    for option, usual in (("lvlm", None), ("encoder", "playground/clip"), ("order", "best_last")):
         if getattr(args, option) != usual:
             raise ValueError(f"--{option} does not go with --suite; a suite file says all of it: docs/suites.md")
     out = args.out or Path("out") / spec.name

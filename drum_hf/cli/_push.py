@@ -15,7 +15,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="what drum-hf train or index wrote")
     parser.add_argument("repo", metavar="REPO", help="name or owner/name; made where it is missing")
     parser.add_argument(
-        "--form", choices=("adapter", "full"), help="the LoRA adapter alone, or the whole encoder (default: as it is)"
+        "--form",
+        choices=("adapter", "full"),
+        help="the LoRA adapter alone, or the whole encoder (default: the adapter, where there is one whose base model "
+        "is not a folder of this machine)",
     )
     parser.add_argument("--no-support", action="store_true", help="leave the demonstrations out")
     parser.add_argument("--no-index", action="store_true", help="leave the vectors out")

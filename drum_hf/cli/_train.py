@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     with joined() as processes:
         from transformers import set_seed
 
-        from ..experiment import training_arguments
+        from ..experiment import PIPELINES, training_arguments
         from ..manifest import write_manifest
         from ..retriever import DemoRetriever
         from ..training import DrumTrainer
@@ -130,6 +130,7 @@ def run(args: argparse.Namespace) -> None:
         trainer.train(None if found is None else str(found))
         if not processes.is_main:
             return
+        retriever.teacher = {**(retriever.teacher or {}), "task": PIPELINES[args.task]}
         retriever.save_pretrained(args.out / "retriever")
         data = {"support": support.fingerprint} | ({"queries": queries.fingerprint} if queries else {})
         write_manifest(args.out, seed=settings.seed, data=data, lvlm=lvlm, settings=dataclasses.asdict(settings))

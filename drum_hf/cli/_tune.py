@@ -105,4 +105,4 @@ def run(args: argparse.Namespace) -> None:
             sys.stdout.write(f"held out: loss {before['eval_loss']:.4f} before, {after['eval_loss']:.4f} after\n")
         sys.stdout.write(f"saved to {args.out}\n")
         if args.push_to_hub:
-            sys.stdout.write(f"uploaded: {tuner.push_to_hub()}\n")
+            sys.stdout.write(f"uploaded: {tuner.push_to_hub(merged=args.merged)}\n")

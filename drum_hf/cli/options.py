@@ -7,11 +7,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ModelError
+
 if TYPE_CHECKING:
     from ..data import TripletTable
     from ..experiment import Settings
     from ..lvlm.local import TransformersLVLM
     from ..lvlm.openai import OpenAILVLM
+    from ..retriever import DemoRetriever
 
 __all__ = [
     "TASKS",
@@ -19,8 +22,10 @@ __all__ = [
     "check_device",
     "column_options",
     "data_options",
+    "default_to_teacher",
     "ints",
     "load_lvlm",
+    "load_teacher",
     "make_settings",
     "model_options",
     "names",
@@ -207,6 +212,26 @@ def load_lvlm(args: argparse.Namespace, name: str | None = None) -> Transformers
         max_batch_tokens=args.max_batch_tokens,
         image_cache_dir=args.image_cache_dir,
     )
+
+
+def default_to_teacher(parser: argparse.ArgumentParser) -> None:
+    """Have `load_teacher` know whether the user named an LVLM."""
+    action = parser._option_string_actions["--lvlm"]
+    action.default = None
+    action.help = "folder or Hub id of the LVLM (default: that which the retriever learned from, or playground/lvlm)"
+
+
+def load_teacher(args: argparse.Namespace, retriever: DemoRetriever | None) -> TransformersLVLM | OpenAILVLM:
+    """The LVLM of `--lvlm`; where that is left out, the one that the retriever learned from, or the playground's."""
+    if args.lvlm is not None:
+        return load_lvlm(args)
+    teacher = (retriever.teacher if retriever is not None else None) or {}
+    args.lvlm = teacher.get("name") or "playground/lvlm"
+    args.lvlm_revision = args.lvlm_revision or teacher.get("revision")
+    try:
+        return load_lvlm(args)
+    except ModelError as error:
+        raise ModelError(f"{error}; it is what the retriever learned from: name the LVLM by --lvlm") from error
 
 
 def _connect(args: argparse.Namespace) -> OpenAILVLM:

@@ -12,7 +12,7 @@ from .. import _hub
 from ..model_card import render_scores_card
 from ..types import LVLM
 from .store import Merged, ScoreStore
-from .transfer import Exported, export_scores, import_scores
+from .transfer import Exported, export_scores, import_scores, public_identity
 
 __all__ = ["SCORES", "pull_scores", "push_scores"]
 
@@ -55,7 +55,7 @@ def push_scores(
         done = export_scores(store, folder / SCORES, fingerprints=fingerprints, progress=progress)
         identities = store.identities()
         lvlms: list[dict[str, Any]] = [
-            {"fingerprint": name, **(identities[name] or {})}
+            {"fingerprint": name, **(public_identity(identities[name]) or {})}
             for name in (identities if fingerprints is None else fingerprints)
         ]
         card = render_scores_card({"repo_id": repo_id, "scores": done.scores, "texts": done.texts, "lvlms": lvlms})

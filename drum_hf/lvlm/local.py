@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._compat import loading, local_name, resolve_name
-from .._hub import commit_of
+from .._compat import adapting, loading, local_name, resolve_name
+from .._hub import commit_of, fetch_snapshot
 from ..types import ICLRequest
 from ._answers import combine_answers, log_softmax, wanted_answers
 from ._fingerprint import Identity, describe
@@ -141,6 +141,7 @@ class TransformersLVLM:
         Raises:
             ChatTemplateError: see the class.
             ModelError: there is no such model; an OSError, too.
+            HubError: there is no such adapter.
         """
         import torch
         from transformers import AutoModelForImageTextToText
@@ -157,9 +158,18 @@ class TransformersLVLM:
         if adapter is not None:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(
-                model, adapter, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-            ).merge_and_unload()
+            if not os.path.isdir(adapter):  # peft would ask the Hub for what is in the cache, too
+                adapter = os.fspath(
+                    fetch_snapshot(
+                        adapter,
+                        patterns=["adapter_config.json", "adapter_model.*"],
+                        token=token,
+                        cache_dir=cache_dir,
+                        local_files_only=local_files_only,
+                    )
+                )
+            with adapting():
+                model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
             commit = None  # the weights are no longer those of the commit
         if "device_map" not in model_kwargs:
             model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._compat import bar_options
+from .._compat import bar_options, public_name
 from .._files import check_size, plain_schema, read_batches, refuse_special
 from ..errors import NonFiniteScoreError, SavedFileError
 from ..types import LVLM
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
     from tqdm import tqdm
 
-__all__ = ["Exported", "export_scores", "import_scores"]
+__all__ = ["Exported", "export_scores", "import_scores", "public_identity"]
 
 _FORMAT_VERSION = 1
 #: Where the file's metadata says what it is.
@@ -80,7 +80,10 @@ def export_scores(
     path = Path(path)
     pages = store.entries(fingerprints=fingerprints, page_size=rows_per_group)
     identities = store.identities()
-    chosen = {name: identities[name] for name in (identities if fingerprints is None else fingerprints)}
+    # Exports are published: of an LVLM in a folder of this machine, they have the last name.
+    chosen = {
+        name: public_identity(identities[name]) for name in (identities if fingerprints is None else fingerprints)
+    }
     about = {"kind": "scores", "format_version": _FORMAT_VERSION, "drum_hf": _version(), "fingerprints": chosen}
     part = path.with_name(f"{path.name}.part")
     counts = {"score": 0, "generate": 0}
@@ -105,6 +108,14 @@ def export_scores(
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
     return Exported(counts["score"], counts["generate"], left_out, path.stat().st_size)
+
+
+def public_identity(identity: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What of an LVLM's named parts may be published: of a folder of this machine the last name alone."""
+    if identity is None:
+        return None
+    name = identity.get("name")
+    return {**identity, "name": public_name(name)} if isinstance(name, str) else dict(identity)
 
 
 def import_scores(

@@ -131,7 +131,8 @@ def same_run(folder: str | os.PathLike[str], settings: dict[str, Any], *, anew: 
         found = last_checkpoint(folder)
         known = _read(note)
         if found is not None and known is not None and known != json.loads(json.dumps(settings)):
-            differ = sorted(key for key in {*known, *settings} if known.get(key) != settings.get(key))
+            # "LVLM" is what --lvlm came to
+            differ = sorted({key.lower() for key in {*known, *settings} if known.get(key) != settings.get(key)})
             raise SavedFileError(
                 f"{folder} holds a training that was started with other settings ({', '.join(differ)}); give another "
                 "folder by --out, or --restart to start anew in this one"

@@ -147,16 +147,21 @@ def _cost(seconds: float, requests: int, processes: int) -> list[str]:
     if requests:
         return [f"about {requests:,} requests to the endpoint"]
     where = f"on these {processes} processes" if processes > 1 else "on this machine"
-    return [] if math.isnan(seconds) else [f"about {_duration(seconds)} {where}"]
+    return [] if math.isnan(seconds) or not seconds else [f"{_duration(seconds)} {where}"]
 
 
 def _also(seconds: float) -> str:
-    return "" if math.isnan(seconds) else f" (about {_duration(seconds)})"
+    return "" if math.isnan(seconds) else f" ({_duration(seconds)})"
 
 
 def _duration(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60} min {rest % 60} s"
+    minutes, rest = divmod(rest, 60)
+    if hours:
+        return f"about {hours} h {minutes} min"
+    if minutes:
+        return f"about {minutes} min {rest} s"
+    return f"about {rest} s" if rest else "under a second"
 
 
 def price(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from .._compat import adapting
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -99,7 +101,8 @@ def add_lora(
         target_parameters=parameters if parameters and not dropout else None,
         task_type="CAUSAL_LM",
     )
-    tuned = get_peft_model(model, config)
+    with adapting():
+        tuned = get_peft_model(model, config)
     tuned.peft_config["default"].base_model_name_or_path = base
     tuned.peft_config["default"].revision = revision
     return tuned

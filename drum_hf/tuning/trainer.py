@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,8 +17,9 @@ from datasets import Dataset
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback, set_seed
 
-from .._compat import local_name, resolve_name
-from .._hub import commit_of
+from .._compat import local_name, public_name, resolve_name
+from .._hub import commit_folder, commit_of, make_repository
+from ..adapters import ADAPTER_CONFIG
 from ..data.episodes import Conversation, Mix, MixReport, check_disjoint
 from ..errors import SavedFileError
 from ..lvlm.local import TransformersLVLM
@@ -175,6 +177,7 @@ class ICLTuner(WholeCheckpoints, Trainer):
         elif eval_dataset is not None:
             evaluated = as_conversations(eval_dataset)
         self._checked: dict[int, TuningData] = {}
+        self._publishing = False
         self._losses: Any = 0.0
         # The platform turns it off for training, in the configuration that would be saved.
         self._use_cache: bool = getattr(model.config, "use_cache", True)
@@ -243,7 +246,7 @@ class ICLTuner(WholeCheckpoints, Trainer):
             LeakError: a picture to evaluate on is trained on, and `args.on_leak` is "raise".
             ContextOverflowError, RowError, ImageError, ChatTemplateError: see `check`.
         """
-        found = self.check()
+        self.check()
         train: Any = self.train_dataset
         given: Any = self.eval_dataset
         evaluated = given if isinstance(given, dict) else {"": given}
@@ -252,7 +255,7 @@ class ICLTuner(WholeCheckpoints, Trainer):
                 self.check(dataset)
                 check_disjoint(train.origin, dataset.origin, on_leak=self.args.on_leak)
         if self.is_world_process_zero():
-            logger.info("tuning %s on %s", self.base_model, found)
+            logger.info("tuning %s on %d conversations", self.base_model, len(train))
         if resume_from_checkpoint is True:
             last = last_checkpoint(self.args.output_dir or ".")
             if last is None:
@@ -337,6 +340,11 @@ class ICLTuner(WholeCheckpoints, Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
+            noted = folder / ADAPTER_CONFIG
+            if (self._publishing or self.args.push_to_hub) and noted.is_file():
+                config = json.loads(noted.read_text(encoding="utf-8"))
+                config["base_model_name_or_path"] = public_name(self.base_model)
+                noted.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
             (folder / "README.md").write_text(self._card(), encoding="utf-8")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -361,6 +369,47 @@ class ICLTuner(WholeCheckpoints, Trainer):
         self._merged().save_pretrained(folder)
         self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
         (Path(folder) / "README.md").write_text(self._card(adapter=False), encoding="utf-8")
+
+    def push_to_hub(self, *args: Any, merged: bool = False, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.push_to_hub`; of a base model in a folder of this machine, the last name goes.
+
+        Args:
+            merged: upload the whole model with the adapter in its weights; of the platform's arguments only
+                `commit_message`, `token`, `revision` and `private` then count.
+
+        Returns:
+            What the platform does; with `merged` the address of the commit.
+        """
+        if not merged or self.args.full:
+            self._publishing = True
+            try:
+                return super().push_to_hub(*args, **kwargs)
+            finally:
+                self._publishing = False
+        return self._push_merged(*args, **kwargs)
+
+    def _push_merged(
+        self,
+        commit_message: str = "End of training",
+        *,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> str:
+        token = token or self.args.hub_token
+        private = self.args.hub_private_repo if private is None else private
+        name = self.args.hub_model_id or Path(self.args.output_dir or ".").resolve().name
+        repo_id = make_repository(name, private=private, token=token)
+        with tempfile.TemporaryDirectory() as made:
+            self.save_pretrained(made, merged=True)
+            return commit_folder(
+                repo_id,
+                Path(made),
+                message=commit_message,
+                replaces=("adapter_*", "*.safetensors"),
+                token=token,
+                revision=revision or self.args.hub_revision,
+            )
 
     def lvlm(self, **kwargs: Any) -> TransformersLVLM:
         """The LVLM as it is tuned by now, in a copy that further training leaves alone.
