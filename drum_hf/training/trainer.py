@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..data import TripletTable, find_twins
 from ..errors import ContextOverflowError, SavedFileError, TooFewDemonstrationsError
@@ -278,6 +279,15 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Left out: it counts tokens of text columns, and ours hold ids; the retriever has a card of its own."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As the platform does, but for its card, which embeds examples that need not be a query of this retriever."""
+        folder = Path(output_dir or self.args.output_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(str(folder), create_model_card=False)  # type: ignore[union-attr,operator]
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def query(self, query_id: str) -> Query:
         """A training query as the retriever sees it: with its draft, where drafts are used."""
