@@ -205,6 +205,8 @@ class SuiteRun:
                 demos = [bench.support[d] for d in values.demonstrations[row]]
                 columns[label_of(name)] = shown(demos, values.answers[row], bool(right[name][row]))
             about = {"image": gold.image, "prompt": gold.prompt, "gold": gold.response}
+            if any(STRATEGIES[name].needs_draft for name in found):
+                about["draft"] = bench.drafts[gold.id]
             title = title_of(spec, data, spec.lvlms[0], spec.encoders[0])
             examples.append({"task": title, "query": about, "columns": columns})
         return examples
