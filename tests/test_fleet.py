@@ -50,6 +50,19 @@ def alone(server: FaultServer, **options) -> OpenAILVLM:
     return OpenAILVLM("tiny", base_url=server.url, revision="r1", **options)
 
 
+def down_when_asked(server: FaultServer, others: list[FaultServer]) -> None:
+    """It fails, and the others answer no question before it has: however threads run, it is asked."""
+    asked = threading.Event()
+
+    def fail(body):
+        asked.set()
+        return Reply(503)
+
+    server.rule = fail
+    for other in others:
+        other.rule = lambda body: Reply(hold=asked) if "question" in str(body) else None
+
+
 def test_a_fleet_answers_and_scores_as_one_endpoint_does_in_the_order_asked(servers):
     fleet, requests = connect(*urls(servers), max_concurrency=2), asks(30, responses=("five",))
     with serve(logprobs="vllm") as other:
@@ -84,15 +97,14 @@ def test_an_endpoint_that_fails_now_and_then_loses_nothing(servers, fault):
 
 
 def test_one_that_is_down_is_left_alone_and_taken_back_when_it_is_up(servers):
-    up = threading.Event()
-    servers[2].rule = lambda body: None if up.is_set() else Reply(503)
+    down_when_asked(servers[2], others=servers[:2])
     fleet = connect(*urls(servers), max_concurrency=2)
     fleet._client.uniform = lambda low, high: high
     fleet._client.now = lambda: clock[0]
     clock = [0.0]
     fleet.generate(asks(20))
     assert len(servers[2].bodies) == 1  # asked once, and then left alone: the clock stands still
-    up.set()
+    servers[2].rule = lambda body: None
     clock[0] += 1.01
     fleet.generate(asks(20))
     assert len(servers[2].bodies) > 3
@@ -102,10 +114,10 @@ def test_pauses_double_until_it_answers(servers):
     fleet, clock = connect(*urls(servers[:2])), [0.0]
     fleet._client.uniform = lambda low, high: high
     fleet._client.now = lambda: clock[0]
-    servers[1].rule = lambda body: Reply(503)
     member = fleet._client._members[1]
     pauses = []
     for _ in range(7):
+        down_when_asked(servers[1], others=servers[:1])
         fleet.generate(asks(6))
         pauses.append(member.out_until - clock[0])
         clock[0] = member.out_until

@@ -1,6 +1,5 @@
 """ICL tuning: teaching an LVLM to use demonstrations ("Towards Multimodal In-Context Learning …", Doveh et al.)."""
 
-from ..training.checkpoints import last_checkpoint
 from .arguments import ICLTuningArguments
 from .collator import ConversationCollator, ConversationFormat
 from .config import TuningConfig
@@ -15,5 +14,4 @@ __all__ = [
     "LengthSampler",
     "TuningConfig",
     "TuningData",
-    "last_checkpoint",
 ]
