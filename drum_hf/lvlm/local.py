@@ -162,7 +162,7 @@ class TransformersLVLM:
                 adapter = os.fspath(
                     fetch_snapshot(
                         adapter,
-                        patterns=["adapter_config.json", "adapter_model.*"],
+                        patterns=["adapter_config.json", "adapter_model.safetensors"],  # no pickle
                         token=token,
                         cache_dir=cache_dir,
                         local_files_only=local_files_only,
