@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.episodes import Curriculum, Mix, Source, Stage
-from ..tuning import ICLTuner, ICLTuningArguments, last_checkpoint
+from ..tuning import ICLTuner, ICLTuningArguments
 from .conversations import Album, Chat, PlaygroundEpisodes
 
 __all__ = ["CURRICULUM", "RULES", "VARIANTS", "Variant", "make_mix", "tune", "tuning_folder"]
@@ -118,6 +118,5 @@ def tune(base: str | Path, album: Album, variant: Variant, out: Path, *, steps: 
         seed=seed,
     )
     tuner = ICLTuner(base, args, train_dataset=make_mix(album, variant, seed=seed))
-    last = last_checkpoint(out)
-    tuner.train(resume_from_checkpoint=str(last) if last else None)
+    tuner.train(resume_from_checkpoint=tuner.last_checkpoint is not None)
     return tuner

@@ -235,6 +235,11 @@ class ICLTuner(WholeCheckpoints, Trainer):
             seen.append(talk)
         return TuningData(MixReport.of(seen), lengths, answers, self.format.max_length)
 
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint in the output folder that was written to its end; `train(True)` goes on from it."""
+        return last_checkpoint(self.args.output_dir or ".")
+
     def train(  # type: ignore[override]  # the platform's other arguments are among kwargs
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
@@ -257,7 +262,7 @@ class ICLTuner(WholeCheckpoints, Trainer):
         if self.is_world_process_zero():
             logger.info("tuning %s on %d conversations", self.base_model, len(train))
         if resume_from_checkpoint is True:
-            last = last_checkpoint(self.args.output_dir or ".")
+            last = self.last_checkpoint
             if last is None:
                 raise SavedFileError(
                     f"expected a checkpoint in {self.args.output_dir} that was written to its end, found none; train "
