@@ -43,6 +43,8 @@ STEPS = {
     "last chat": 1_300,
     "tuning": 3_600,
 }
+#: Of the pictures, the encoder and the first LVLM.
+SEED = 7
 QUICK = dict.fromkeys(STEPS, 3) | {"scenes": 4_000, "digits": 1_500, "pairs": 400, "groups": 600}
 #: The other LVLM sees the same pictures with another tower, which starts from nothing. It is there to have others'
 #: retrievers tried on it, and can do with less chat.
@@ -216,7 +218,7 @@ def _report(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def build(out: Path, work: Path, *, seed: int = 7, steps: dict[str, int] | None = None) -> dict[str, Any]:
+def build(out: Path, work: Path, *, seed: int = SEED, steps: dict[str, int] | None = None) -> dict[str, Any]:
     """Train the encoder and both forms of the LVLM, saved under `out` as `clip/`, `lvlm-base/` and `lvlm/`.
 
     Both LVLMs have had the same number of steps: the base's last ones were ordinary chat, the other's ICL tuning. The
@@ -252,7 +254,7 @@ def build_other(
         pictures: how many the album has; the encoder's and the first LVLM's, under the name of their seed.
     """
     steps = steps or OTHER_STEPS
-    pools = render_all(work, seed=7, steps=pictures or STEPS)
+    pools = render_all(work, seed=SEED, steps=pictures or STEPS)
     album = Album(pools)
     lvlm = BLUEPRINTS["internvl"](seed)
     folder = work / "internvl"

@@ -23,6 +23,10 @@ from .language import private_words
 from .lvlms import ASSISTANT, END, IDEFICS_IMAGE, USER, ImageSlot, TinyLVLM
 from .pretraining import train_steps
 
+#: Tokens that copying is learnt over at first: over all of them it is not found in hundreds of steps, over so few it
+#: takes 300. And how their number grows in each step of widening (our choices).
+FEW, WIDENING = 40, 1.0035
+
 
 class Encoder:
     """Conversations to token ids, as the chat template and the tokenizer have them, only quicker."""
@@ -138,29 +142,41 @@ def _text_loss(lvlm: TinyLVLM, ids: np.ndarray, labels: np.ndarray) -> tuple[tor
     return loss, right.float().mean().item()
 
 
-def _few_tokens(lvlm: TinyLVLM, seed: int) -> np.ndarray:
-    """40 of the vocabulary: over all of it copying is not found in hundreds of steps, over these it takes 300."""
-    return np.random.default_rng([seed, 4]).permutation(lvlm.vocabulary)[:40]
+def _some_tokens(lvlm: TinyLVLM, seed: int, count: int = FEW) -> np.ndarray:
+    """So many of the vocabulary, those of a smaller count among them."""
+    return np.random.default_rng([seed, 4]).permutation(lvlm.vocabulary)[:count]
+
+
+def _warm_up(
+    name: str,
+    lvlm: TinyLVLM,
+    step_loss: Callable[[int], tuple[torch.Tensor, dict[str, float]]],
+    steps: int,
+    checkpoint: Path,
+    stop_when: Callable[[dict[str, float]], bool],
+    learning_rate: float = 1e-3,
+) -> dict[str, float]:
+    """A stage of the text warm-up: at one learning rate, until it is learnt."""
+    how: dict[str, Any] = {"learning_rate": learning_rate, "decay": False, "weight_decay": 0.01}
+    return train_steps(name, lvlm.model, step_loss, steps, checkpoint=checkpoint, stop_when=stop_when, **how)
 
 
 def train_induction(lvlm: TinyLVLM, *, seed: int, steps: int, checkpoint: Path) -> dict[str, float]:
     """Sequences over few tokens in which segments come back; loss on what that determines."""
-    tokens = _few_tokens(lvlm, seed)
+    tokens = _some_tokens(lvlm, seed)
 
     def step_loss(step: int):
         loss, copied = _text_loss(lvlm, *_repeats(np.random.default_rng([seed, 4, step]), tokens))
         return loss, {"loss": loss.item(), "copied": copied}
 
-    return train_steps(
+    return _warm_up(
         "LVLM induction",
-        lvlm.model,
+        lvlm,
         step_loss,
         steps,
+        checkpoint,
+        lambda report: report["copied"] > 0.92,
         learning_rate=2e-3,
-        decay=False,
-        checkpoint=checkpoint,
-        weight_decay=0.01,
-        stop_when=lambda report: report["copied"] > 0.92,
     )
 
 
@@ -172,21 +188,17 @@ def train_widening(lvlm: TinyLVLM, *, seed: int, steps: int, checkpoint: Path) -
 
     def step_loss(step: int):
         rng = np.random.default_rng([seed, 10, step])
-        among = np.random.default_rng([seed, 4]).permutation(lvlm.vocabulary)  # the few of before come first
-        among = among[: min(len(among), round(40 * 1.0035**step))]
+        among = _some_tokens(lvlm, seed, round(min(lvlm.vocabulary, FEW * WIDENING**step)))
         loss, copied = _text_loss(lvlm, *_repeats(rng, among))
         return loss, {"loss": loss.item(), "copied": copied, "tokens": len(among) / lvlm.vocabulary}
 
-    return train_steps(
+    return _warm_up(
         "LVLM widening",
-        lvlm.model,
+        lvlm,
         step_loss,
         steps,
-        learning_rate=1e-3,
-        decay=False,
-        checkpoint=checkpoint,
-        weight_decay=0.01,
-        stop_when=lambda report: report["copied"] > 0.92 and report["tokens"] > 0.99,
+        checkpoint,
+        lambda report: report["copied"] > 0.92 and report["tokens"] > 0.99,
     )
 
 
@@ -197,17 +209,7 @@ def train_pairs(lvlm: TinyLVLM, encoder: Encoder, *, seed: int, steps: int, chec
         loss, bound = _text_loss(lvlm, *_pairs(np.random.default_rng([seed, 6, step]), encoder))
         return loss, {"loss": loss.item(), "bound": bound}
 
-    return train_steps(
-        "LVLM pairs",
-        lvlm.model,
-        step_loss,
-        steps,
-        learning_rate=1e-3,
-        decay=False,
-        checkpoint=checkpoint,
-        weight_decay=0.01,
-        stop_when=lambda report: report["bound"] > 0.97,
-    )
+    return _warm_up("LVLM pairs", lvlm, step_loss, steps, checkpoint, lambda report: report["bound"] > 0.97)
 
 
 def train_chat(
