@@ -296,7 +296,8 @@ def read_config(folder: Path, *, parts: Iterable[str] = PARTS) -> dict[str, Any]
     if wrong:
         raise SavedFileError(f"{path}: the entry {wrong[0]!r} is missing or of another type; save the retriever again")
     needed = {f"{ENCODER}/sentence_bert_config.json"}
-    needed |= {f"{INDEX}/vectors.safetensors", f"{INDEX}/index.json"} if config["index"]["included"] else set()
+    of_index = {"shards.json"} if "shard_rows" in config["index"]["options"] else {"vectors.safetensors", "index.json"}
+    needed |= {f"{INDEX}/{name}" for name in of_index} if config["index"]["included"] else set()
     needed |= {SUPPORT} if config["support"]["included"] else set()
     needed |= {f"{SUPPORT_ENCODER}/sentence_bert_config.json"} if config.get("support_encoder") else set()
     parts = tuple(parts)

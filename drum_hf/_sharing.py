@@ -15,7 +15,7 @@ from ._files import writing
 from ._saved import Form, Images
 from .data import TripletTable, load_table
 from .errors import DimensionMismatchError, SavedFileError
-from .index import DemoIndex
+from .sharded_index import AnyIndex, load_index, make_index
 from .types import LVLM
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Shared:
     """What a `DemoRetriever` does with folders and the Hub."""
 
     _lock: threading.RLock
-    _index: DemoIndex | None
+    _index: AnyIndex | None
     card_data: dict[str, Any]
     plot: bytes | None
 
@@ -180,7 +180,8 @@ class Shared:
                 the one recorded; it is recorded from then on. Left aside where the encoder was saved whole.
             draft_lvlm, batch_size, device: as in the class.
             mmap: leave the index's vectors in their file; see [`DemoIndex.load`][drum_hf.index.DemoIndex.load].
-                Demonstrations can then be removed, but not added. The table is read into memory all the same.
+                Demonstrations can then be removed, and added where the index is in shards (`shard_rows` among its
+                options). The table is read into memory all the same.
             revision: branch, tag or commit on the Hub.
             token, cache_dir, local_files_only, force_download: as everywhere on the Hub.
             trust_remote_code: run code from the base model's repository. Nothing needs it.
@@ -199,7 +200,7 @@ class Shared:
         folder = _saved.locate(name_or_path, revision=revision, force_download=force_download, **hub)
         config = _saved.read_config(folder)
         table = _saved_support(folder, config, image_root) if support is None else as_table(support)
-        index = DemoIndex.load(folder / _saved.INDEX, mmap=mmap) if config["index"]["included"] else None
+        index = load_index(folder / _saved.INDEX, mmap=mmap) if config["index"]["included"] else None
         options: dict[str, Any] = {"base_model": base_model, "device": device, "trust_remote_code": trust_remote_code}
         support_encoder = None
         try:
@@ -221,7 +222,7 @@ class Shared:
         moved = bool(base_model and config["adapter"])  # the encoder then knows what it was loaded from
         about = config["index"]
         try:
-            DemoIndex(1, kind=about["kind"], **about["options"])
+            make_index(1, kind=about["kind"], **about["options"])
         except (TypeError, ValueError) as error:
             raise SavedFileError(
                 f"{folder / _saved.CONFIG}: its 'index' is none that can be made ({error}); save the retriever again"
@@ -274,7 +275,7 @@ def _saved_support(folder: Path, config: Mapping[str, Any], image_root: str | os
     return TripletTable.load(folder / _saved.SUPPORT, image_root=image_root)
 
 
-def _check_width(folder: Path, index: DemoIndex, width: int | None) -> None:
+def _check_width(folder: Path, index: AnyIndex, width: int | None) -> None:
     if index.dimension != width:
         raise DimensionMismatchError(
             f"{folder}: the index holds vectors of {index.dimension} dimensions, the encoder gives {width}: they "

@@ -206,6 +206,14 @@ class DemoIndex:
             DuplicateIdError: an id comes twice, or is in the index already.
             ValueError: as many groups as ids were expected.
         """
+        ids, unit, groups = self._checked(ids, vectors, groups)
+        with self._lock.writing():
+            self._add(ids, unit, groups)
+
+    def _checked(
+        self, ids: Sequence[str], vectors: Any, groups: Sequence[str | None] | None
+    ) -> tuple[list[str], np.ndarray, list[str | None]]:
+        """What `add` was given, vectors at unit length; or what is wrong with it."""
         ids = _strings(ids, "ids")
         groups = [None] * len(ids) if groups is None else list(groups)
         _strings([group for group in groups if group is not None], "groups")
@@ -216,8 +224,7 @@ class DemoIndex:
             raise DimensionMismatchError(
                 f"expected vectors of shape ({len(ids)}, {self._dimension}) for {len(ids)} ids, got {unit.shape}"
             )
-        with self._lock.writing():
-            self._add(ids, unit, groups)
+        return ids, unit, groups
 
     def _add(self, ids: list[str], unit: np.ndarray, groups: Sequence[str | None]) -> None:
         twice = [id for id, count in Counter(ids).items() if count > 1 or id in self._rows]

@@ -17,8 +17,8 @@ from ._sharing import Shared, as_table
 from ._swapping import Swappable
 from .data import TripletTable
 from .errors import ColumnError, DimensionMismatchError
-from .index import DemoIndex
 from .selection import Candidates, Selector, TopN, choose, get_selector
+from .sharded_index import AnyIndex, ShardedIndex, make_index
 from .types import LVLM, Demonstration, ICLRequest, Query, Retrieval
 
 if TYPE_CHECKING:
@@ -56,8 +56,9 @@ class DemoRetriever(Shared, Swappable):
         support: the demonstrations.
         support_encoder: another one, which embeds the demonstrations, while `encoder` embeds the queries. None:
             `encoder` embeds both. See `freeze_support`.
-        index_kind: "flat" (exact) or "hnsw".
-        index_options: further arguments of [`DemoIndex`][drum_hf.index.DemoIndex].
+        index_kind: "flat" (exact), "hnsw" or "ivfpq"; see [`DemoIndex`][drum_hf.index.DemoIndex].
+        index_options: further arguments of `DemoIndex`; with `shard_rows`, of a
+            [`ShardedIndex`][drum_hf.sharded_index.ShardedIndex], which is embedded and built a shard at a time.
         draft_lvlm: writes a draft (zero-shot) for queries that come without one, where the strategy uses drafts.
         teacher: `name`, `revision`, `fingerprint` and `task` of the LVLM whose feedback trained the encoder.
         base_model, base_revision: what the encoder was made from; taken from the encoder where left out.
@@ -119,7 +120,7 @@ class DemoRetriever(Shared, Swappable):
         self._encoder, self._support_encoder = encoder, support_encoder
         self._support = as_table(support)
         self.index_kind, self.index_options = index_kind, dict(index_options or {})
-        DemoIndex(1, kind=index_kind, **self.index_options)  # type: ignore[arg-type]  # refused now, not after encoding
+        make_index(1, kind=index_kind, **self.index_options)  # refused now, not after encoding
         self.draft_lvlm = draft_lvlm
         self.teacher: dict[str, Any] | None = dict(teacher) if teacher else None
         self.base_model = base_model or self._module.base_model
@@ -128,7 +129,7 @@ class DemoRetriever(Shared, Swappable):
         self.card_data: dict[str, Any] = {}
         self.plot: bytes | None = None
         self._set_aside = {}
-        self._index: DemoIndex | None = None  # None: to be built when next needed
+        self._index: AnyIndex | None = None  # None: to be built when next needed
         # Tokenizers keep the padding of a call as state: one thread encodes at a time.
         self._lock = threading.RLock()
 
@@ -235,7 +236,7 @@ class DemoRetriever(Shared, Swappable):
         return self._support
 
     @property
-    def index(self) -> DemoIndex:
+    def index(self) -> AnyIndex:
         """The support set's vectors; embeds them first if that is due."""
         with self._lock:
             if self._index is None:
@@ -522,12 +523,14 @@ class DemoRetriever(Shared, Swappable):
                 dimension) float32, in the order of the support set.
         """
         with self._lock:
-            index = DemoIndex(
-                self._encoder.get_embedding_dimension() or 0,
-                kind=self.index_kind,  # type: ignore[arg-type]
-                **self.index_options,
-            )
-            index.add(self._support.ids, self.encode_support() if vectors is None else vectors, self._support.groups)
+            width = self._encoder.get_embedding_dimension() or 0
+            index = make_index(width, kind=self.index_kind, **self.index_options)
+            ids, groups = self._support.ids, self._support.groups
+            step = index.shard_rows if isinstance(index, ShardedIndex) else len(ids)
+            for start in range(0, len(ids), step):
+                part = slice(start, start + step)
+                known = self.encode_support(ids[part]) if vectors is None else vectors[part]
+                index.add(ids[part], known, groups[part])
             self._index = index
         return self
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from .errors import (
 )
 from .index import DemoIndex
 
-__all__ = ["SHARD_ROWS", "ShardedIndex"]
+__all__ = ["SHARD_ROWS", "AnyIndex", "ShardedIndex", "load_index", "make_index"]
 
 #: Rows of a shard: a million 1,536-d vectors are 1.5 GB as int8, 3 GB as float16 (our choice).
 SHARD_ROWS = 1_000_000
@@ -56,11 +57,11 @@ class ShardedIndex:
     """
 
     def __init__(self, dimension: int, *, shard_rows: int = SHARD_ROWS, **options: Any) -> None:
-        if shard_rows < 1:
-            raise ValueError(f"shard_rows is at least 1, got {shard_rows}")
-        first = DemoIndex(dimension, **options)
-        self._dimension = first.dimension
-        self.kind, self.storage = first.kind, first.storage
+        if isinstance(shard_rows, bool) or not isinstance(shard_rows, int) or shard_rows < 1:
+            raise ValueError(f"shard_rows is a whole number and at least 1, got {shard_rows!r}")
+        self._empty = DemoIndex(dimension, **options)  # no shard; it knows what a row must be
+        self._dimension = self._empty.dimension
+        self.kind, self.storage = self._empty.kind, self._empty.storage
         self.shard_rows, self.options = shard_rows, dict(options)
         self.shards: list[DemoIndex] = []
         self._taken: list[int] = []  # rows ever added to each shard
@@ -129,11 +130,12 @@ class ShardedIndex:
     # Changing it
 
     def add(self, ids: Sequence[str], vectors: Any, groups: Sequence[str | None] | None = None) -> None:
-        """Add rows, to the last shard as long as it has room; errors as in `DemoIndex.add`.
+        """Add rows, to the last shard as long as it has room; all of them, or none where one is refused.
 
-        Of rows that are refused, those of earlier shards may have been added.
+        Errors as in `DemoIndex.add`.
         """
         with self._lock.writing():
+            ids = list(ids)
             twice = [id for id in ids if any(id in shard for shard in self.shards)]
             if twice or len(set(ids)) < len(ids):
                 raise DuplicateIdError(
@@ -146,16 +148,19 @@ class ShardedIndex:
                     f"expected a vector and a group (or None) for each of {len(ids)} ids, got {len(vectors)} vectors"
                     + ("" if groups is None else f" and {len(groups)} groups")
                 )
-            start = 0
-            while start < len(ids):
-                if not self.shards or self._taken[-1] >= self.shard_rows or self.shards[-1].mapped:
+            room = 0
+            if self.shards and not self.shards[-1].mapped:
+                room = max(0, self.shard_rows - self._taken[-1])
+            starts = ([0] if room else []) + list(range(room, len(ids), self.shard_rows))
+            parts = [slice(*bounds) for bounds in itertools.pairwise([*starts, len(ids)])]
+            for rows in parts:  # all are looked at before any is added
+                self._empty._checked(ids[rows], vectors[rows], None if groups is None else groups[rows])
+            for rows in parts:
+                if rows.start or not room:
                     self.shards.append(DemoIndex(self._dimension, **self.options))
                     self._taken.append(0)
-                rows = slice(start, start + self.shard_rows - self._taken[-1])
-                part = ids[rows]
-                self.shards[-1].add(part, vectors[rows], None if groups is None else groups[rows])
-                self._taken[-1] += len(part)
-                start += len(part)
+                self.shards[-1].add(ids[rows], vectors[rows], None if groups is None else groups[rows])
+                self._taken[-1] += len(ids[rows])
 
     def remove(self, ids: Sequence[str]) -> None:
         """Remove rows; all of them, or none where one is missing (MissingIdError). See `DemoIndex.remove`."""
@@ -331,6 +336,22 @@ class ShardedIndex:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=SharedLock())
+
+
+AnyIndex: TypeAlias = DemoIndex | ShardedIndex
+
+
+def make_index(dimension: int, *, shard_rows: int | None = None, **options: Any) -> AnyIndex:
+    """An empty index: in shards of `shard_rows`, or in one piece; arguments and errors as of the two classes."""
+    if shard_rows is None:
+        return DemoIndex(dimension, **options)
+    return ShardedIndex(dimension, shard_rows=shard_rows, **options)
+
+
+def load_index(directory: str | os.PathLike[str], *, mmap: bool = False) -> AnyIndex:
+    """Read an index that was saved, in shards or in one piece; arguments and errors as of the two classes' `load`."""
+    in_shards = Path(directory, _META).exists()
+    return (ShardedIndex if in_shards else DemoIndex).load(directory, mmap=mmap)
 
 
 def _shard_name(number: int) -> str:

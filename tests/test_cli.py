@@ -94,7 +94,9 @@ def test_score_prices_before_it_bills(folder, tmp_path, capsys):
 
 
 def test_index_builds_hnsw(folder, tmp_path, capsys):
-    assert main(["-q", "index", str(tmp_path / "new"), "--data", str(folder), "--kind", "hnsw"]) == 0
+    assert (
+        main(["-q", "index", str(tmp_path / "new"), "--data", str(folder), "--kind", "hnsw", "--shard-rows", "2"]) == 0
+    )
     assert "index='hnsw'" in capsys.readouterr().out
     assert main(["-q", "index", str(tmp_path / "new"), "--data", str(folder)]) == 2
     assert "--add" in capsys.readouterr().err

@@ -327,6 +327,26 @@ def test_vectors_can_stay_in_their_file(encoder, table, queries, tmp_path):
     assert table.ids[0] not in loaded.index and loaded.index.mapped
 
 
+def test_an_index_in_shards_finds_the_same_and_takes_rows_though_mapped(retriever, table, queries, tmp_path):
+    parts = DemoRetriever.from_encoder(retriever.encoder, table, index_options={"shard_rows": 5})
+    assert [len(shard) for shard in parts.index.shards] == [5, 5, 2]
+    asked = [*queries, *(table.query(id) for id in table.ids[:3])]
+    assert same(parts.retrieve_ids(asked, 6), retriever.retrieve_ids(asked, 6))
+    assert same(parts.retrieve_ids(asked, 3, selector="mmr"), retriever.retrieve_ids(asked, 3, selector="mmr"))
+    parts.save_pretrained(tmp_path / "parts")
+    loaded = DemoRetriever.from_pretrained(tmp_path / "parts", mmap=True, device="cpu")
+    assert loaded.index_options == {"shard_rows": 5} and loaded.index.shards[0].mapped
+    for each in (loaded, retriever):
+        each.remove(["d1", "d7"])
+        each.add(make_rows(12, 15))
+    assert same(loaded.retrieve_ids(asked, 6), retriever.retrieve_ids(asked, 6))
+    loaded.save_pretrained(tmp_path / "parts")  # where its shards are mapped from
+    again = DemoRetriever.from_pretrained(tmp_path / "parts", device="cpu")
+    assert same(again.retrieve_ids(asked, 6), retriever.retrieve_ids(asked, 6)) and again.support.ids[-1] == "d14"
+    with pytest.raises(ValueError, match="shard_rows is a whole number"):
+        DemoRetriever.from_encoder(retriever.encoder, table, index_options={"shard_rows": 0})
+
+
 def test_saving_over_an_older_one_leaves_nothing_of_it(clip, encoder, table, queries, tmp_path):
     DemoRetriever.from_encoder(encoder, table, strategy="sit").save_pretrained(tmp_path)
     assert (tmp_path / "encoder" / "model.safetensors").exists()

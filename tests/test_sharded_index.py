@@ -22,6 +22,7 @@ from drum_hf.errors import (
     DuplicateIdError,
     EmptySupportError,
     MissingIdError,
+    NonFiniteEmbeddingError,
     SavedFileError,
     TooFewDemonstrationsError,
 )
@@ -98,6 +99,17 @@ def test_rows_go_to_the_last_shard_until_it_is_full():
     assert [len(shard) for shard in index.shards] == [0, 20, 11] and "x" in index and "r3" not in index
     index.compact()
     assert [len(shard) for shard in index.shards] == [20, 11]
+
+
+def test_rows_are_added_all_or_none():
+    index, before = filled(ShardedIndex(16, shard_rows=25)), names(60)
+    wrong = vectors(70, seed=3)
+    wrong[65] = np.nan  # in the third shard that they would need
+    with pytest.raises(NonFiniteEmbeddingError):
+        index.add([f"x{i}" for i in range(70)], wrong)
+    assert index.ids == before and len(index.shards) == 3
+    with pytest.raises(ValueError, match="shard_rows is a whole number"):
+        ShardedIndex(4, shard_rows=2.5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

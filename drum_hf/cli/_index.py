@@ -25,6 +25,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="of a new retriever's vectors (default: %(default)s)",
     )
     parser.add_argument(
+        "--shard-rows", type=int, metavar="N", help="have a new retriever's index in shards of so many rows"
+    )
+    parser.add_argument(
         "--strategy",
         choices=("si", "st", "sit", "sit+draft"),
         default="sit+draft",
@@ -52,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
             support=read_table(args.data, args),
             strategy=args.strategy,
             index_kind=args.kind,
-            index_options={"storage": args.storage},
+            index_options={"storage": args.storage} | ({"shard_rows": args.shard_rows} if args.shard_rows else {}),
             device=args.device,
         )
         retriever.save_pretrained(folder)
