@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_extent",
     "check_size",
+    "checksum",
     "leads_outside",
     "plain_schema",
     "read_batches",
@@ -45,6 +47,12 @@ def leads_outside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) 
         return False
     at = next((i for i, part in reversed(list(enumerate(root.parts))) if part == "snapshots"), None)
     return at is None or not real.is_relative_to(Path(*root.parts[:at], "blobs"))
+
+
+def checksum(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def plain_schema(parquet: pq.ParquetFile) -> pa.Schema:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import _hub
 from ._compat import is_folder, public_name, resolve_name
-from ._files import leads_outside, refuse_special
+from ._files import checksum, leads_outside, refuse_special
 from .adapters import ADAPTER_CONFIG, plain_copy
 from .errors import SavedFileError
 from .manifest import package_version, write_manifest
@@ -32,7 +31,6 @@ __all__ = [
     "PLOT",
     "SUPPORT",
     "SUPPORT_ENCODER",
-    "checksum",
     "locate",
     "move_into_place",
     "patterns",
@@ -201,11 +199,6 @@ def plot(folder: Path) -> bytes | None:
     """The plot of the card, where there is one."""
     path = folder / PLOT
     return path.read_bytes() if path.is_file() else None
-
-
-def checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def move_into_place(partial: Path, folder: Path) -> None:

@@ -179,9 +179,10 @@ class Shared:
             base_model: where the base model of a LoRA encoder lies on this machine, or its name on the Hub, instead of
                 the one recorded; it is recorded from then on. Left aside where the encoder was saved whole.
             draft_lvlm, batch_size, device: as in the class.
-            mmap: leave the index's vectors in their file; see [`DemoIndex.load`][drum_hf.index.DemoIndex.load].
-                Demonstrations can then be removed, and added where the index is in shards (`shard_rows` among its
-                options). The table is read into memory all the same.
+            mmap: leave the index's vectors, and the support set's rows and images, in files; see
+                [`DemoIndex.load`][drum_hf.index.DemoIndex.load] and
+                [`TripletTable.load`][drum_hf.data.TripletTable.load]. Demonstrations can then be removed, and added
+                where the index is in shards (`shard_rows` among its options).
             revision: branch, tag or commit on the Hub.
             token, cache_dir, local_files_only, force_download: as everywhere on the Hub.
             trust_remote_code: run code from the base model's repository. Nothing needs it.
@@ -199,7 +200,7 @@ class Shared:
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = _saved.locate(name_or_path, revision=revision, force_download=force_download, **hub)
         config = _saved.read_config(folder)
-        table = _saved_support(folder, config, image_root) if support is None else as_table(support)
+        table = _saved_support(folder, config, image_root, mmap=mmap) if support is None else as_table(support)
         index = load_index(folder / _saved.INDEX, mmap=mmap) if config["index"]["included"] else None
         options: dict[str, Any] = {"base_model": base_model, "device": device, "trust_remote_code": trust_remote_code}
         support_encoder = None
@@ -266,13 +267,15 @@ def as_table(support: Any) -> TripletTable:
     return TripletTable.from_dataset(support)
 
 
-def _saved_support(folder: Path, config: Mapping[str, Any], image_root: str | os.PathLike[str] | None) -> TripletTable:
+def _saved_support(
+    folder: Path, config: Mapping[str, Any], image_root: str | os.PathLike[str] | None, *, mmap: bool
+) -> TripletTable:
     about = config["support"]
     if not about["included"]:
         raise SavedFileError(
             f"{folder}: the retriever was saved without its {about['rows']} demonstrations; pass them with support="
         )
-    return TripletTable.load(folder / _saved.SUPPORT, image_root=image_root)
+    return TripletTable.load(folder / _saved.SUPPORT, image_root=image_root, mmap=mmap)
 
 
 def _check_width(folder: Path, index: AnyIndex, width: int | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -26,6 +26,11 @@ def image_key(image: Image | None) -> str:
 
 def content_key(*parts: str) -> str:
     """Hash of texts in order, each set apart by its length; 32 hex digits."""
+    return texts_key(parts)
+
+
+def texts_key(parts: Iterable[str]) -> str:
+    """As `content_key`, of texts that are read one by one."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode()

@@ -8,6 +8,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -314,12 +315,18 @@ def test_a_full_encoder_and_options_survive(clip, table, queries, tmp_path, kind
     assert loaded.base_model == str(clip) and loaded.teacher is None and loaded.strategy == "sit"
 
 
-def test_vectors_can_stay_in_their_file(encoder, table, queries, tmp_path):
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+@pytest.mark.usefixtures("datasets_cache")
+def test_vectors_and_rows_can_stay_in_their_files(encoder, table, queries, tmp_path):
     retriever = DemoRetriever.from_encoder(encoder, table, strategy="sit")
     expected = retriever.retrieve_ids(queries, 6)
-    retriever.save_pretrained(tmp_path)
-    loaded = DemoRetriever.from_pretrained(tmp_path, mmap=True, device="cpu")
-    assert loaded.index.mapped and same(loaded.retrieve_ids(queries, 6), expected)
+    retriever.save_pretrained(tmp_path / "saved")
+    loaded = DemoRetriever.from_pretrained(tmp_path / "saved", mmap=True, device="cpu")
+    assert loaded.index.mapped and loaded.support.mapped and same(loaded.retrieve_ids(queries, 6), expected)
     with pytest.raises(ValueError, match="mmap=True takes no rows"):
         loaded.add([{"id": "new", "prompt": "what?", "response": "that"}])
     assert "new" not in loaded.support
@@ -327,6 +334,7 @@ def test_vectors_can_stay_in_their_file(encoder, table, queries, tmp_path):
     assert table.ids[0] not in loaded.index and loaded.index.mapped
 
 
+@pytest.mark.usefixtures("datasets_cache")
 def test_an_index_in_shards_finds_the_same_and_takes_rows_though_mapped(retriever, table, queries, tmp_path):
     parts = DemoRetriever.from_encoder(retriever.encoder, table, index_options={"shard_rows": 5})
     assert [len(shard) for shard in parts.index.shards] == [5, 5, 2]
@@ -454,7 +462,7 @@ def test_the_card_may_be_edited(saved, tmp_path):
 
 def rewrite(folder: Path) -> None:
     """List the files as they are now, as if they had been saved so."""
-    from drum_hf._saved import checksum
+    from drum_hf._files import checksum
 
     path = folder / "drum_config.json"
     config = json.loads(path.read_text())

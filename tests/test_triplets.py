@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from drum_hf.data import TripletTable, check_leaks
+from drum_hf.data import TripletTable, _reading, check_leaks
 from drum_hf.errors import (
     ColumnError,
     DuplicateIdError,
@@ -564,13 +564,15 @@ ALTERED = {
 }
 
 
+@pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("name", ALTERED)
-def test_an_altered_file_is_refused(table, tmp_path, name):
+def test_an_altered_file_is_refused(table, tmp_path, name, mmap):
     change, match = ALTERED[name]
     file = table.save(tmp_path / "t.parquet")
     rewrite(file, change)
     with pytest.raises(SavedFileError, match=match) as error:
-        TripletTable.load(file)
+        TripletTable.load(file, mmap=mmap, cache_dir=tmp_path)
+    assert not list(tmp_path.glob("drum_hf/*"))  # nothing half-made
     assert str(error.value).startswith(str(file)) and "save the table again" in str(error.value)
 
 
@@ -581,8 +583,71 @@ def test_a_broken_or_missing_file_is_refused(table, tmp_path):
     whole = file.read_bytes()
     for cut in (0, 3, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:cut])
-        with pytest.raises(SavedFileError, match="parquet can't read"):
-            TripletTable.load(file)
+        for mmap in (False, True):
+            with pytest.raises(SavedFileError, match="parquet can't read"):
+                TripletTable.load(file, mmap=mmap, cache_dir=tmp_path)
+
+
+# Mapped
+
+
+def test_a_mapped_table_is_the_same_and_holds_ids_alone(tmp_path):
+    rows = [row(str(i), image=picture(i % 7) if i % 3 else None, group=f"g{i // 2}") for i in range(600)]
+    table = TripletTable.from_dataset(rows)
+    file = table.save(tmp_path)
+    mapped = TripletTable.load(file, mmap=True, cache_dir=tmp_path)
+    assert mapped.mapped and not table.mapped and same(mapped, table)
+    assert mapped.fingerprint == table.fingerprint and mapped.gold_fingerprint == table.gold_fingerprint
+    assert repr(mapped) == repr(table) and mapped.query("41").group == "g20"
+    assert mapped._records[-1] == table._records[-1] and mapped._records[3:7] == table._records[3:7]
+    other = pickle.loads(pickle.dumps(mapped))
+    assert other.mapped and same(other, table)
+    for cut in (mapped.without(["3", "500"]), mapped.select(["599", "0", "7"])):
+        expected = table.select(cut.ids)
+        assert cut.mapped and same(cut, expected) and cut.fingerprint == expected.fingerprint
+    more = TripletTable.from_dataset([row("new", image=picture(3))])
+    for a, b in ((mapped, more), (more, mapped), (mapped.select(["5", "4"]), more)):
+        plain = [table.select(part.ids) if part is not more else more for part in (a, b)]
+        assert same(a.concat(b), plain[0].concat(plain[1])) and a.concat(b).mapped
+    assert same(TripletTable.load(mapped.without(["0"]).save(tmp_path / "again")), table.without(["0"]))
+    assert check_leaks(mapped, more, on_leak="ignore") == check_leaks(table, more, on_leak="ignore") != []
+
+
+def test_rows_are_copied_once_and_again_where_the_copy_is_broken(table, tmp_path, monkeypatch):
+    file, copied = table.save(tmp_path / "t.parquet"), []
+    copy = _reading._copy
+    monkeypatch.setattr(_reading, "_copy", lambda *given: copied.append(given) or copy(*given))
+    for broken in (b"", b"no arrow", None, None):
+        assert same(TripletTable.load(file, mmap=True, cache_dir=tmp_path), table)
+        (arrow,) = tmp_path.glob("drum_hf/*")
+        if broken is not None:
+            arrow.write_bytes(broken)
+    assert len(copied) == 3
+    table.select(["b"]).save(file)  # other content, the same name
+    assert TripletTable.load(file, mmap=True, cache_dir=tmp_path).ids == ["b"]
+
+
+def test_mapped_images_by_reference(tmp_path):
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        picture(1).save(tmp_path / place / "p.png")
+    table = TripletTable.from_dataset([row("a", image=tmp_path / "here" / "p.png"), row("b")])
+    file = table.save(tmp_path / "t.parquet", images="reference")
+    for place in ("here", "there"):
+        mapped = TripletTable.load(file, mmap=True, cache_dir=tmp_path, image_root=tmp_path / place)
+        assert same(mapped, table) and place in mapped._images[0]["image"]["path"]
+    with pytest.raises(SavedFileError, match="pass image_root="):
+        TripletTable.load(file, mmap=True, cache_dir=tmp_path)
+    picture(2).save(tmp_path / "there" / "p.png")
+    with pytest.raises(ImageError, match="another picture"):
+        TripletTable.load(file, mmap=True, cache_dir=tmp_path, image_root=tmp_path / "there")["a"]
+
+
+def test_no_room_for_the_copy(table, tmp_path):
+    file = table.save(tmp_path / "t.parquet")
+    (tmp_path / "drum_hf").write_text("a file where the folder should be")
+    with pytest.raises(SavedFileError, match="writing it failed"):
+        TripletTable.load(file, mmap=True, cache_dir=tmp_path)
 
 
 # Leaks

@@ -7,32 +7,19 @@ import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from .._files import leads_outside
 from ..errors import DuplicateIdError, ImageError, RowError
 from ..types import content_key, image_key
 from ._columns import NamedClasses
 from ._images import decode, image_column, image_dataset
+from ._records import Record
 
 if TYPE_CHECKING:
     import datasets
 
 _BAR_FROM = 1000  # rows; a shorter check is over before a progress bar could be read
-
-
-class Record(NamedTuple):
-    """One row without its picture."""
-
-    id: str
-    prompt: str
-    response: str
-    references: tuple[str, ...]
-    group: str | None
-    label: str | None
-    key: str
-    query_key: str
-    image_key: str
 
 
 def check_rows(

@@ -19,8 +19,10 @@ from ..errors import DuplicateIdError, ImageError, LeakError, MissingIdError
 from ..types import Demonstration, Query, content_key, image_key
 from ._columns import no_rows, open_columns
 from ._images import MAX_PIXELS, ImageCache, decode
-from ._rows import Record, check_rows, refuse_duplicate_ids, shorten
-from ._storage import altered, image_references, read_table, table_file, write_table
+from ._reading import map_table, read_table
+from ._records import MappedRecords, Record, Records, fingerprint_of, ids_of, joined, take
+from ._rows import check_rows, refuse_duplicate_ids, shorten
+from ._storage import image_references, table_file, write_table
 
 if TYPE_CHECKING:
     import datasets
@@ -60,7 +62,7 @@ class TripletTable:
 
     def __init__(
         self,
-        records: Sequence[Record],
+        records: Records,
         images: datasets.Dataset,
         *,
         max_pixels: int = MAX_PIXELS,
@@ -68,16 +70,16 @@ class TripletTable:
         skipped: Sequence[tuple[int, str]] = (),
     ) -> None:
         # Takes rows that were checked already: users come in through the class methods.
-        if not records:
+        if not len(records):
             reason = f": all {len(skipped)} rows were left out, first for: {skipped[0][1]}" if skipped else ""
             raise no_rows(reason, skipped)
         self.max_pixels = max_pixels
         self.skipped = list(skipped)
-        self._records = list(records)
+        self._records = records
         self._images = images
         self._cache = ImageCache(cache_images)
         self._by_reference = False  # images are files that the one who saved the table had, too
-        self._rows = {record.id: row for row, record in enumerate(self._records)}
+        self._rows = {id: row for row, id in enumerate(ids_of(records))}
 
     @classmethod
     def from_dataset(
@@ -125,7 +127,7 @@ class TripletTable:
 
     @classmethod
     def _of_checked(
-        cls, records: Sequence[Record], images: datasets.Dataset, skipped: Sequence[tuple[int, str]], **options: Any
+        cls, records: list[Record], images: datasets.Dataset, skipped: Sequence[tuple[int, str]], **options: Any
     ) -> TripletTable:
         """What `check_rows` found, with a word about the rows left out."""
         if skipped:
@@ -178,7 +180,7 @@ class TripletTable:
     @functools.cached_property
     def ids(self) -> list[str]:
         """Ids in row order. Like every list below it is shared: copy it before changing it."""
-        return [record.id for record in self._records]
+        return list(self._rows)
 
     @functools.cached_property
     def prompts(self) -> list[str]:
@@ -228,7 +230,7 @@ class TripletTable:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of ids, content and groups in row order; 32 hex digits."""
-        return content_key(*(part for record in self._records for part in (record.id, record.key, record.group or "")))
+        return fingerprint_of(self._records)
 
     @functools.cached_property
     def gold_fingerprint(self) -> str:
@@ -277,7 +279,7 @@ class TripletTable:
                 "drop them from one table with .without(ids), or give its rows other ids"
             )
         table = TripletTable(
-            self._records + other._records,
+            joined(self._records, other._records),
             datasets.concatenate_datasets([self._images, other._images]),
             max_pixels=max(self.max_pixels, other.max_pixels),
             cache_images=self._cache.limit,
@@ -322,7 +324,9 @@ class TripletTable:
         cls,
         path: str | os.PathLike[str],
         *,
+        mmap: bool = False,
         image_root: str | os.PathLike[str] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
         max_pixels: int = MAX_PIXELS,
         cache_images: int = 256,
     ) -> TripletTable:
@@ -332,27 +336,36 @@ class TripletTable:
 
         Args:
             path: the file, or the folder it was saved in.
+            mmap: hold the ids in memory and nothing else: rows and images are read when they are asked for, from an
+                Arrow file that is made at the first time and mapped. Lists of a whole column, such as `prompts`, are
+                in memory once they were asked for.
             image_root: where the images lie of a table that was saved with references to them; their pixels are
                 compared with the hashes beside them when they are first read.
+            cache_dir: of the Arrow files; None: as `datasets` has it (`HF_DATASETS_CACHE`). Nothing but disk is lost
+                by deleting them.
             max_pixels, cache_images: as in `from_dataset`.
 
         Raises:
             SavedFileError: the file is missing, truncated, altered, or of another format version; or an image that it
-                refers to is not in `image_root`.
+                refers to is not in `image_root`; or the Arrow file can't be written.
         """
         file = table_file(path)
-        records, images, fingerprint, by_reference = read_table(file, image_root)
-        table = cls(records, images, max_pixels=max_pixels, cache_images=cache_images)
-        table._by_reference = by_reference
-        if fingerprint != table.fingerprint:
-            raise altered(file, "found rows or groups added, removed or moved since")
+        saved = map_table(file, image_root, cache_dir) if mmap else read_table(file, image_root)
+        table = cls(saved.records, saved.images, max_pixels=max_pixels, cache_images=cache_images)
+        table._by_reference = saved.by_reference
+        table.fingerprint = saved.fingerprint  # found to be that of the rows
         return table
+
+    @property
+    def mapped(self) -> bool:
+        """Whether rows are read from their file when they are asked for."""
+        return isinstance(self._records, MappedRecords)
 
     # Inside
 
     def _take(self, rows: list[int]) -> TripletTable:
         table = TripletTable(
-            [self._records[row] for row in rows],
+            take(self._records, rows),
             self._images.select(rows),
             max_pixels=self.max_pixels,
             cache_images=self._cache.limit,
