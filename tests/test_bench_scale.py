@@ -92,6 +92,15 @@ def test_mining_is_split_into_its_parts():
     assert sum(found[f"{name}_share"] for name in ("encoder", "index", "python")) == pytest.approx(1, abs=0.01)
 
 
+def test_a_table_is_measured_loaded_and_mapped(capsys, tmp_path):
+    main(["bench", "table", "--rows", "600", "--json", str(tmp_path / "table.json")])
+    found, out = json.loads((tmp_path / "table.json").read_text()), capsys.readouterr().out
+    assert found["rows"] == 600 and min(found["disk"].values()) >= 0
+    for name in ("loaded", "mapped first", "mapped again"):
+        assert found[name]["seconds"] > 0 and found[name]["read_us"] > 0 and found[name]["peak_mb"] > 50
+        assert f"table {name}" in out
+
+
 def test_the_command_line_plans(capsys, tmp_path):
     arguments = ["--rows", "10000000", "--dim", "1536", "--shard-rows", "1000000", "--calibrate", "0"]
     main(["bench", "plan", *arguments, "--json", str(tmp_path / "plan.json")])

@@ -25,6 +25,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "train": _train_options,
         "mine": _mine_options,
         "threads": _threads_options,
+        "table": _table_options,
         "plan": _plan_options,
     }
     for name, add_options in options.items():
@@ -38,6 +39,7 @@ _HELP = {
     "train": "a list-wise training step against encoding each of its images once",
     "mine": "a round of mining, split into encoder, index and Python",
     "threads": "an index asked from several threads at once, against one query after the other",
+    "table": "a table of so many rows, loaded into memory and mapped",
     "plan": "memory, disk and time of an index of so many rows, before it is built",
 }
 
@@ -134,6 +136,13 @@ def _threads_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--storage", default="float32", help="default: %(default)s")
     parser.add_argument("--queries", type=int, default=320, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+
+
+def _table_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(bench_run=_table)
+    parser.add_argument("--rows", type=int, default=50_000, help="default: %(default)s")
+    parser.add_argument("--side", type=int, default=32, help="of the pictures, in pixels (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the results to this file")
 
 
@@ -263,6 +272,15 @@ def _threads(args: argparse.Namespace) -> None:
         content["threads"].append(measure_threads(index, vectors.asked(), threads=args.threads))
         _tell(content["threads"][-1:])
     write_json(args.json, content)
+
+
+def _table(args: argparse.Namespace) -> None:
+    from ..bench.machine import describe_machine
+    from ..bench.table import measure_table
+
+    measured = measure_table(args.rows, side=args.side)
+    write_json(args.json, {"machine": describe_machine(), "rows": args.rows, **measured})
+    _tell({"table": name} | values for name, values in measured.items())
 
 
 def _plan(args: argparse.Namespace) -> None:
