@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from drum_hf.errors import SavedFileError
-from drum_hf.evaluation.readme import BEGIN, END, main, results_block, write_results
+from drum_hf.evaluation.readme import BEGIN, END, EXAMPLE_BEGIN, EXAMPLE_END, main, results_block, write_results
 from drum_hf.evaluation.summary import read_json
 
 TOP = Path(__file__).parents[1]
@@ -73,6 +73,26 @@ def test_other_results_replace_the_table_and_known_figures(tmp_path, demo):
     assert {path.name: path.read_bytes() for path in images.iterdir()} == {"shots.png": b"new", "why.png": b"old"}
     write_results(demo, page)
     assert page.read_text(encoding="utf-8") == text
+
+
+def test_the_example_is_run_beside_the_page(tmp_path, demo):
+    page = tmp_path / "README.md"
+    code = 'print("in", __import__("pathlib").Path("demo").is_dir())\n'
+    before = f"{BEGIN}{END}\n{EXAMPLE_BEGIN}\n```python\n{code}```\n\n```text\nstale\n```\n{EXAMPLE_END}\n"
+    page.write_text(before)
+    write_results(demo, page)
+    assert "stale" in page.read_text()  # without the demo's retriever the example can't be run
+    (demo / "retriever").mkdir()
+    write_results(demo, page)
+    assert page.read_text().endswith(
+        f"{EXAMPLE_BEGIN}\n```python\n{code}```\n\n```text\nin True\n```\n{EXAMPLE_END}\n"
+    )
+    for broken, said in (("1 / 0", "ZeroDivisionError"), (None, "found none")):
+        page.write_text(before.replace(code, f"{broken}\n") if broken else before.replace("```python", "```"))
+        text = page.read_text()
+        with pytest.raises(SavedFileError, match=said):
+            write_results(demo, page)
+        assert page.read_text() == text
 
 
 def test_other_runs_are_not_passed_off_as_the_demo(demo):
