@@ -151,12 +151,14 @@ def _read_index(folder: Path) -> Any:
 def _sign_index(folder: Path) -> None:
     from safetensors.numpy import load
 
+    from drum_hf._index_files import entries_sum
+
     tensors = load((folder / "vectors.safetensors").read_bytes())
     meta = json.loads((folder / "index.json").read_text())
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(np.ascontiguousarray(tensors[name]).data)
-    meta["vectors_sha256"] = digest.hexdigest()
+    meta |= {"vectors_sha256": digest.hexdigest(), "entries_sha256": entries_sum(meta)}
     (folder / "index.json").write_text(json.dumps(meta))
 
 
