@@ -283,6 +283,26 @@ def test_a_benchmarks_rows_that_are_none(task):
         read_vl_icl(task)
 
 
+def test_a_benchmarks_classes_that_are_none(tmp_path):
+    (tmp_path / "open_mi").mkdir()
+    picture(0).save(tmp_path / "open_mi" / "0.png")
+    row = {"image": "open_mi/0.png", "question": "what?", "answer": "dax", "classes": ["dax", {}], "support": {}}
+    (tmp_path / "open_mi" / "query.json").write_text(json.dumps([row]))
+    with pytest.raises(RowError, match="another class"):
+        read_vl_icl(tmp_path / "open_mi", shots=[0])
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.json", "t.parquet"])
+def test_a_table_that_is_a_link_to_itself_or_a_pipe(tmp_path, name):
+    (tmp_path / name).symlink_to(tmp_path / name)
+    with pytest.raises(SavedFileError, match=name):
+        load_table(tmp_path / name)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(SavedFileError, match=name):
+        load_table(tmp_path / name)
+
+
 def test_a_benchmark_in_parquet_opens_nothing_else(tmp_path):
     picture(0).save(tmp_path / "secret.png")
     (tmp_path / "smmile").mkdir()
