@@ -70,6 +70,7 @@ def adapting() -> Iterator[None]:
     """While an adapter is put on a model: without warnings that peft gives of what is meant, or its own doing."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
+        warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted", UserWarning)
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
 

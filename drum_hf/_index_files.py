@@ -20,6 +20,8 @@ from .errors import SavedFileError
 #: 1 held float32 vectors alone and the sizes of the batches that a graph is built from; 2 holds the graph.
 _FORMAT_VERSION = 2
 VECTORS, META = "vectors.safetensors", "index.json"
+#: Of ids, groups and parameters; earlier files have none.
+_ENTRIES_SUM = "entries_sha256"
 _ENTRIES: dict[str, type] = dict.fromkeys(("kind", "vectors_sha256"), str)
 _ENTRIES |= dict.fromkeys(("dimension", "hnsw_m", "ef_construction", "ef_search"), int)
 _ENTRIES |= dict.fromkeys(("ids", "groups"), list)
@@ -48,13 +50,20 @@ def write(
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(np.ascontiguousarray(tensors[name]).data)
-    meta = {"format_version": _FORMAT_VERSION, "vectors_sha256": digest.hexdigest(), **entries}
+    sums = {"vectors_sha256": digest.hexdigest(), _ENTRIES_SUM: entries_sum(entries)}
+    meta = {"format_version": _FORMAT_VERSION, **sums, **entries}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with _replacing(folder / VECTORS) as path:
             _write_tensors(path, tensors)
         with _replacing(folder / META) as path:
             path.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def entries_sum(meta: Mapping[str, Any]) -> str:
+    """SHA-256 of all that stands in the JSON file, its other checksum and its version aside."""
+    entries = {key: meta[key] for key in meta.keys() - {"format_version", "vectors_sha256", _ENTRIES_SUM}}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -144,6 +153,9 @@ def reading(directory: str | os.PathLike[str]) -> Iterator[Saved]:
         if len(groups) != len(ids) or rows != len(ids) or len(set(ids)) != len(ids):
             fault = f"{len(ids)} ids ({len(set(ids))} unique) stand beside {len(groups)} groups and {rows} rows"
             raise broken(folder / META, fault)
+        noted = meta.get(_ENTRIES_SUM)
+        if noted is not None and noted != entries_sum(meta):
+            raise broken(folder / META, "an id, a group or a parameter is not what was saved")
         yield saved
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
+from PIL.Image import new as new_image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from torch import nn
@@ -527,6 +528,10 @@ def load_encoder(
         base_model, base_revision: as in `JointEncoder.from_pretrained`.
         device: "cuda", "cpu", … None: the fastest there is.
         token, cache_dir, local_files_only, trust_remote_code: for the base model, as everywhere in transformers.
+
+    Raises:
+        Exception: nearly anything that transformers raises of files that are no model, or that don't fit one another:
+            a blank picture and two texts are embedded to find that out.
     """
     module = JointEncoder.from_pretrained(
         directory,
@@ -539,6 +544,7 @@ def load_encoder(
     )
     encoder = SentenceTransformer(modules=[module], device=device, similarity_fn_name="dot")
     encoder.eval()
+    encoder.encode([{"image": new_image("RGB", (8, 8)), "text": ["a", "b"]}], show_progress_bar=False)
     return encoder
 
 

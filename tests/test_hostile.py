@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
+import random
+import shutil
 import sqlite3
 import struct
 
@@ -13,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from fuzz.__main__ import run
-from fuzz.mutations import Evil, big_png
-from tiny_encoders import picture
+from fuzz.mutations import Evil, big_png, mutate
+from tiny_encoders import picture, tiny_clip
 
 from drum_hf._files import leads_outside, read_parquet
 from drum_hf.data import TripletTable, load_table
@@ -23,9 +27,12 @@ from drum_hf.data.episodes import read_llava, read_seed_bench, read_vl_checklist
 from drum_hf.errors import DrumError, ImageError, RowError, SavedFileError, SuiteError
 from drum_hf.evaluation.benchmarks import read_smmile, read_vl_icl
 from drum_hf.index import DemoIndex
+from drum_hf.lvlm.local import TransformersLVLM
 from drum_hf.lvlm.store import RequestParts, ScoreStore
+from drum_hf.retriever import DemoRetriever
 from drum_hf.sharded_index import ShardedIndex
 from drum_hf.suite import load_suite
+from drum_hf.suite.cells import CellFiles, Values
 from drum_hf.training.mining import CandidateTable
 from drum_hf.tuning import TuningConfig
 
@@ -276,6 +283,26 @@ def test_a_benchmarks_rows_that_are_none(task):
         read_vl_icl(task)
 
 
+def test_a_benchmarks_classes_that_are_none(tmp_path):
+    (tmp_path / "open_mi").mkdir()
+    picture(0).save(tmp_path / "open_mi" / "0.png")
+    row = {"image": "open_mi/0.png", "question": "what?", "answer": "dax", "classes": ["dax", {}], "support": {}}
+    (tmp_path / "open_mi" / "query.json").write_text(json.dumps([row]))
+    with pytest.raises(RowError, match="another class"):
+        read_vl_icl(tmp_path / "open_mi", shots=[0])
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.json", "t.parquet"])
+def test_a_table_that_is_a_link_to_itself_or_a_pipe(tmp_path, name):
+    (tmp_path / name).symlink_to(tmp_path / name)
+    with pytest.raises(SavedFileError, match=name):
+        load_table(tmp_path / name)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(SavedFileError, match=name):
+        load_table(tmp_path / name)
+
+
 def test_a_benchmark_in_parquet_opens_nothing_else(tmp_path):
     picture(0).save(tmp_path / "secret.png")
     (tmp_path / "smmile").mkdir()
@@ -378,3 +405,120 @@ def test_a_few_hundred_mutations(tmp_path):
     counts, faults = run(300, 1, kinds, tmp_path / "work")
     assert faults == [] and counts.total() >= 290
     assert sum(n for (_, result), n in counts.items() if result.startswith("named")) > 100
+
+
+def test_a_mutation_changes_something(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for seed in range(60):
+        for name in ("rows.csv", "rows.json"):
+            (tmp_path / "a" / name).write_text("id,image\n0,0.png" if name.endswith("csv") else '{"id": [1, 2]}')
+        before = {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+        mutate(tmp_path / "a", random.Random(seed), tmp_path / "b", tmp_path / "mark")
+        after = {path: path.is_file() and path.read_bytes() for path in (tmp_path / "a").iterdir() if path.exists()}
+        assert after != before
+        shutil.rmtree(tmp_path / "a")
+        (tmp_path / "a").mkdir()
+
+
+# ---- adapters ----
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """Folders of a retriever with an adapter, and of one without."""
+    work = tmp_path_factory.mktemp("adapted")
+    clip = tiny_clip(work)
+    table = TripletTable.from_dataset([{"id": f"d{i}", "prompt": f"what is {i}", "response": "x"} for i in range(6)])
+    for name, lora in (("lora", True), ("plain", False)):
+        DemoRetriever.from_encoder(clip, table, lora=lora, device="cpu").save_pretrained(work / name)
+    return work
+
+
+def altered(folder, name, change):
+    """Change a JSON file of a saved encoder, and its checksum."""
+    path = folder / "encoder" / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    config = json.loads((folder / "drum_config.json").read_text())
+    config["files"][f"encoder/{name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / "drum_config.json").write_text(json.dumps(config))
+    return folder
+
+
+ADAPTERS = [
+    ("adapter_config.json", {"megatron_config": {"a": 1}, "megatron_core": "this"}, "'megatron_config' is not supp"),
+    ("adapter_config.json", {"layer_replication": [[0, 2**24]]}, "'layer_replication' is not supported"),
+    ("adapter_config.json", {"r": 2**22}, "the rank 4.19e.06 is none of"),
+    ("adapter_config.json", {"rank_pattern": {"q_proj": 2**20}}, "the rank 1.05e.06 is none of"),
+    ("adapter_config.json", {"target_modules": "(.*)*x"}, "may match without end"),
+    ("adapter_config.json", {"alpha_pattern": {".*" * 9 + "x": 1}}, "may match without end"),
+    ("adapter_config.json", {"target_modules": ["no_such_layer"]}, "can't be put on this model"),
+    ("adapter_config.json", {"r": 3}, "can't be put on this model"),
+    ("sentence_bert_config.json", {"log_weights": ["a", 0, 0]}, "what was saved with the adapter"),
+    ("sentence_bert_config.json", {"log_weights": [0]}, "no weights of its parts"),
+]
+
+
+@pytest.mark.parametrize("host", ["lora", "plain"])
+def test_an_adapter_that_is_none_changes_nothing(adapted, tmp_path, host):
+    retriever, query = DemoRetriever.from_pretrained(adapted / "lora", device="cpu"), [{"prompt": "what is 3"}]
+    if host == "plain":
+        retriever = DemoRetriever.from_encoder(adapted / "clip", retriever.support, device="cpu")
+    names, used, (ids, scores) = retriever.adapters, retriever.active_adapter, retriever.retrieve_ids(query, 6)
+    shapes = {name: value.shape for name, value in retriever.encoder.state_dict().items()}
+    for number, (file, change, message) in enumerate(ADAPTERS):
+        folder = altered(shutil.copytree(adapted / "lora", tmp_path / str(number)), file, change)
+        with pytest.raises(SavedFileError, match=message):
+            retriever.load_adapter(folder, "theirs")
+        assert (retriever.adapters, retriever.active_adapter) == (names, used)
+        assert {name: value.shape for name, value in retriever.encoder.state_dict().items()} == shapes
+    retriever.mark_stale()
+    again, theirs = retriever.retrieve_ids(query, 6)
+    assert again == ids and np.array_equal(scores, theirs)
+    retriever.load_adapter(adapted / "lora", "theirs")
+    assert retriever.adapters == [*names, "theirs"]
+
+
+@pytest.mark.parametrize(("file", "change", "message"), ADAPTERS[:8])
+def test_a_retriever_whose_adapter_is_none(adapted, tmp_path, file, change, message):
+    folder = altered(shutil.copytree(adapted / "lora", tmp_path / "r"), file, change)
+    with pytest.raises(SavedFileError):
+        DemoRetriever.from_pretrained(folder, device="cpu")
+
+
+def test_an_encoder_whose_parts_do_not_fit(adapted, tmp_path):
+    folder = shutil.copytree(adapted / "plain", tmp_path / "r")
+    processor = json.loads((folder / "encoder" / "processor_config.json").read_text())["image_processor"]
+    altered(folder, "processor_config.json", {"image_processor": processor | {"image_mean": [0.5, 0.5]}})
+    with pytest.raises(SavedFileError, match="mean must have 3"):
+        DemoRetriever.from_pretrained(folder, device="cpu")
+
+
+def test_an_lvlms_adapter_that_is_a_pickle(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "target_modules": ["q_proj"]}')
+    torch.save({"base_model.model.x": torch.zeros(2)}, tmp_path / "adapter_model.bin")
+    with pytest.raises(SavedFileError, match=r"adapter_model\.safetensors: expected the adapter's weights"):
+        TransformersLVLM.from_pretrained("playground/lvlm", adapter=str(tmp_path), device="cpu")
+
+
+# ---- cells of a suite ----
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop_columns(["answer"]), "answer"),
+        (lambda t: t.replace_schema_metadata({"pairs": '"x"'}), "missing"),
+        (lambda t: t.replace_schema_metadata({"pairs": "[" * 100_000}), "recursion"),
+        (lambda t: t.set_column(1, "value", pa.array(["a", "b"])), "a cell of a suite"),
+        (lambda t: t.set_column(1, "value", pa.array([0.0, float("nan")])), "no number"),
+        (lambda t: t.set_column(0, "query_id", pa.array(["a", None])), "missing"),
+    ],
+)
+def test_a_cell_that_is_none(tmp_path, change, message):
+    files = CellFiles(tmp_path)
+    files.write("key", Values(["a", "b"], np.array([0.0, 1.0]), ["x", "y"], [["c"], ["d"]], 3))
+    assert files.read("key").pairs == 3
+    pq.write_table(change(pq.read_table(files.path("key"))), files.path("key"))
+    with pytest.raises(SavedFileError, match=f"(?i){message}"):
+        files.read("key")

@@ -459,9 +459,11 @@ def test_a_broken_save_is_named(tmp_path):
             DemoIndex.load(tmp_path / "bad")
         return str(caught.value)
 
-    def edit(**changes):
+    def edit(signed=False, **changes):
         def change(path):
-            path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+            meta = {**json.loads(path.read_text()), **changes}
+            meta = {key: value for key, value in meta.items() if signed or key != "entries_sha256"}
+            path.write_text(json.dumps(meta))
 
         return change
 
@@ -485,6 +487,8 @@ def test_a_broken_save_is_named(tmp_path):
     assert "dimension 8" in broken(meta, edit(dimension=8))
     assert "kind" in broken(meta, edit(kind="tree"))
     assert "expected a F16 tensor" in broken(meta, edit(storage="float16"))
+    for changes in ({"ids": ["x", *ids[1:]]}, {"groups": ["g", *[None] * 29]}, {"ef_search": 17}):
+        assert "is not what was saved" in broken(meta, edit(signed=True, **changes))
     for changes in ({"ids": [1] * 30}, {"groups": "g"}, {"dimension": "16"}, {"nprobe": None}, {"ids": None}):
         assert "type" in broken(meta, edit(**changes))
 

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from kill.__main__ import VERBS, check, make_data, outcome, uninterrupted
+from kill.__main__ import VERBS, check, make_data, outcome, servers, timed, uninterrupted
 
 from drum_hf.errors import SavedFileError
 from drum_hf.training.checkpoints import WholeCheckpoints, last_checkpoint, same_run
@@ -117,8 +117,10 @@ def work(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_killed_and_given_again_it_ends_as_if_it_had_not_been(work, verb):
-    whole = uninterrupted(verb, work / "data", work)
-    done = check(verb, work / "data", work, 2, random.Random(verb), whole)
+    modules, expected = uninterrupted(verb, work / "data", work)
+    with servers(modules) as pair:
+        seconds = timed(pair, verb, work / "data", work, expected)
+        done = check(pair, verb, work / "data", work, 2, random.Random(verb), (seconds, expected))
     assert done <= 2
 
 

@@ -15,7 +15,7 @@ from drum_hf.errors import LeakError
 
 def test_no_retrieval_shows_the_query_or_its_group():
     results = leaks.run(12_000, seed=1)
-    assert sum(asked for asked, _ in results.values()) >= 12_000 and len(results) >= 25
+    assert sum(asked for asked, _ in results.values()) >= 12_000 and len(results) >= 30
     assert {name: found for name, (_, found) in results.items() if found} == {}
 
 

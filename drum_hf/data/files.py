@@ -255,7 +255,12 @@ def _read(path: Path, faults: list[str] | None = None) -> Rows:
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
         raise SavedFileError(f"{path}: expected a table ({', '.join(_SUFFIXES)}), came {suffix or 'no'} extension")
-    if not path.stat().st_size:
+    try:
+        refuse_special(path)
+        size = path.stat().st_size
+    except OSError as error:
+        raise SavedFileError(f"{path}: expected a table, it can't be opened ({error}); give another file") from error
+    if not size:
         raise EmptySupportError(f"{path}: expected at least one row, came an empty file; write the table again")
     if suffix == ".parquet":
         return _read_parquet_rows(path)
@@ -263,6 +268,8 @@ def _read(path: Path, faults: list[str] | None = None) -> Rows:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SavedFileError(f"{path}: expected text in UTF-8 ({error}); save it in that encoding") from error
+    except OSError as error:
+        raise SavedFileError(f"{path}: it can't be read ({error}); see to its permissions and its disk") from error
     if suffix == ".jsonl":
         return list(_json_rows(text, path, faults))
     if suffix == ".json":

@@ -311,7 +311,7 @@ def _open_mi(reader: _Reader, rows: Sequence[Any], most: int, seed: int) -> list
         support = reader.get(row, "support", dict, where)
         gold = query[2]
         others = [name for name in classes if name != gold]
-        if gold not in classes or not others:
+        if gold not in classes or not others or not all(isinstance(name, str) for name in classes):
             raise RowError(
                 f"{where}: column 'classes': expected the answer {gold!r} and another class, came {classes!r}"
             )

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._compat import adapting, loading, local_name, resolve_name
+from .._compat import loading, local_name, resolve_name
 from .._hub import commit_of, fetch_snapshot
+from ..adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, reading_adapter
 from ..types import ICLRequest
 from ._answers import combine_answers, log_softmax, wanted_answers
 from ._fingerprint import Identity, describe
@@ -142,6 +143,7 @@ class TransformersLVLM:
             ChatTemplateError: see the class.
             ModelError: there is no such model; an OSError, too.
             HubError: there is no such adapter.
+            SavedFileError: the adapter's files are damaged, are no safetensors, or are for another model.
         """
         import torch
         from transformers import AutoModelForImageTextToText
@@ -162,13 +164,13 @@ class TransformersLVLM:
                 adapter = os.fspath(
                     fetch_snapshot(
                         adapter,
-                        patterns=["adapter_config.json", "adapter_model.safetensors"],  # no pickle
+                        patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS],  # no pickle
                         token=token,
                         cache_dir=cache_dir,
                         local_files_only=local_files_only,
                     )
                 )
-            with adapting():
+            with reading_adapter(adapter):
                 model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
             commit = None  # the weights are no longer those of the commit
         if "device_map" not in model_kwargs:

@@ -12,12 +12,15 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._files import writing
+from .._files import read_parquet, writing
 from ..errors import SavedFileError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = ["Cell", "CellFiles", "Values", "digest"]
 
@@ -117,13 +120,14 @@ class CellFiles:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        rows = {
-            "query_id": pa.array(values.query_ids, pa.string()),
-            "value": pa.array(values.values, pa.float64()),
-            "answer": pa.array(values.answers, pa.string()),
-            "demonstrations": pa.array([list(ids) for ids in values.demonstrations], pa.list_(pa.string())),
-        }
-        table = pa.table(rows).replace_schema_metadata({"pairs": json.dumps(values.pairs)})
+        columns: list[Any] = [
+            values.query_ids,
+            values.values,
+            values.answers,
+            [list(ids) for ids in values.demonstrations],
+        ]
+        schema = _columns().with_metadata({"pairs": json.dumps(values.pairs)})
+        table = pa.table([pa.array(c, t) for c, t in zip(columns, schema.types, strict=True)], schema=schema)
         partial = self.folder / f".{key}.{os.getpid()}.partial"
         with writing(self.path(key)):
             try:
@@ -139,16 +143,33 @@ class CellFiles:
             SavedFileError: the file is missing or broken.
         """
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         path = self.path(key)
         try:
-            table = pq.read_table(path)
+            table = read_parquet(path).select(_columns().names)
+            about = json.loads((table.schema.metadata or {})[b"pairs"])
+            table = table.cast(_columns())
+            if any(column.null_count for column in table.columns) or not (about is None or type(about) is int):
+                raise ValueError("some of it is missing")
             columns = {name: table.column(name).to_pylist() for name in ("query_id", "answer", "demonstrations")}
             values = table.column("value").to_numpy()
-            pairs = json.loads(table.schema.metadata[b"pairs"])
-        except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
+            if not np.isfinite(values).all() or None in {id for ids in columns["demonstrations"] for id in ids}:
+                raise ValueError("some of it is no number or no id")
+        except (OSError, KeyError, TypeError, ValueError, RecursionError, pa.ArrowException) as error:
             raise SavedFileError(
                 f"{path}: expected a cell of a suite ({error}); delete the file, and the next run makes it again"
             ) from error
-        return Values(columns["query_id"], values, columns["answer"], columns["demonstrations"], pairs)
+        return Values(columns["query_id"], values, columns["answer"], columns["demonstrations"], about)
+
+
+def _columns() -> pa.Schema:
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("query_id", pa.string()),
+            ("value", pa.float64()),
+            ("answer", pa.string()),
+            ("demonstrations", pa.list_(pa.string())),
+        ]
+    )

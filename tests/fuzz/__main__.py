@@ -86,7 +86,7 @@ class Worker:
 
 
 def run(
-    count: int, seed: int, kinds: list[str], work: Path, *, report: bool = False
+    count: int, seed: int, kinds: list[str], work: Path, *, least: int = 1, report: bool = False
 ) -> tuple[collections.Counter, list]:
     """Outcomes by (kind, outcome), and the faults as (kind, seed, what was done, what came of it)."""
     (work / "secret").mkdir(parents=True)
@@ -99,7 +99,7 @@ def run(
     try:
         for kind in kinds:
             began = time.perf_counter()
-            for number in range(max(1, round(count * ARTEFACTS[kind].share / total))):
+            for number in range(max(least, round(count * ARTEFACTS[kind].share / total))):
                 what, result = worker.load(kind, seed * 1_000_000 + number)
                 counts[kind, result.split(" ")[0] if result.startswith("FAULT") else result] += 1
                 if result.startswith("FAULT"):
@@ -119,6 +119,7 @@ def run(
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--least", type=int, default=1, help="of each kind (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default=",".join(ARTEFACTS), help="comma-separated (default: all)")
     parser.add_argument("--one", type=int, help="only the mutation of this number, of --kinds")
@@ -131,7 +132,8 @@ def main() -> int:
             sys.stdout.write(f"{worker.load(args.kinds, args.one)}\n")
             worker.close()
             return 0
-        counts, faults = run(args.count, args.seed, args.kinds.split(","), Path(folder) / "work", report=True)
+        kinds, work = args.kinds.split(","), Path(folder) / "work"
+        counts, faults = run(args.count, args.seed, kinds, work, least=args.least, report=True)
     for (kind, result), number in sorted(counts.items()):
         sys.stdout.write(f"{kind:16} {result:32} {number}\n")
     sys.stdout.write(f"{counts.total()} mutated in {time.perf_counter() - began:.0f} s, {len(faults)} faults\n")

@@ -151,12 +151,14 @@ def _read_index(folder: Path) -> Any:
 def _sign_index(folder: Path) -> None:
     from safetensors.numpy import load
 
+    from drum_hf._index_files import entries_sum
+
     tensors = load((folder / "vectors.safetensors").read_bytes())
     meta = json.loads((folder / "index.json").read_text())
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(np.ascontiguousarray(tensors[name]).data)
-    meta["vectors_sha256"] = digest.hexdigest()
+    meta |= {"vectors_sha256": digest.hexdigest(), "entries_sha256": entries_sum(meta)}
     (folder / "index.json").write_text(json.dumps(meta))
 
 
@@ -239,6 +241,71 @@ def _read_retriever(folder: Path, **options: Any) -> Any:
     retriever = DemoRetriever.from_pretrained(folder, device="cpu", **options)
     found = retriever({"image": picture(99), "prompt": "what is 3?", "draft": "word1"}, k=3)
     return repr((found.ids, [round(float(s), 3) for s in found.scores], _content(retriever.support)))
+
+
+def _make_adapter(folder: Path) -> None:
+    from drum_hf.retriever import DemoRetriever
+
+    retriever = DemoRetriever.from_encoder(_base(folder), support=_table(), lora=True, device="cpu")
+    retriever.save_pretrained(folder.parent / "host")
+    retriever.save_pretrained(folder, include_support=False, include_index=False)
+
+
+_hosts: list[Any] = []
+
+
+def _read_adapter(folder: Path) -> Any:
+    """The adapter beside another retriever's; where it can't be had, that one must be as it was."""
+    from drum_hf.retriever import DemoRetriever
+
+    if not _hosts:
+        _hosts.append(DemoRetriever.from_pretrained(folder.parent / "pristine" / "host", device="cpu"))
+    host, query = _hosts[0], {"image": picture(99), "prompt": "what is 3?", "draft": "word1"}
+
+    def shown() -> Any:
+        return host.adapters, host.active_adapter, host.weights, [round(float(s), 3) for s in host(query, k=3).scores]
+
+    before = shown()
+    name = f"n{len(host.adapters)}"
+    try:
+        host.load_adapter(folder, name)
+    except BaseException:
+        assert shown() == before, "an adapter that could not be loaded has changed the retriever"
+        raise
+    host.set_adapter(name)
+    try:
+        found = [round(float(s), 3) for s in host(query, k=3).scores], host.weights
+    finally:
+        host.set_adapter("default")
+    assert shown()[1:] == before[1:], "an adapter beside it has changed the retriever"
+    if len(host.adapters) > 20:
+        _hosts.clear()
+    return repr(found)
+
+
+# ---- an LVLM's adapter ----
+
+
+def _make_lvlm_adapter(folder: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from drum_hf.lvlm.local import TransformersLVLM
+
+    torch.manual_seed(0)
+    model = TransformersLVLM.from_pretrained("playground/lvlm", device="cpu").model
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(folder)
+
+
+def _read_lvlm_adapter(folder: Path) -> Any:
+    from drum_hf.lvlm.local import TransformersLVLM
+    from drum_hf.types import Demonstration, ICLRequest, Query
+
+    lvlm = TransformersLVLM.from_pretrained("playground/lvlm", adapter=str(folder), device="cpu")
+    shown = Demonstration(id="a", image=picture(1), prompt="what?", response="red")
+    request = ICLRequest(Query(image=picture(2), prompt="what?"), (shown,), ("red",))
+    return repr([round(float(score), 3) for score in lvlm.score([request])])
 
 
 def _sign_retriever(folder: Path) -> None:
@@ -329,6 +396,20 @@ def _read_candidates(folder: Path) -> Any:
     return repr((table.query_ids, table.rounds, list(table.rows())))
 
 
+def _make_cells(folder: Path) -> None:
+    from drum_hf.suite.cells import CellFiles, Values
+
+    values = np.linspace(0, 1, 6)
+    shown = [[f"d{i}", f"d{i + 1}"] for i in range(6)]
+    CellFiles(folder).write("cell", Values([f"q{i}" for i in range(6)], values, ["red"] * 6, shown, 40))
+
+
+def _read_cells(folder: Path) -> Any:
+    from drum_hf.suite.cells import CellFiles
+
+    return repr(CellFiles(folder).read("cell"))
+
+
 # ---- tuning ----
 
 
@@ -399,6 +480,8 @@ ARTEFACTS: dict[str, Artefact] = {
     "retriever-referring": Artefact(
         _make_referring, _read_referring, lambda folder: _sign_retriever(folder / "retriever"), share=0.35
     ),
+    "adapter": Artefact(_make_adapter, _read_adapter, _sign_retriever, share=0.35),
+    "lvlm-adapter": Artefact(_make_lvlm_adapter, _read_lvlm_adapter, share=0.35),
     "index-sharded": Artefact(_make_sharded, _read_sharded, _sign_sharded),
     "index-flat": Artefact(_make_index(), _read_index, _sign_index, sealed=True),
     "index-hnsw": Artefact(_make_index(kind="hnsw", hnsw_m=4), _read_index, _sign_index, sealed=True),
@@ -417,6 +500,7 @@ ARTEFACTS: dict[str, Artefact] = {
     "rows-parquet": Artefact(_make_rows_parquet, _load_table, share=0.6),
     "rows-dataset": Artefact(_make_dataset, _load_dataset, share=0.6),
     "images": Artefact(_make_images, _load_table, share=2.0),
+    "cells": Artefact(_make_cells, _read_cells),
     "mix": Artefact(_make_mix, _read_mix, anywhere=True),
     **TASKS,
 }

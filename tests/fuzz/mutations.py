@@ -393,22 +393,43 @@ BY_SUFFIX: dict[str, Callable[[Path, Chance], None]] = {
 
 def mutate(folder: Path, chance: Chance, secret: Path, mark: Path) -> str:
     """Change one file below `folder`, or what stands in its place; what was done, in words."""
+    for _ in range(100):
+        try:
+            what = _mutate(folder, chance, secret, mark)
+        except (ValueError, TypeError, OverflowError, pa_errors()):  # no such mutation of this file
+            continue
+        if what:
+            return what
+    raise RuntimeError(f"{folder}: nothing could be changed")
+
+
+def pa_errors() -> type[Exception]:
+    import pyarrow as pa
+
+    return pa.ArrowException
+
+
+def _mutate(folder: Path, chance: Chance, secret: Path, mark: Path) -> str:
+    """As `mutate`; "" where it came to nothing."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    path = chance.choice(files)
+    # Pictures are many, and what names them is one: every kind of file has its turn.
+    suffix = chance.choice(sorted({path.suffix for path in files} - {".md"}))
+    path = chance.choice([path for path in files if path.suffix == suffix])
     name = path.relative_to(folder).as_posix()
     roll = chance.random()
+    before = path.read_bytes()
     if roll < 0.5:
-        path.write_bytes(bytewise(path.read_bytes(), chance))
-        return f"{name}: bytes"
+        path.write_bytes(bytewise(before, chance))
+        return f"{name}: bytes" if path.read_bytes() != before else ""
     if roll < 0.86 and path.suffix in BY_SUFFIX:
         BY_SUFFIX[path.suffix](path, chance)
-        return f"{name}: structure"
+        return f"{name}: structure" if path.read_bytes() != before else ""
     if roll < 0.93:
         strange = strange_files(mark)
         number = chance.randrange(len(strange))
         path.write_bytes(strange[number])
         return f"{name}: strange content {number}"
-    match chance.randrange(6):
+    match chance.randrange(7):
         case 0:
             path.unlink()
             return f"{name}: gone"
@@ -430,15 +451,22 @@ def mutate(folder: Path, chance: Chance, secret: Path, mark: Path) -> str:
             return f"{name}: a pipe"
         case 4:
             other = chance.choice(files)
-            if other != path:
-                shutil.copyfile(other, path)
-            return f"{name}: is {other.name}"
+            shutil.copyfile(other, path) if other != path else None
+            return f"{name}: is {other.name}" if path.read_bytes() != before else ""
+        case 5:
+            place = path.parent
+            if place == folder:
+                return ""
+            shutil.rmtree(place)
+            place.symlink_to(secret)
+            return f"{place.relative_to(folder).as_posix()}: a link to a folder"
         case _:
             stray = path.with_name(
                 chance.choice(
                     ["pytorch_model.bin", "adapter_config.json", "model.safetensors.index.json", "x.py", "custom.pkl"]
                 )
             )
-            if not stray.exists():
-                stray.write_bytes(chance.choice([pickle.dumps(Evil(mark)), b"{}", b"import os"]))
+            if stray.exists():
+                return ""
+            stray.write_bytes(chance.choice([pickle.dumps(Evil(mark)), b"{}", b"import os"]))
             return f"{stray.name}: a file more"

@@ -95,28 +95,24 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         source, expected = pristine[kind]
         shutil.copytree(source, folder)
-        try:
-            what = mutate(folder, chance, secret, mark)
-            signed = False
-            plain = all(path.is_file() or path.is_dir() for path in folder.rglob("*"))  # a pipe can't be signed
-            if ARTEFACTS[kind].sign is not None and plain and chance.random() < 0.8:
-                try:
-                    ARTEFACTS[kind].sign(folder)  # type: ignore[misc]
-                    signed = True
-                except Exception:
-                    pass  # nothing left to sign
-        except (ValueError, TypeError, OverflowError, UnicodeError) as error:  # no such mutation of this file
-            what, result = f"not mutated ({error!r:.60})", "same"
-        else:
-            del _seen[:]
-            _watched[:] = ["" if ARTEFACTS[kind].anywhere else str(secret)]
-            result = outcome(kind, folder, expected, signed)
-            _watched.clear()
-            if _seen:
-                result = f"FAULT {_seen[0]}"
-            if mark.exists():
-                result = "FAULT code was run"
-                mark.rmdir()
+        what = mutate(folder, chance, secret, mark)
+        signed = False
+        plain = all(path.is_file() or path.is_dir() for path in folder.rglob("*"))  # a pipe can't be signed
+        if ARTEFACTS[kind].sign is not None and plain and chance.random() < 0.8:
+            try:
+                ARTEFACTS[kind].sign(folder)  # type: ignore[misc]
+                signed = True
+            except Exception:
+                pass  # nothing left to sign
+        del _seen[:]
+        _watched[:] = ["" if ARTEFACTS[kind].anywhere else str(secret)]
+        result = outcome(kind, folder, expected, signed)
+        _watched.clear()
+        if _seen:
+            result = f"FAULT {_seen[0]}"
+        if mark.exists():
+            result = "FAULT code was run"
+            mark.rmdir()
         sys.stdout.write(json.dumps([kind, seed, what, result]) + "\n")
         sys.stdout.flush()
 

@@ -1,15 +1,22 @@
 """Kill `drum-hf` at random moments, repeat the command until it is done, and compare with an uninterrupted run.
 
-`python -m tests.kill --count 50 --seed 0 [--verbs train,score,eval,tune]`. The outcome must be the same bytes; no
-answer that was stored is lost or paid for again. Exit status 1 otherwise.
+`python -m tests.kill --count 50 --seed 0 [--verbs train,adapter,score,eval,tune,suite]`. The outcome must be the same
+bytes; no answer that was stored is lost or paid for again. Exit status 1 otherwise.
+
+The uninterrupted run is a process like any other. Those that are killed are forks of two processes that have only
+imported what it had imported, so that a kill does not wait for imports, in which there is nothing to lose; a command
+and its repetition come from different ones, whose hashes of texts differ.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import sqlite3
@@ -17,38 +24,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from drum_hf.manifest import MANIFEST
+
 HERE = Path(__file__).resolve().parents[2]
-VERBS = ("train", "score", "eval", "tune")
-BATCH = 8
-
-#: The command, with every request that the LVLM answered noted: a line a batch, written when it is answered.
-LOGGED = f"""
-import json, os, sys
-import drum_hf.lvlm.cached as cached
-from drum_hf.lvlm.local import TransformersLVLM
-from drum_hf.lvlm.store import request_key
-
-def noted(name, kind):
-    plain = getattr(TransformersLVLM, name)
-    def call(self, requests, **options):
-        more = {{"max_new_tokens": options["max_new_tokens"]}} if kind == "generate" else {{}}
-        keys = [request_key(r, self.fingerprint, kind=kind, **more).hex() for r in requests]
-        descriptor = os.open(os.environ["PAID"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.write(descriptor, (json.dumps(keys) + "\\n").encode())
-        os.close(descriptor)
-        return plain(self, requests, **options)
-    setattr(TransformersLVLM, name, call)
-
-noted("score", "score")
-noted("generate", "generate")
-# Small batches, so that there are many moments between them.
-cached.CachedLVLM.__init__.__kwdefaults__["batch_size"] = {BATCH}
-from drum_hf.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
+VERBS = ("train", "adapter", "score", "eval", "tune", "suite")
+#: Seconds that a run may take.
+PATIENCE = 900.0
 
 
 def make_data(folder: Path) -> None:
@@ -83,35 +68,117 @@ def make_data(folder: Path) -> None:
     }
     config = {"model": "playground/lvlm", "sources": [source], "tuning": tuning, "seed": 3}
     (folder / "mix.yaml").write_text(json.dumps(config))
+    suite = {
+        "data": {"tiny": {"task": "vqa", "table": "support", "queries": "queries"}},
+        "lvlms": ["playground/lvlm"],
+        "encoders": ["playground/clip"],
+        "strategies": ["zero-shot", "random", "sit+draft", "epr", "drum"],
+        "shots": [1],
+        "headline": 1,
+        "random_seeds": 1,
+        "training": {"rounds": 2, "candidates": 3, "epochs": 1, "batch_size": 8, "list_size": 4},
+        "curves": [],
+    }
+    (folder / "suite.yaml").write_text(json.dumps(suite))
 
 
 def command(verb: str, data: Path, out: Path) -> list[str]:
     support, queries = str(data / "support"), str(data / "queries")
     store, cpu = str(out / "scores.sqlite"), ["--device", "cpu"]
-    if verb == "train":
-        few = ["--rounds", "2", "--candidates", "3", "--epochs", "2", "--train-batch-size", "8"]
-        return ["train", "--data", support, "--out", str(out), *few, *cpu]
-    if verb == "score":
-        return ["score", "--data", support, "--store", store, "--candidates", "4", *cpu]
-    if verb == "eval":
-        asked = ["--queries", queries, "--shots", "1,2", "--strategies", "zero-shot,random,sit+draft"]
-        return ["eval", "--data", support, *asked, "--store", store, "--json", str(out / "results.json"), *cpu]
-    return ["tune", "--config", str(data / "mix.yaml"), "--out", str(out), "--json", str(out / "tune.json"), *cpu]
+    match verb:
+        case "train" | "adapter":
+            few = ["--rounds", "2", "--candidates", "3", "--epochs", "2", "--train-batch-size", "8"]
+            few += ["--lora"] if verb == "adapter" else []
+            return ["train", "--data", support, "--out", str(out), *few, *cpu]
+        case "score":
+            return ["score", "--data", support, "--store", store, "--candidates", "4", *cpu]
+        case "eval":
+            asked = ["--queries", queries, "--shots", "1,2", "--strategies", "zero-shot,random,sit+draft"]
+            return ["eval", "--data", support, *asked, "--store", store, "--json", str(out / "results.json"), *cpu]
+        case "suite":
+            return ["eval", "--suite", str(data / "suite.yaml"), "--out", str(out)]
+        case _:
+            mix = ["--config", str(data / "mix.yaml")]
+            return ["tune", *mix, "--out", str(out), "--json", str(out / "tune.json"), *cpu]
 
 
-def start(verb: str, data: Path, out: Path) -> subprocess.Popen:
-    out.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "PYTHONPATH": str(HERE),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PAID": str(out / "paid.jsonl"),
-    }
-    with (out / "said.txt").open("ab") as said:
-        return subprocess.Popen(
-            [sys.executable, "-c", LOGGED, "-q", *command(verb, data, out)], env=os.environ | settings, cwd=HERE,
-            stdout=said, stderr=said, start_new_session=True,
-        )  # fmt: skip
+def settings(out: Path) -> dict[str, str]:
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    more = {"PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return os.environ | threads | more | {"PAID": str(out / "paid.jsonl")}
+
+
+class Server:
+    """A process whose forks carry out commands; see `server.py`."""
+
+    def __init__(self, modules: Path, number: int) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.kill.server", str(modules)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=settings(modules.parent) | {"PYTHONHASHSEED": str(number + 1)},
+            cwd=HERE,
+        )
+        self.left = b""
+        self.ended: dict[int, int] = {}
+        told = self.told(PATIENCE)
+        assert told == {"threads": []}, f"expected no thread that a fork would lose, came {told}"
+
+    def told(self, patience: float) -> dict[str, Any] | None:
+        assert self.process.stdout is not None
+        descriptor, end = self.process.stdout.fileno(), time.monotonic() + patience
+        while b"\n" not in self.left:
+            ready, _, _ = select.select([descriptor], [], [], max(0.0, end - time.monotonic()))
+            if not ready:
+                return None
+            data = os.read(descriptor, 1 << 16)
+            assert data, "the process that forks is gone"
+            self.left += data
+        line, _, self.left = self.left.partition(b"\n")
+        return json.loads(line)
+
+    def start(self, arguments: Sequence[str], out: Path) -> int:
+        assert self.process.stdin is not None
+        asked = {"arguments": ["-q", *arguments], "paid": str(out / "paid.jsonl"), "said": str(out / "said.txt")}
+        self.process.stdin.write(json.dumps(asked).encode() + b"\n")
+        self.process.stdin.flush()
+        while True:
+            told = self.told(PATIENCE)
+            assert told is not None, "nothing was started"
+            if "pid" in told:
+                return told["pid"]
+            self.ended[told["ended"]] = told["status"]
+
+    def wait(self, pid: int, patience: float) -> int | None:
+        """The status of a command, or None where it goes on."""
+        end = time.monotonic() + patience
+        while pid not in self.ended:
+            told = self.told(max(0.0, end - time.monotonic()))
+            if told is None:
+                return None
+            self.ended[told["ended"]] = told["status"]
+        return self.ended.pop(pid)
+
+    def kill(self, pid: int) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has not made its group yet
+            os.killpg(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        assert self.wait(pid, PATIENCE) is not None, "it could not be killed"
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def servers(modules: Path) -> Iterator[list[Server]]:
+    made = [Server(modules, number) for number in range(2)]
+    try:
+        yield made
+    finally:
+        for server in made:
+            server.close()
 
 
 def paid(out: Path) -> list[list[str]]:
@@ -136,12 +203,12 @@ def held(out: Path) -> dict[str, Any]:
 def outcome(verb: str, out: Path) -> dict[str, Any]:
     """What must not depend on kills: bytes of weights and tables, metrics, stored answers."""
     found: dict[str, Any] = {"answers": held(out)}
-    if verb == "train":
+    if verb in ("train", "adapter"):
         retriever = out / "retriever"
         names = [
             p
             for p in sorted(retriever.rglob("*"))
-            if p.suffix in (".safetensors", ".parquet", ".json") and p.is_file()
+            if p.suffix in (".safetensors", ".parquet", ".json") and p.is_file() and p.name != MANIFEST
         ]
         found |= {str(p.relative_to(out)): p.read_bytes() for p in names}
         steps = sorted((out / "training").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
@@ -151,64 +218,104 @@ def outcome(verb: str, out: Path) -> dict[str, Any]:
         results = json.loads((out / "results.json").read_text())
         results.pop("seconds")
         found["metrics"] = results
+    if verb == "suite":
+        names = [out / "summary.json", out / "results.parquet", out / "tables.md", *out.glob("cells/*.parquet")]
+        names += [p for p in out.glob("retrievers/**/round-*/**/*") if p.suffix in (".safetensors", ".json")]
+        names = [p for p in names if p.name != MANIFEST]
+        found |= {str(p.relative_to(out)): p.read_bytes() for p in sorted(names)}
     if verb == "tune":
         found |= {"metrics": json.loads((out / "tune.json").read_text())}
         found |= {p.name: p.read_bytes() for p in sorted(out.glob("*.safetensors"))}
     return found
 
 
-def finish(verb: str, data: Path, out: Path) -> float:
+def failed(verb: str, out: Path, status: int | None) -> AssertionError:
+    said = (out / "said.txt").read_text(errors="replace")[-1500:]
+    return AssertionError(f"{verb} ended with status {status}:\n{said}")
+
+
+def finish(server: Server, verb: str, data: Path, out: Path) -> float:
     began = time.monotonic()
-    status = start(verb, data, out).wait(900)
-    if status:
-        raise AssertionError(f"{verb} ended with status {status}:\n{(out / 'said.txt').read_text()[-1500:]}")
+    out.mkdir(parents=True, exist_ok=True)
+    status = server.wait(server.start(command(verb, data, out), out), PATIENCE)
+    if status != 0:
+        raise failed(verb, out, status)
     return time.monotonic() - began
 
 
-def killed_run(verb: str, data: Path, out: Path, kills: int, seconds: float, chance: random.Random) -> int:
+def uninterrupted(verb: str, data: Path, work: Path) -> tuple[Path, dict[str, Any]]:
+    """A process of its own: (the names of the modules that it loaded, its outcome)."""
+    out = work / f"{verb}-whole"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    modules = out / "modules.json"
+    with (out / "said.txt").open("ab") as said:
+        status = subprocess.run(
+            [sys.executable, "-m", "tests.kill.noted", "-q", *command(verb, data, out)],
+            env=settings(out) | {"MODULES": str(modules)}, cwd=HERE, stdout=said, stderr=said, timeout=PATIENCE,
+        ).returncode  # fmt: skip
+    if status:
+        raise failed(verb, out, status)
+    return modules, outcome(verb, out)
+
+
+def killed_run(
+    pair: Sequence[Server], verb: str, data: Path, out: Path, kills: int, seconds: float, chance: random.Random
+) -> int:
     """Kill the command up to `kills` times, let it finish, and check what was paid for; how often it was killed."""
+    in_flight: collections.Counter[str] = collections.Counter()
     done = 0
-    for _ in range(kills):
-        before = held(out)
-        sent = len(paid(out))
-        process = start(verb, data, out)
-        try:
-            # Importing takes the first part of a run, in which there is nothing to lose.
-            process.wait(seconds * chance.uniform(0.25, 0.95))
-            break
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            done += 1
-        after = held(out)
+    out.mkdir(parents=True)
+    while True:
+        before, sent, server = held(out), len(paid(out)), pair[done % len(pair)]
+        pid = server.start(command(verb, data, out), out)
+        last = done == kills
+        # What is stored is not paid for again, so that the second time is shorter.
+        status = server.wait(pid, PATIENCE if last else seconds * 0.8**done * chance.uniform(0.01, 0.99))
+        if status is None:
+            server.kill(pid)
+        elif status:
+            raise failed(verb, out, status)
+        after, batches = held(out), paid(out)[sent:]
         assert before.items() <= after.items(), f"{verb}: a stored answer is lost or changed"
-        batches = paid(out)[sent:]
-        assert not {key for batch in batches for key in batch} & before.keys(), (
-            f"{verb}: a stored answer was paid again"
-        )
-        missing = [batch for batch in batches[:-1] if not set(batch) <= after.keys()]
+        again = {key for batch in batches for key in batch} & before.keys()
+        assert not again, f"{verb}: {len(again)} stored answers were paid again"
+        safe = batches if status == 0 else batches[:-1]
+        missing = [batch for batch in safe if not set(batch) <= after.keys()]
         assert not missing, f"{verb}: {len(missing)} batches beyond the one in flight are lost"
-    finish(verb, data, out)
-    sent_keys = [key for batch in paid(out) for key in batch]
-    twice = len(sent_keys) - len(set(sent_keys))
-    assert twice <= BATCH * done, f"{verb}: {twice} requests were paid twice after {done} kills"
+        if status == 0:
+            break
+        in_flight.update(batches[-1] if batches else ())
+        done += 1
+    sent_keys = collections.Counter(key for batch in paid(out) for key in batch)
+    twice = [key for key, times in sent_keys.items() if times > 1 + in_flight[key]]
+    assert not twice, f"{verb}: {len(twice)} requests that no kill had in flight were paid twice"
     return done
 
 
-def check(verb: str, data: Path, work: Path, kills: int, chance: random.Random, whole: tuple[float, dict]) -> int:
+def check(
+    pair: Sequence[Server], verb: str, data: Path, work: Path, kills: int, chance: random.Random, whole: tuple
+) -> int:
     """One run that is killed up to `kills` times, compared with an uninterrupted one; how often it was killed."""
     out = work / f"{verb}-killed"
     shutil.rmtree(out, ignore_errors=True)
-    done = killed_run(verb, data, out, kills, whole[0], chance)
-    found = outcome(verb, out)
-    differ = [name for name in {*found, *whole[1]} if found.get(name) != whole[1].get(name)]
-    assert not differ, f"{verb}: {', '.join(sorted(differ))} differ after {done} kills"
+    done = killed_run(pair, verb, data, out, kills, whole[0], chance)
+    compare(outcome(verb, out), whole[1], f"{verb} after {done} kills")
     return done
 
 
-def uninterrupted(verb: str, data: Path, work: Path) -> tuple[float, dict[str, Any]]:
-    seconds = finish(verb, data, work / f"{verb}-whole")
-    return seconds, outcome(verb, work / f"{verb}-whole")
+def compare(found: dict[str, Any], expected: dict[str, Any], what: str) -> None:
+    differ = [name for name in {*found, *expected} if found.get(name) != expected.get(name)]
+    assert not differ, f"{what}: {', '.join(sorted(differ))} differ"
+
+
+def timed(pair: Sequence[Server], verb: str, data: Path, work: Path, expected: dict[str, Any]) -> float:
+    """Seconds of a fork that nobody kills, whose outcome must be that of a process of its own."""
+    out = work / f"{verb}-fork"
+    shutil.rmtree(out, ignore_errors=True)
+    seconds = finish(pair[0], verb, data, out)
+    compare(outcome(verb, out), expected, f"{verb} in a fork")
+    return seconds
 
 
 def main() -> int:
@@ -220,30 +327,34 @@ def main() -> int:
     args = parser.parse_args()
     chance, verbs = random.Random(args.seed), args.verbs.split(",")
     counts = dict.fromkeys(verbs, 0)
+
+    def tell(line: str) -> None:
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+
     with tempfile.TemporaryDirectory() as made:
         work = args.work or Path(made)
-        if not (work / "data").exists():
-            make_data(work / "data")
-        whole = {verb: uninterrupted(verb, work / "data", work) for verb in verbs}
-        for verb, (seconds, _) in whole.items():
-            sys.stdout.write(f"{verb}: {seconds:.1f} s uninterrupted\n")
-            sys.stdout.flush()
-        rounds = 0
-        while sum(counts.values()) < args.count and rounds < 4 * args.count:
-            verb, rounds = verbs[rounds % len(verbs)], rounds + 1
-            left = args.count - sum(counts.values())
-            try:
-                began = time.monotonic()
-                done = check(verb, work / "data", work, min(left, chance.choice([1, 2, 3])), chance, whole[verb])
-                if not done:  # the machine was busier when the run was timed
-                    whole[verb] = min(whole[verb][0], time.monotonic() - began) * 0.6, whole[verb][1]
-            except AssertionError as error:
-                sys.stdout.write(f"FAULT {error}\n")
-                return 1
-            counts[verb] += done
-            sys.stdout.write(f"{verb}: {done} kills, identical\n")
-            sys.stdout.flush()
-    sys.stdout.write(f"{sum(counts.values())} kills {counts}: identical results\n")
+        data = work / "data"
+        if not data.exists():
+            make_data(data)
+        try:
+            for at, verb in enumerate(verbs):
+                goal = args.count * (at + 1) // len(verbs) - args.count * at // len(verbs)
+                modules, expected = uninterrupted(verb, data, work)
+                with servers(modules) as pair:
+                    seconds = timed(pair, verb, data, work, expected)
+                    tell(f"{verb}: {seconds:.1f} s uninterrupted")
+                    for _ in range(4 * goal):
+                        if counts[verb] >= goal:
+                            break
+                        kills = min(goal - counts[verb], chance.choice([1, 2, 3, 5]))
+                        done = check(pair, verb, data, work, kills, chance, (seconds, expected))
+                        counts[verb] += done
+                        tell(f"{verb}: {done} kills, identical")
+        except AssertionError as error:
+            tell(f"FAULT {error}")
+            return 1
+    tell(f"{sum(counts.values())} kills {counts}: identical results")
     return 0
 
 
