@@ -182,7 +182,8 @@ class Shared:
             mmap: leave the index's vectors in their file; see [`DemoIndex.load`][drum_hf.index.DemoIndex.load].
                 Demonstrations can then be removed, but not added. The table is read into memory all the same.
             revision: branch, tag or commit on the Hub.
-            token, cache_dir, local_files_only, force_download: as everywhere on the Hub.
+            token, cache_dir, local_files_only, force_download: as everywhere on the Hub; for the base model of a LoRA
+                encoder, too.
             trust_remote_code: run code from the base model's repository. Nothing needs it.
 
         Raises:
@@ -196,7 +197,8 @@ class Shared:
         from .encoder import load_encoder
 
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = _saved.locate(name_or_path, revision=revision, force_download=force_download, **hub)
+        hub["force_download"] = force_download
+        folder = _saved.locate(name_or_path, revision=revision, **hub)
         config = _saved.read_config(folder)
         table = _saved_support(folder, config, image_root) if support is None else as_table(support)
         index = DemoIndex.load(folder / _saved.INDEX, mmap=mmap) if config["index"]["included"] else None

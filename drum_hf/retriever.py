@@ -153,6 +153,7 @@ class DemoRetriever(Shared, Swappable):
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         trust_remote_code: bool = False,
     ) -> DemoRetriever:
         """A retriever that has not been trained, over a CLIP or SigLIP checkpoint.
@@ -165,7 +166,7 @@ class DemoRetriever(Shared, Swappable):
             weights: of image, prompt and response, instead of a strategy.
             learn_weights, lora, device: as in `build_encoder`.
             index_kind, index_options, draft_lvlm, teacher, top_k, batch_size: as in the class.
-            revision, token, cache_dir, local_files_only, trust_remote_code: as everywhere in transformers.
+            revision, token, cache_dir, local_files_only, force_download, trust_remote_code: as everywhere in transformers.
 
         Raises:
             ValueError: an unknown strategy or model family, or weights that can't be used.
@@ -190,6 +191,7 @@ class DemoRetriever(Shared, Swappable):
                 token=token,
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
+                force_download=force_download,
                 trust_remote_code=trust_remote_code,
             )
         else:
