@@ -114,9 +114,11 @@ def _stats(store: ScoreStore, args: argparse.Namespace) -> None:
 
 def _export(store: ScoreStore, args: argparse.Namespace) -> None:
     from ..lvlm.transfer import export_scores
+    from ..manifest import manifest_beside
 
     chosen = _chosen(store, args)
     done = export_scores(store, args.file, fingerprints=chosen, progress=True)
+    manifest_beside(args.file, settings={"fingerprints": sorted(chosen or store.identities())})
     _say(done, str(args.file))
 
 

@@ -272,7 +272,15 @@ def make_settings(args: argparse.Namespace, **more: Any) -> Settings:
     return Settings(**{name: value for name, value in (given | more).items() if value is not None})
 
 
-def write_json(path: Path | None, content: Any) -> None:
+def write_json(path: Path | None, content: Any, **about: Any) -> None:
+    """Write a command's results where `--json` says, and their manifest beside them.
+
+    Args:
+        about: for `write_manifest`.
+    """
     if path is not None:
+        from ..manifest import manifest_beside
+
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        manifest_beside(path, **about)
