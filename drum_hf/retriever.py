@@ -56,7 +56,7 @@ class DemoRetriever(Shared, Swappable):
         support: the demonstrations.
         support_encoder: another one, which embeds the demonstrations, while `encoder` embeds the queries. None:
             `encoder` embeds both. See `freeze_support`.
-        index_kind: "flat" (exact) or "hnsw".
+        index_kind: "flat" (exact), "hnsw" or "ivfpq".
         index_options: further arguments of [`DemoIndex`][drum_hf.index.DemoIndex].
         draft_lvlm: writes a draft (zero-shot) for queries that come without one, where the strategy uses drafts.
         teacher: `name`, `revision`, `fingerprint` and `task` of the LVLM whose feedback trained the encoder.
