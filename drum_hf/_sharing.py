@@ -184,7 +184,8 @@ class Shared:
                 [`TripletTable.load`][drum_hf.data.TripletTable.load]. Demonstrations can then be removed, and added
                 where the index is in shards (`shard_rows` among its options).
             revision: branch, tag or commit on the Hub.
-            token, cache_dir, local_files_only, force_download: as everywhere on the Hub.
+            token, cache_dir, local_files_only, force_download: as everywhere on the Hub; for the base model of a LoRA
+                encoder, too.
             trust_remote_code: run code from the base model's repository. Nothing needs it.
 
         Raises:
@@ -198,7 +199,8 @@ class Shared:
         from .encoder import load_encoder
 
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = _saved.locate(name_or_path, revision=revision, force_download=force_download, **hub)
+        hub["force_download"] = force_download
+        folder = _saved.locate(name_or_path, revision=revision, **hub)
         config = _saved.read_config(folder)
         table = _saved_support(folder, config, image_root, mmap=mmap) if support is None else as_table(support)
         index = load_index(folder / _saved.INDEX, mmap=mmap) if config["index"]["included"] else None

@@ -41,6 +41,7 @@ PARTS = ("image", "prompt", "response")
 
 _FAMILIES = ("clip", "siglip")
 _KEYS = frozenset({"image", "text"})
+_ARGUMENTS_OF_PARTS = ("model_kwargs", "processor_kwargs", "config_kwargs")  # sentence-transformers' names
 # The towers' own attention only: the projection in SigLIP's pooling head is read as a bare weight, past any adapter.
 _LORA_TARGETS = r".*encoder\.layers\..*\.(q_proj|k_proj|v_proj|out_proj)"
 _CHUNK = 16  # batches held as decoded images at once while a table is encoded
@@ -423,6 +424,7 @@ class JointEncoder(Transformer):
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         trust_remote_code: bool = False,
     ) -> JointEncoder:
         """Load a CLIP or SigLIP checkpoint, or what `save` wrote.
@@ -436,11 +438,14 @@ class JointEncoder(Transformer):
             base_model, base_revision: where the base model of the adapter in the folder lies on this machine, or its
                 name and commit on the Hub. None: as noted beside the adapter.
             revision: branch, tag or commit on the Hub.
-            token, cache_dir, local_files_only, trust_remote_code: as everywhere in transformers.
+            token, cache_dir, local_files_only, force_download, trust_remote_code: as everywhere in transformers.
 
         Raises:
             ValueError: another model family, or weights that can't be used.
         """
+        anew: dict[str, Any] = (
+            {name: {"force_download": True} for name in _ARGUMENTS_OF_PARTS} if force_download else {}
+        )
         return cls.load(
             os.fspath(name_or_path),
             weights=weights,
@@ -452,6 +457,7 @@ class JointEncoder(Transformer):
             cache_folder=None if cache_dir is None else os.fspath(cache_dir),
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
+            **anew,
         )
 
     @property
@@ -476,6 +482,7 @@ def build_encoder(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
     trust_remote_code: bool = False,
 ) -> SentenceTransformer:
     """A `SentenceTransformer` whose one module is a `JointEncoder`.
@@ -487,7 +494,7 @@ def build_encoder(
         lora: train a LoRA adapter and leave the towers as they are. True: rank 16, alpha 32 on the query, key, value
             and output projections of both towers' attention (our choice); or a `peft.LoraConfig`.
         device: "cuda", "cpu", … None: the fastest there is.
-        revision, token, cache_dir, local_files_only, trust_remote_code: as everywhere in transformers.
+        revision, token, cache_dir, local_files_only, force_download, trust_remote_code: as everywhere in transformers.
 
     Raises:
         ModelError: there is no such model.
@@ -502,6 +509,7 @@ def build_encoder(
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
+            force_download=force_download,
             trust_remote_code=trust_remote_code,
         )
     encoder = SentenceTransformer(modules=[module], device=device, similarity_fn_name="dot")
@@ -519,6 +527,7 @@ def load_encoder(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
     trust_remote_code: bool = False,
 ) -> SentenceTransformer:
     """Load a folder that an encoder of `build_encoder` was saved to; embeddings are as before.
@@ -527,7 +536,8 @@ def load_encoder(
         directory: what `SentenceTransformer.save` wrote.
         base_model, base_revision: as in `JointEncoder.from_pretrained`.
         device: "cuda", "cpu", … None: the fastest there is.
-        token, cache_dir, local_files_only, trust_remote_code: for the base model, as everywhere in transformers.
+        token, cache_dir, local_files_only, force_download, trust_remote_code: for the base model, as everywhere in
+            transformers.
 
     Raises:
         Exception: nearly anything that transformers raises of files that are no model, or that don't fit one another:
@@ -540,6 +550,7 @@ def load_encoder(
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
+        force_download=force_download,
         trust_remote_code=trust_remote_code,
     )
     encoder = SentenceTransformer(modules=[module], device=device, similarity_fn_name="dot")

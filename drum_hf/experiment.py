@@ -145,7 +145,8 @@ class _Run:
             row["by_shots"][str(count)] = _row(result)
             if count == self.settings.shots:
                 row.update(_row(result))
-        logger.info("%s: %.3f at %d shots", result.strategy, self.rows[result.strategy]["metric"], self.settings.shots)
+        used = "" if result.strategy == "zero-shot" else f" at {self.settings.shots} shots"
+        logger.info("%s: %.3f%s", result.strategy, self.rows[result.strategy]["metric"], used)
 
     def evaluate_named(
         self, name: str, shots: Sequence[int], *, retriever: DemoRetriever | None = None, selector: str | None = None

@@ -101,9 +101,15 @@ def write_manifest(
 
 
 def manifest_beside(file: str | os.PathLike[str], **about: Any) -> Path:
-    """Write the manifest of a single file, "results.json", beside it, as "results.manifest.json"."""
+    """Write the manifest of a single file beside it.
+
+    That of "results.json" is "results.manifest.json"; that of any other keeps the whole name, so that the scores of
+    "scores.sqlite" and their export "scores.parquet" have one each.
+    """
     path = Path(file)
-    return write_manifest(path.parent, **about, name=f"{path.stem}.{MANIFEST}")
+    return write_manifest(
+        path.parent, **about, name=f"{path.stem if path.suffix == '.json' else path.name}.{MANIFEST}"
+    )
 
 
 def shown_command(words: Sequence[str]) -> str:

@@ -19,15 +19,21 @@ _USES = {
     "icl-image-captioning": '"bus.jpg"',
 }
 _CITATIONS = """```bibtex
-@article{drum2024,
-  title   = {DRUM: Learning Demonstration Retriever for Large MUlti-modal Models},
-  journal = {arXiv preprint arXiv:2412.07619},
-  year    = {2024}
+@inproceedings{yige2025drum,
+  title     = {DRUM: Learning Demonstration Retriever for Large MUlti-modal Models},
+  author    = {Yi-Ge, Ellen and Gao, Jiechao and Han, Wei and Zhu, Wei},
+  booktitle = {Proceedings of the 63rd Annual Meeting of the Association for Computational Linguistics
+               (Volume 4: Student Research Workshop)},
+  pages     = {1051--1063},
+  year      = {2025},
+  note      = {arXiv:2412.07619}
 }
-@article{icltuning2024,
-  title   = {Towards Multimodal In-Context Learning for Vision \\& Language Models},
-  journal = {arXiv preprint arXiv:2403.12736},
-  year    = {2024}
+@article{doveh2024towards,
+  title     = {Towards Multimodal In-Context Learning for Vision \\& Language Models},
+  author    = {Doveh, Sivan and Perek, Shaked and Mirza, M. Jehanzeb and Lin, Wei and Alfassy, Amit and
+               Arbelle, Assaf and Ullman, Shimon and Karlinsky, Leonid},
+  journal   = {arXiv preprint arXiv:2403.12736},
+  year      = {2024}
 }
 ```"""
 

@@ -154,6 +154,7 @@ class DemoRetriever(Shared, Swappable):
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         trust_remote_code: bool = False,
     ) -> DemoRetriever:
         """A retriever that has not been trained, over a CLIP or SigLIP checkpoint.
@@ -166,7 +167,8 @@ class DemoRetriever(Shared, Swappable):
             weights: of image, prompt and response, instead of a strategy.
             learn_weights, lora, device: as in `build_encoder`.
             index_kind, index_options, draft_lvlm, teacher, top_k, batch_size: as in the class.
-            revision, token, cache_dir, local_files_only, trust_remote_code: as everywhere in transformers.
+            revision, token, cache_dir, local_files_only, force_download, trust_remote_code: as everywhere in
+                transformers.
 
         Raises:
             ValueError: an unknown strategy or model family, or weights that can't be used.
@@ -191,6 +193,7 @@ class DemoRetriever(Shared, Swappable):
                 token=token,
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
+                force_download=force_download,
                 trust_remote_code=trust_remote_code,
             )
         else:
@@ -486,15 +489,22 @@ class DemoRetriever(Shared, Swappable):
 
     # Changing it
 
-    def record_training(self, *, teacher: Mapping[str, Any] | None, training: Mapping[str, Any]) -> None:
+    def record_training(
+        self,
+        *,
+        teacher: Mapping[str, Any] | None,
+        training: Mapping[str, Any],
+        rounds: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         """Note whose feedback trained the encoder, and how, for the saved files and the model card.
 
         Args:
             teacher: as in the class.
             training: JSON-ready name -> value, such as rounds and scored pairs.
+            rounds: a row for each mining round, such as `CandidateTable.summary` gives.
         """
         self.teacher = dict(teacher) if teacher else None
-        self.card_data = {**self.card_data, "training": dict(training)}
+        self.card_data = {**self.card_data, "training": dict(training), "rounds": [dict(row) for row in rounds]}
 
     def mark_stale(self) -> None:
         """The encoder has changed: embed the support set anew when it is next needed.

@@ -289,6 +289,8 @@ def test_the_space_names_this_package_and_a_card():
     card = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---")[1])
     assert card["sdk"] == "gradio" and (folder / card["app_file"]).is_file()
     assert "drum-hf" in (folder / "requirements.txt").read_text(encoding="utf-8")
+    tested = (folder.parents[1] / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert f"gradio=={card['sdk_version']}" in tested
 
 
 def test_examples_are_pictures_that_differ(retriever):

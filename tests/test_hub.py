@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -317,6 +318,22 @@ def test_a_download_can_be_forced(hub, clip, table):
     assert hub.asked("GET /lfs-storage/") >= 3 and hub.asked("GET .*/resolve/.*/drum_config.json") == 1
 
 
+def test_a_forced_download_takes_the_base_model_along(hub, base, table):
+    lora(base, table).push_to_hub("me/drum", **ME)
+    load("me/drum")
+    weights = hashlib.sha256(hub.files("me/clip")["model.safetensors"]).hexdigest()
+    for load_it in (
+        lambda **how: load("me/drum", **how),
+        lambda **how: DemoRetriever.from_encoder(base, table, **{"device": "cpu", **how}),
+    ):
+        hub.requests.clear()
+        load_it()
+        assert hub.asked("GET .*/resolve/|GET /lfs-storage") == 0
+        load_it(force_download=True)
+        assert hub.asked(f"GET /lfs-storage/.*{weights}") == 1
+        assert hub.asked("GET /me/clip/resolve/.*/config.json") >= 1
+
+
 # ---- other processes ----
 
 SCRIPT = """
@@ -590,6 +607,8 @@ def test_scores_are_pushed_and_pulled(hub, tmp_path, capsys, monkeypatch):
     assert hub.repo("me/scores", "dataset").private
     card = hub.files("me/scores", kind="dataset")["README.md"].decode()
     assert "| me/vlm |" in card and "drum-hf scores pull me/scores" in card
+    manifest = json.loads(hub.files("me/scores", kind="dataset")["manifest.json"])
+    assert manifest["settings"] == {"fingerprints": ["f" * 32]}
     for said in ("5 new, 0 known before", "0 new, 5 known before"):
         assert main(["-q", "scores", "pull", "me/scores", str(new)]) == 0
         assert said in capsys.readouterr().out

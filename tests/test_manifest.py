@@ -34,6 +34,7 @@ def test_what_it_says(tmp_path, monkeypatch):
 def test_beside_a_file(tmp_path):
     assert manifest_beside(tmp_path / "results.json", seed=1) == tmp_path / "results.manifest.json"
     assert json.loads((tmp_path / "results.manifest.json").read_text())["lvlm"] is None
+    assert manifest_beside(tmp_path / "scores.sqlite") == tmp_path / "scores.sqlite.manifest.json"
 
 
 @pytest.mark.parametrize(

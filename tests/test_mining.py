@@ -374,3 +374,17 @@ def test_a_broken_file_is_named(tmp_path, fault):
     fault(path)
     with pytest.raises(SavedFileError, match=r"candidates\.parquet"):
         CandidateTable.load(path)
+
+
+def test_a_summary_says_what_each_round_bought():
+    table = CandidateTable(["q0", "q1"])
+    table.extend({"q0": [("a", 0), ("b", 1)], "q1": [("a", 0)]}, np.log([0.1, 0.3, 0.2]))
+    table.extend({"q0": [("c", 0)]}, np.log([0.2]))
+    table.extend_company({"q0": ["a"], "q1": ["a"]}, np.log([0.5, 0.5]))
+    told = {"gold probability": pytest.approx(0.2), "after the best so far": pytest.approx(0.25)}
+    assert table.summary() == [
+        {"round": 1, "scored pairs": 3, **told},
+        {"round": 2, "scored pairs": 4, **told},
+        {"round": 3, "scored pairs": 6, "gold probability": None, "after the best so far": None},
+    ]
+    assert CandidateTable(["q0"]).summary() == []

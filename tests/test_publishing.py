@@ -186,10 +186,17 @@ def test_a_tuned_lvlm_is_pushed_and_loaded_by_name(hub, home, tmp_path):
         text = pushed["README.md"].decode()
         loading = f'from_pretrained("idefics3-llama", adapter="{name}")' if not full else f'from_pretrained("{name}")'
         assert loading in text
+        assert json.loads(pushed["manifest.json"])["lvlm"]["name"] == "idefics3-llama"
         if not full:
+            first = hub.repo(name).refs["main"]
+            assert tuned.push_to_hub("asked", merged=True, create_pr=True).endswith("/discussions/1")
+            assert hub.repo(name).refs["main"] == first
             tuned.push_to_hub("merged", merged=True)
             pushed = hub.files(name)
             assert "model.safetensors" in pushed and not [file for file in pushed if file.startswith("adapter_")]
             assert home.name not in told(hub, name) and hub.repo(name).at("main").message == "merged"
             whole = TransformersLVLM.from_pretrained(name, token="hf_me", device="cpu")
             np.testing.assert_allclose(whole.score(asked), scores, atol=1e-5)
+            earlier = {"adapter": name, "adapter_revision": first, "token": "hf_me"}
+            loaded = TransformersLVLM.from_pretrained(base, device="cpu", **earlier)
+            np.testing.assert_allclose(loaded.score(asked), scores, atol=1e-5)

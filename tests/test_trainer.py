@@ -89,6 +89,7 @@ def test_training_brings_the_lvlms_favourites_up(make, arguments):
     recorded = trainer.retriever.card_data["training"]
     assert (recorded["rounds"], recorded["queries"]) == (2, ROWS)
     assert recorded["scored_pairs"] == ended[-1][1] == len(trainer.table)
+    assert trainer.retriever.card_data["rounds"] == trainer.table.summary()
 
 
 def test_only_new_pairs_are_scored_and_a_store_pays_for_all(make, support, tmp_path):

@@ -11,6 +11,8 @@ trap 'rm -rf "$work"' EXIT
 "$work/venv/bin/pip" install --quiet --constraint "$constraints" "$wheel[demo]"
 cd "$work"
 unset PYTHONPATH
+"$work/venv/bin/drum-hf" --help > help.txt
+grep -q demo help.txt
 HF_HUB_OFFLINE=1 "$work/venv/bin/drum-hf" --quiet demo \
     --world easy --rounds 1 --epochs 1 --candidates 4 --by-shots 1 --out report
 test -s report/report.html

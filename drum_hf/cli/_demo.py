@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
     if args.data and len(tasks) > 1:
         raise ValueError("expected one --task with --data; 'all' is for the playground")
     results: dict[str, Any] = {}
+    data: dict[str, str] = {}
     for task in tasks:
         facts: dict[str, Any] = {"world_seed": None, "command": "drum-hf " + " ".join(sys.argv[1:])}
         if args.data:
@@ -73,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
             facts |= {"world_seed": args.world_seed, "world": args.world}
         # with captions no row has the same answer; on a user's LVLM the exhaustive ranking would cost far too much
         oracle = "answer" if task != "captioning" else "none" if args.data else "score"
+        data |= {f"{task} support": support.fingerprint, f"{task} queries": queries.fingerprint}
         settings = make_settings(args, shots=args.shots, by_shots=args.by_shots, oracle=oracle)
         results[task] = run_experiment(
             support,
@@ -86,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
             facts=facts,
         )
     content = results[tasks[0]] if len(tasks) == 1 else {"tasks": results}
-    write_json(args.json, content)
+    write_json(args.json, content, seed=args.seed, data=data, lvlm=lvlm, settings=content.get("settings"))
     sys.stdout.write(format_table(content) + "\n")
     for task in tasks:
         folder = args.out if len(tasks) == 1 else args.out / task
@@ -109,6 +111,7 @@ def _compare_tuning(args: argparse.Namespace) -> None:
     store = ScoreStore(args.out / "scores.sqlite")
     found = compare_lvlms(lvlms, seed=args.world_seed, questions=2_000, store=store)
     results = {"icl_tuning": found | {"lvlms": names, "command": "drum-hf " + " ".join(sys.argv[1:])}}
-    write_json(args.out / "icl_tuning.json", results)
-    write_json(args.json, results)
+    about = {"fingerprints": {names[key]: lvlm.fingerprint for key, lvlm in lvlms.items()}}
+    for path in (args.out / "icl_tuning.json", args.json):
+        write_json(path, results, seed=args.world_seed, lvlm=lvlms["tuned"], settings=about)
     sys.stdout.write(format_comparison(found) + "\n")

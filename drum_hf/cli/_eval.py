@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,7 +93,6 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option.replace('_', '-')} is for a suite; give --suite NAME or FILE.yaml")
     from ..evaluation.report import format_table
     from ..experiment import evaluate_strategies
-    from ..manifest import manifest_beside
 
     retrievers = _load_retrievers(args.retriever, args.device)
     if args.data:
@@ -116,10 +116,8 @@ def run(args: argparse.Namespace) -> None:
         order=args.order,
         selector=args.selector,
     )
-    write_json(args.json, results)
-    if args.json is not None:
-        data = {"support": support.fingerprint, "queries": queries.fingerprint}
-        manifest_beside(args.json, seed=0, data=data, lvlm=lvlm)
+    data = {"support": support.fingerprint, "queries": queries.fingerprint}
+    write_json(args.json, results, seed=0, data=data, lvlm=lvlm)
     sys.stdout.write(format_table(results) + "\n")
 
 
@@ -143,6 +141,7 @@ def _load_retrievers(given: Sequence[str], device: str | None) -> dict[str, Demo
 
 
 def _run_suite(args: argparse.Namespace) -> None:
+    from ..manifest import MANIFEST
     from ..suite import format_plan, load_suite, plan_suite, run_suite
 
     spec = load_suite(args.suite).narrowed(
@@ -161,5 +160,6 @@ def _run_suite(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option} does not go with --suite; a suite file says all of it: docs/suites.md")
     out = args.out or Path("out") / spec.name
     summary = run_suite(spec, out, store=args.store, command="drum-hf " + " ".join(sys.argv[1:]))
-    write_json(args.json, summary)
+    about = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+    write_json(args.json, summary, **{name: about[name] for name in ("seed", "data", "lvlm", "settings")})
     sys.stdout.write((out / "tables.md").read_text(encoding="utf-8") + f"\n{out / 'report.html'}\n")

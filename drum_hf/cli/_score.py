@@ -33,7 +33,9 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     """Carry it out."""
     with joined() as processes:
+        from .._compat import public_name
         from ..lvlm.store import ScoreStore
+        from ..manifest import manifest_beside
         from ..retriever import DemoRetriever
         from ..training.pricing import CALIBRATION, plan_scores
 
@@ -44,11 +46,13 @@ def run(args: argparse.Namespace) -> None:
             retriever = DemoRetriever.from_encoder(
                 args.encoder, support=support, strategy="sit+draft", device=args.device
             )
+        queries = read_table(args.queries, args) if args.queries else None
+        lvlm = load_lvlm(args)
         with ScoreStore(args.store) as store:
             plan = plan_scores(
                 retriever,
-                load_lvlm(args),
-                queries=read_table(args.queries, args) if args.queries else None,
+                lvlm,
+                queries=queries,
                 store=store,
                 candidates=args.candidates,
                 choices=support.label_set if args.task == "classification" else (),
@@ -64,4 +68,11 @@ def run(args: argparse.Namespace) -> None:
                 return
             scores = plan.run()
             if processes.is_main:
+                data = {"support": support.fingerprint, "queries": (queries or support).fingerprint}
+                settings = {
+                    "candidates": args.candidates,
+                    "encoder": public_name(retriever.base_model),
+                    "task": args.task,
+                }
+                manifest_beside(args.store, seed=args.seed, data=data, lvlm=lvlm, settings=settings)
                 sys.stdout.write(f"{len(scores)} pairs scored; {len(store)} scores in {args.store}\n")

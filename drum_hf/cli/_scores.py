@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._push import hub_options
-from .options import load_lvlm, model_options
+from .options import default_to_no_lvlm, load_lvlm, model_options
 
 if TYPE_CHECKING:
     from ..lvlm.store import ScoreStore
     from ..lvlm.transfer import Exported
 
 __all__ = ["add", "run"]
+
+_WELCOME = "none: the store says which LVLMs' scores are welcome; one that is named is loaded and compared"
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -42,8 +44,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     fetch.add_argument("store", type=Path, metavar="STORE")
     fetch.add_argument("--any-lvlm", action="store_true", help="also scores of LVLMs that the store has none of")
     model_options(fetch, encoder=False)
-    # Without a name it is the store that says which LVLMs' scores are welcome; with one, that LVLM is loaded.
-    fetch.set_defaults(lvlm=None)
+    default_to_no_lvlm(fetch, _WELCOME)
 
     push = verbs.add_parser("push", help="upload scores to a data set repository on the Hub")
     push.add_argument("store", type=Path, metavar="STORE")
@@ -58,7 +59,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     pull.add_argument("--any-lvlm", action="store_true", help="also scores of LVLMs that the store has none of")
     hub_options(pull, push=False)
     model_options(pull, encoder=False)
-    pull.set_defaults(lvlm=None)
+    default_to_no_lvlm(pull, _WELCOME)
 
     collect = verbs.add_parser("gc", help="remove scores that are no longer wanted, and give the room back")
     collect.add_argument("store", type=Path, metavar="STORE")
@@ -114,9 +115,11 @@ def _stats(store: ScoreStore, args: argparse.Namespace) -> None:
 
 def _export(store: ScoreStore, args: argparse.Namespace) -> None:
     from ..lvlm.transfer import export_scores
+    from ..manifest import manifest_beside
 
     chosen = _chosen(store, args)
     done = export_scores(store, args.file, fingerprints=chosen, progress=True)
+    manifest_beside(args.file, settings={"fingerprints": sorted(chosen or store.identities())})
     _say(done, str(args.file))
 
 

@@ -64,7 +64,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         default=1.0,
         metavar="SHARE",
         help="have the LVLM score this share of the pairs, the best by a cheaper one, and estimate the rest; see "
-        "docs/cost.md for what that costs (default: %(default)s, all of them)",
+        "docs/scoring.md for what that costs (default: %(default)s, all of them)",
     )
     parser.add_argument(
         "--cheap-lvlm",

@@ -7,6 +7,7 @@ import hashlib
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ._processes import joined
 from .options import write_json
@@ -84,22 +85,22 @@ def run(args: argparse.Namespace) -> None:
         if not processes.is_main:
             return
         tuner.save_pretrained(args.out, merged=args.merged)
-        write_manifest(
-            args.out,
-            seed=config.seed,
-            data={
+        about: dict[str, Any] = {
+            "seed": config.seed,
+            "data": {
                 "configuration": hashlib.sha256(args.config.read_bytes()).hexdigest()[:32],
                 "mix": found.report.to_dict(),
             },
-            lvlm={"name": tuner.base_model, "revision": tuner.base_revision},
-            settings=dict(config.tuning),
-        )
+            "lvlm": {"name": tuner.base_model, "revision": tuner.base_revision},
+            "settings": dict(config.tuning),
+        }
+        write_manifest(args.out, **about)
         losses = {
             "train": output.training_loss,
             "eval_before": before.get("eval_loss"),
             "eval": after.get("eval_loss"),
         }
-        write_json(args.json, {"data": found.to_dict(), "loss": losses, "steps": output.global_step})
+        write_json(args.json, {"data": found.to_dict(), "loss": losses, "steps": output.global_step}, **about)
         sys.stdout.write(f"tuned for {output.global_step} steps; loss {output.training_loss:.4f}\n")
         if after:
             sys.stdout.write(f"held out: loss {before['eval_loss']:.4f} before, {after['eval_loss']:.4f} after\n")

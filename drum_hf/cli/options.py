@@ -22,6 +22,7 @@ __all__ = [
     "check_device",
     "column_options",
     "data_options",
+    "default_to_no_lvlm",
     "default_to_teacher",
     "ints",
     "load_lvlm",
@@ -216,9 +217,14 @@ def load_lvlm(args: argparse.Namespace, name: str | None = None) -> Transformers
 
 def default_to_teacher(parser: argparse.ArgumentParser) -> None:
     """Have `load_teacher` know whether the user named an LVLM."""
+    default_to_no_lvlm(parser, "that which the retriever learned from, or playground/lvlm")
+
+
+def default_to_no_lvlm(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """Leave `--lvlm` None where the user names none; `meaning` says what that is in the help."""
     action = parser._option_string_actions["--lvlm"]
     action.default = None
-    action.help = "folder or Hub id of the LVLM (default: that which the retriever learned from, or playground/lvlm)"
+    action.help = f"folder or Hub id of the LVLM (default: {meaning})"
 
 
 def load_teacher(args: argparse.Namespace, retriever: DemoRetriever | None) -> TransformersLVLM | OpenAILVLM:
@@ -272,7 +278,15 @@ def make_settings(args: argparse.Namespace, **more: Any) -> Settings:
     return Settings(**{name: value for name, value in (given | more).items() if value is not None})
 
 
-def write_json(path: Path | None, content: Any) -> None:
+def write_json(path: Path | None, content: Any, **about: Any) -> None:
+    """Write a command's results where `--json` says, and their manifest beside them.
+
+    Args:
+        about: for `write_manifest`.
+    """
     if path is not None:
+        from ..manifest import manifest_beside
+
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        manifest_beside(path, **about)

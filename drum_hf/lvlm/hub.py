@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _hub
+from ..manifest import write_manifest
 from ..model_card import render_scores_card
 from ..types import LVLM
 from .store import Merged, ScoreStore
@@ -60,6 +61,7 @@ def push_scores(
         ]
         card = render_scores_card({"repo_id": repo_id, "scores": done.scores, "texts": done.texts, "lvlms": lvlms})
         (folder / "README.md").write_text(card, encoding="utf-8")
+        write_manifest(folder, settings={"fingerprints": [each["fingerprint"] for each in lvlms]})
         url = _hub.commit_folder(
             repo_id,
             folder,

@@ -114,9 +114,11 @@ class TransformersLVLM:
         token: str | bool | None = None,
         cache_dir: str | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         dtype: Any = "auto",
         device: str | torch.device | None = None,
         adapter: str | None = None,
+        adapter_revision: str | None = None,
         trust_remote_code: bool = False,
         batch_size: int = 64,
         max_batch_tokens: int | None = None,
@@ -131,10 +133,12 @@ class TransformersLVLM:
 
         Args:
             name_or_path: directory or Hub id; "playground/lvlm" is the one that ships with the package.
-            revision, token, cache_dir, local_files_only, trust_remote_code: as everywhere in transformers.
+            revision, token, cache_dir, local_files_only, force_download, trust_remote_code: as everywhere in
+                transformers.
             dtype: "auto" takes the one the weights are saved in.
             device: default: CUDA where there is one, else CPU. Leave it out with `device_map`.
-            adapter: directory or Hub id of a PEFT adapter, merged into the weights.
+            adapter, adapter_revision: directory or Hub id of a PEFT adapter, merged into the weights; branch, tag or
+                commit of the latter.
             batch_size, max_batch_tokens, image_position, system, score_end_of_turn, image_cache_bytes,
                 image_cache_dir: see the class.
             model_kwargs: for `AutoModelForImageTextToText.from_pretrained`.
@@ -149,7 +153,7 @@ class TransformersLVLM:
         from transformers import AutoModelForImageTextToText
 
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        hub["trust_remote_code"] = trust_remote_code
+        hub |= {"force_download": force_download, "trust_remote_code": trust_remote_code}
         if revision is not None:
             hub["revision"] = revision
         place = resolve_name(name_or_path)
@@ -165,9 +169,11 @@ class TransformersLVLM:
                     fetch_snapshot(
                         adapter,
                         patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS],  # no pickle
+                        revision=adapter_revision,
                         token=token,
                         cache_dir=cache_dir,
                         local_files_only=local_files_only,
+                        force_download=force_download,
                     )
                 )
             with reading_adapter(adapter):

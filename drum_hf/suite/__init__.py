@@ -7,12 +7,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._compat import require
+from .._compat import public_name, require
+from ..manifest import write_manifest
 from .plan import format_plan, plan_suite
 from .spec import SUITES, SuiteSpec, load_suite
 
@@ -39,7 +41,8 @@ def run_suite(
 
     Args:
         spec: as `load_suite` reads it.
-        out_dir: gets `summary.json`, `results.parquet`, `tables.md`, `tables.tex`, `figure.png`, `report.html`.
+        out_dir: gets `summary.json`, `results.parquet`, `tables.md`, `tables.tex`, `figure.png`, `report.html`,
+            `manifest.json`.
         lvlms: LVLMs by their name in the suite, where they are made already.
         store: another SQLite file for answers and scores; `scores.sqlite` in `out_dir` by default.
         command: what the report says it was made by.
@@ -65,4 +68,19 @@ def run_suite(
     out = Path(out_dir)
     write_results(spec, cells, summary, out)
     write_pages(spec, summary, out, examples=run.examples, command=command)
+    first = spec.lvlms[0].name
+    write_manifest(
+        out,
+        seed=spec.seeds[0],
+        data=run.tables,
+        lvlm={"name": first, "fingerprint": run.fingerprints[first]},
+        settings={
+            "suite": spec.name,
+            "strategies": spec.strategies,
+            "shots": spec.shots,
+            "seeds": spec.seeds,
+            "training": dataclasses.asdict(spec.training),
+            "lvlms": {public_name(name): fingerprint for name, fingerprint in run.fingerprints.items()},
+        },
+    )
     return summary

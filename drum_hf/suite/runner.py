@@ -151,12 +151,14 @@ class SuiteRun:
         self.calls = 0
         self._given = dict(lvlms or {})
         self._held: tuple[str, CachedLVLM] | None = None
-        self._fingerprints: dict[str, str] = {}
         self._encoder_keys = {name: encoder_key(name) for name in spec.encoders}
         #: Every cell of the suite with the key of its file, filled by `run`.
         self.keys: dict[Cell, str] = {}
         #: Queries for the report, a few of each data set, filled by `run`.
         self.examples: list[dict[str, Any]] = []
+        #: Fingerprints of support sets and queries, and of LVLMs by name, filled by `run`.
+        self.tables: dict[str, dict[str, str]] = {}
+        self.fingerprints: dict[str, str] = {}
         self._retrievers: dict[tuple[str, int, int | None], tuple[DemoRetriever, int]] = {}
 
     def run(self) -> dict[Cell, str]:
@@ -220,7 +222,7 @@ class SuiteRun:
             self._held = None  # its memory is free before the next one is loaded
             lvlm = self._given.get(spec.name) or open_lvlm(spec)
             self._held = spec.name, CachedLVLM(lvlm, self.store)
-            self._fingerprints[spec.name] = lvlm.fingerprint
+            self.fingerprints[spec.name] = lvlm.fingerprint
         return self._held[1]
 
     def _count(self) -> None:
@@ -231,6 +233,7 @@ class SuiteRun:
     @contextlib.contextmanager
     def _bench(self, lvlm: LVLMSpec, data: DataSpec, seed: int, encoder: str) -> Iterator[_Bench]:
         support, queries = open_data(data, seed)
+        self.tables[f"{data.name}/{seed}"] = {"support": support.fingerprint, "queries": queries.fingerprint}
         try:
             yield _Bench(data, support, queries, self.lvlm(lvlm), encoder, self.spec.training.lora)
         finally:
@@ -261,7 +264,7 @@ class SuiteRun:
             "task": bench.data.task,
             "support": [bench.support.fingerprint, bench.support.gold_fingerprint],
             "queries": [bench.queries.fingerprint, bench.queries.gold_fingerprint],
-            "lvlm": self._fingerprints[cell.lvlm],
+            "lvlm": self.fingerprints[cell.lvlm],
             "encoder": self._encoder_keys[cell.encoder],
             "metric": bench.metric,
             "max_new_tokens": bench.data.max_new_tokens,
@@ -279,7 +282,7 @@ class SuiteRun:
             "seed": cell.seed,
             "draft_tokens": bench.data.max_new_tokens,
             "support": [bench.support.fingerprint, bench.support.gold_fingerprint],
-            "lvlm": self._fingerprints[cell.trained_on or cell.lvlm],
+            "lvlm": self.fingerprints[cell.trained_on or cell.lvlm],
             "encoder": self._encoder_keys[cell.encoder],
             "choices": list(bench.choices),
         }

@@ -320,6 +320,25 @@ class CandidateTable:
         order = np.argsort(columns[0], kind="stable")
         return [column[order] for column in columns]
 
+    def summary(self) -> list[dict[str, float | int | None]]:
+        """What each finished round bought, a row for each, as the model card shows it.
+
+        `scored pairs` so far; and of rounds of new pairs, in the mean, the gold response's probability (a token's, or
+        that of the label) after one of the round's demonstrations, and after the best one so far of each query.
+        Rounds in company have None there.
+        """
+        best = np.full(len(self._rows), -np.inf)
+        rows: list[dict[str, float | int | None]] = []
+        for number, bought in enumerate(self.bought):
+            added, proposed, reached = self._rounds.get(number), None, None
+            if added is not None and len(added.scores):
+                owners = np.repeat(np.arange(len(self._rows)), np.diff(added.offsets))
+                np.maximum.at(best, owners, added.scores)
+                proposed, reached = float(np.exp(added.scores).mean()), float(np.exp(best).mean())
+            told = {"gold probability": proposed, "after the best so far": reached}
+            rows.append({"round": number + 1, "scored pairs": bought, **told})
+        return rows
+
     def save(self, path: str | Path) -> None:
         """Write a parquet file; the query ids and the number of rounds stand in its metadata.
 

@@ -491,6 +491,7 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
                 "company_rounds": min(self.args.company_rounds, self.args.rounds - 1),
                 "seed": self.args.seed,
             },
+            rounds=self.table.summary(),
         )
         return output
 

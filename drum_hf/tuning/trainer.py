@@ -24,6 +24,7 @@ from ..data.episodes import Conversation, Mix, MixReport, check_disjoint
 from ..errors import SavedFileError
 from ..lvlm.local import TransformersLVLM
 from ..lvlm.processors import load_processor
+from ..manifest import write_manifest
 from ..model_card import render_tuned_card
 from ..training.checkpoints import WholeCheckpoints, last_checkpoint
 from .arguments import ICLTuningArguments
@@ -42,6 +43,12 @@ _BAR_FROM = 1000
 _LOSSES = "losses.json"
 
 Data: TypeAlias = Mix | Sequence[Conversation] | Sequence[Mapping[str, Any]] | Dataset
+
+#: Arguments that the manifest of a tuned LVLM tells.
+_TOLD = (
+    "full", "lora_rank", "lora_alpha", "lora_dropout", "loss_on", "max_length", "conversations", "image_position",
+    "system", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,7 +357,7 @@ class ICLTuner(WholeCheckpoints, Trainer):
                 config = json.loads(noted.read_text(encoding="utf-8"))
                 config["base_model_name_or_path"] = public_name(self.base_model)
                 noted.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-            (folder / "README.md").write_text(self._card(), encoding="utf-8")
+            self._describe(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card of the tuned LVLM into the output folder; what the platform would say is left out."""
@@ -360,7 +367,7 @@ class ICLTuner(WholeCheckpoints, Trainer):
     # ---- what comes out ----
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, merged: bool = False) -> None:
-        """Write the adapter (or, where all weights were trained, the model), the processor and a model card.
+        """Write the adapter (or, where all weights were trained, the model), the processor, a card and a manifest.
 
         `TransformersLVLM.from_pretrained(base, adapter=folder)` reads an adapter; a merged or fully tuned model is
         read as any other, `TransformersLVLM.from_pretrained(folder)`.
@@ -373,14 +380,14 @@ class ICLTuner(WholeCheckpoints, Trainer):
             return
         self._merged().save_pretrained(folder)
         self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
-        (Path(folder) / "README.md").write_text(self._card(adapter=False), encoding="utf-8")
+        self._describe(Path(folder), adapter=False)
 
     def push_to_hub(self, *args: Any, merged: bool = False, **kwargs: Any) -> Any:
         """As `transformers.Trainer.push_to_hub`; of a base model in a folder of this machine, the last name goes.
 
         Args:
             merged: upload the whole model with the adapter in its weights; of the platform's arguments only
-                `commit_message`, `token`, `revision` and `private` then count.
+                `commit_message`, `token`, `revision`, `private` and `create_pr` then count.
 
         Returns:
             What the platform does; with `merged` the address of the commit.
@@ -400,6 +407,7 @@ class ICLTuner(WholeCheckpoints, Trainer):
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
+        create_pr: bool = False,
     ) -> str:
         token = token or self.args.hub_token
         private = self.args.hub_private_repo if private is None else private
@@ -414,6 +422,7 @@ class ICLTuner(WholeCheckpoints, Trainer):
                 replaces=("adapter_*", "*.safetensors"),
                 token=token,
                 revision=revision or self.args.hub_revision,
+                create_pr=create_pr,
             )
 
     def lvlm(self, **kwargs: Any) -> TransformersLVLM:
@@ -433,6 +442,16 @@ class ICLTuner(WholeCheckpoints, Trainer):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         return model
+
+    def _describe(self, folder: Path, adapter: bool | None = None) -> None:
+        """The card of what lies in a folder, and the manifest of what made it."""
+        (folder / "README.md").write_text(self._card(adapter), encoding="utf-8")
+        write_manifest(
+            folder,
+            seed=self.args.seed,
+            lvlm={"name": self.base_model, "revision": self.base_revision},
+            settings={name: getattr(self.args, name) for name in _TOLD} | {"steps": self.state.global_step},
+        )
 
     def _card(self, adapter: bool | None = None) -> str:
         losses = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
