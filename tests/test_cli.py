@@ -16,6 +16,7 @@ import pytest
 from drum_hf import cli
 from drum_hf.cli import main, options
 from drum_hf.cli.options import training_options
+from drum_hf.data import load_table
 from drum_hf.errors import ModelError
 from drum_hf.experiment import Settings
 from drum_hf.playground import make_world
@@ -89,6 +90,9 @@ def test_score_prices_before_it_bills(folder, tmp_path, capsys):
     assert "120 new pairs, 0 already in the store" in said and "prompt tokens" in said
     assert main(command) == 0
     assert "120 pairs scored; " in capsys.readouterr().out  # beside zero-shot scores and the dry run's guesses
+    told = json.loads((tmp_path / "scores.sqlite.manifest.json").read_text())
+    assert told["data"]["support"] == told["data"]["queries"] == load_table(folder).fingerprint
+    assert told["lvlm"]["name"] == "playground/lvlm" and told["settings"]["encoder"] == "playground/clip"
     assert main([*command, "--dry-run"]) == 0
     assert "0 new pairs, 120 already in the store" in capsys.readouterr().out
 
@@ -109,6 +113,10 @@ def test_demo_writes_what_it_promises(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "DRUM" in said and "report.html" in said
     content = json.loads(results.read_text())
+    beside = json.loads((tmp_path / "demo.manifest.json").read_text())
+    inside = json.loads((out / "manifest.json").read_text())
+    assert beside["lvlm"] == inside["lvlm"] and beside["settings"] == inside["settings"]
+    assert list(beside["data"].values()) == [inside["data"]["support"], inside["data"]["queries"]]
     assert {"task", "world_seed", "shots", "seconds", "scored_pairs", "strategies"} <= set(content)
     names = [
         "zero-shot",

@@ -70,6 +70,9 @@ def test_export_and_import(store, tmp_path, capsys):
         assert list(one.entries()) == list(two.entries())
     with ScoreStore(new) as two:
         two._connection.execute("UPDATE scores SET value = -2.0")
+    told = json.loads((tmp_path / "s.parquet.manifest.json").read_text())
+    with ScoreStore(store) as one:
+        assert told["settings"]["fingerprints"] == sorted(one.identities())
     assert run("import", file, new) == 0
     assert "20 of the known ones differ from the file's" in capsys.readouterr().out
 

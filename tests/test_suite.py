@@ -13,6 +13,7 @@ from tiny_encoders import tiny_clip
 from tiny_training import StubLVLM, coloured_table
 
 from drum_hf.cli import main
+from drum_hf.data import load_table
 from drum_hf.errors import SavedFileError, SuiteError
 from drum_hf.evaluation.registry import Comparison
 from drum_hf.evaluation.statistics import paired_bootstrap
@@ -118,6 +119,16 @@ def test_a_suite_writes_every_number_and_pays_once(whole):
     assert [r["query_id"] for r in drum] == [f"u{i}" for i in range(6)]
     assert np.mean([r["value"] for r in drum]) == pytest.approx(task["strategies"]["drum"]["2"]["metric"])
     assert {r["pairs"] for r in drum} == {80} and all(len(r["demonstrations"]) == 2 for r in drum)
+
+
+def test_a_suite_says_what_made_it(whole, suite_file):
+    out, _, first, second = whole
+    told = json.loads((out / "manifest.json").read_text())
+    assert told["lvlm"] == {"name": "first", "fingerprint": first.fingerprint}
+    assert told["settings"]["lvlms"] == {"first": first.fingerprint, "second": second.fingerprint}
+    (tables,) = told["data"].values()
+    assert tables == {s: load_table(suite_file.parent / s).fingerprint for s in ("support", "queries")}
+    assert str(out.parent) not in (out / "manifest.json").read_text()
 
 
 def test_pages_say_what_was_measured(whole):
