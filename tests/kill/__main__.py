@@ -3,9 +3,9 @@
 `python -m tests.kill --count 50 --seed 0 [--verbs train,adapter,score,eval,tune,suite]`. The outcome must be the same
 bytes; no answer that was stored is lost or paid for again. Exit status 1 otherwise.
 
-The uninterrupted run is a process like any other. Those that are killed are forks of two processes that have only
-imported what it had imported, so that a kill does not wait for imports, in which there is nothing to lose; a command
-and its repetition come from different ones, whose hashes of texts differ.
+Runs are forks of two processes that have only imported what a command imports, so that a kill does not wait for
+imports, in which there is nothing to lose; a command and its repetition come from different ones, whose hashes of
+texts differ. The first verb's uninterrupted run is a process like any other, and a fork must end as it does.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -252,11 +253,13 @@ def finish(server: Server, verb: str, data: Path, out: Path) -> float:
 
 
 def uninterrupted(verb: str, data: Path, work: Path) -> tuple[list[str], dict[str, Any]]:
-    """A process of its own: (the names of the modules that it loaded, its outcome)."""
+    """A process of its own: (names of the modules that it loaded, its outcome). Used again where it is there."""
     out = work / f"{verb}-whole"
+    modules = out / "modules.json"
+    if modules.exists():  # written last
+        return json.loads(modules.read_text()), outcome(verb, out)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    modules = out / "modules.json"
     with (out / "said.txt").open("ab") as said:
         status = subprocess.run(
             [sys.executable, "-m", "tests.kill.noted", "-q", *command(verb, data, out)],
@@ -317,13 +320,12 @@ def compare(found: dict[str, Any], expected: dict[str, Any], what: str) -> None:
     assert not differ, f"{what}: {', '.join(sorted(differ))} differ"
 
 
-def timed(pair: Sequence[Server], verb: str, data: Path, work: Path, expected: dict[str, Any]) -> float:
-    """Seconds of a fork that nobody kills, whose outcome must be that of a process of its own."""
+def timed(server: Server, verb: str, data: Path, work: Path) -> tuple[float, dict[str, Any]]:
+    """A fork that nobody kills: (seconds, outcome)."""
     out = work / f"{verb}-fork"
     shutil.rmtree(out, ignore_errors=True)
-    seconds = finish(pair[0], verb, data, out)
-    compare(outcome(verb, out), expected, f"{verb} in a fork")
-    return seconds
+    seconds = finish(server, verb, data, out)
+    return seconds, outcome(verb, out)
 
 
 def main() -> int:
@@ -331,7 +333,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=50, help="kills in all (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verbs", default=",".join(VERBS))
-    parser.add_argument("--work", type=Path, help="folder to keep; a temporary one by default")
+    parser.add_argument("--work", type=Path, help="a folder to keep; a temporary one by default")
     args = parser.parse_args()
     chance, verbs = random.Random(args.seed), args.verbs.split(",")
     counts = dict.fromkeys(verbs, 0)
@@ -346,23 +348,17 @@ def main() -> int:
         if not data.exists():
             make_data(data)
         try:
-            whole = {}
-            for verb in verbs:
-                whole[verb] = uninterrupted(verb, data, work)
-                tell(f"{verb}: carried out without a kill")
-            with servers(name for modules, _ in whole.values() for name in modules) as pair:
-                for at, verb in enumerate(verbs):
-                    expected = whole[verb][1]
-                    seconds = timed(pair, verb, data, work, expected)
-                    tell(f"{verb}: {seconds:.1f} s in a fork, identical")
-                    goal = args.count * (at + 1) // len(verbs) - args.count * at // len(verbs)
-                    for _ in range(4 * goal):
-                        if counts[verb] >= goal:
-                            break
-                        kills = min(goal - counts[verb], chance.choice([1, 2, 3, 5]))
-                        done = check(pair, verb, data, work, kills, chance, (seconds, expected))
-                        counts[verb] += done
-                        tell(f"{verb}: {done} kills, identical")
+            modules, expected = uninterrupted(verbs[0], data, work)
+            with servers(modules) as pair:
+                whole = {verb: timed(pair[0], verb, data, work) for verb in verbs}
+                compare(whole[verbs[0]][1], expected, f"{verbs[0]} in a fork")
+                tell(" ".join(f"{verb} {seconds:.1f} s" for verb, (seconds, _) in whole.items()) + " uninterrupted")
+                for verb in itertools.islice(itertools.cycle(verbs), 4 * args.count):
+                    kills = min(args.count - sum(counts.values()), chance.choice([1, 3, 5]))
+                    if not kills:
+                        break
+                    counts[verb] += check(pair, verb, data, work, kills, chance, whole[verb])
+                    tell(f"{verb}: identical; {counts}")
         except AssertionError as error:
             tell(f"FAULT {error}")
             return 1
