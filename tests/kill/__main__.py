@@ -221,8 +221,8 @@ def outcome(verb: str, out: Path) -> dict[str, Any]:
         ]
         found |= {str(p.relative_to(out)): p.read_bytes() for p in names}
         steps = sorted((out / "training").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-        for name in ("candidates.parquet", "loss.safetensors", "model.safetensors"):
-            found[name] = (steps[-1] / name).read_bytes()
+        names = [steps[-1] / "candidates.parquet", *steps[-1].rglob("*.safetensors")]  # an adapter's or all weights
+        found |= {p.name: p.read_bytes() for p in names}
     if verb == "eval":
         results = json.loads((out / "results.json").read_text())
         results.pop("seconds")
