@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from kill.__main__ import VERBS, check, make_data, outcome, servers, timed, uninterrupted
+from kill.__main__ import VERBS, check, compare, make_data, outcome, servers, timed, uninterrupted
 
 from drum_hf.errors import SavedFileError
 from drum_hf.training.checkpoints import WholeCheckpoints, last_checkpoint, same_run
@@ -119,8 +119,9 @@ def work(tmp_path_factory):
 def test_killed_and_given_again_it_ends_as_if_it_had_not_been(work, verb):
     modules, expected = uninterrupted(verb, work / "data", work)
     with servers(modules) as pair:
-        seconds = timed(pair, verb, work / "data", work, expected)
-        done = check(pair, verb, work / "data", work, 2, random.Random(verb), (seconds, expected))
+        whole = timed(pair[0], verb, work / "data", work)
+        compare(whole[1], expected, "a fork")
+        done = check(pair, verb, work / "data", work, 2, random.Random(verb), whole)
     assert done <= 2
 
 

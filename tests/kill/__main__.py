@@ -3,9 +3,9 @@
 `python -m tests.kill --count 50 --seed 0 [--verbs train,adapter,score,eval,tune,suite]`. The outcome must be the same
 bytes; no answer that was stored is lost or paid for again. Exit status 1 otherwise.
 
-The uninterrupted run is a process like any other. Those that are killed are forks of two processes that have only
-imported what it had imported, so that a kill does not wait for imports, in which there is nothing to lose; a command
-and its repetition come from different ones, whose hashes of texts differ.
+Runs are forks of two processes that have only imported what a command imports, so that a kill does not wait for
+imports, in which there is nothing to lose; a command and its repetition come from different ones, whose hashes of
+texts differ. The first verb's uninterrupted run is a process like any other, and a fork must end as it does.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,8 @@ class Server:
         )
         self.left = b""
         self.ended: dict[int, int] = {}
+
+    def started(self) -> None:
         told = self.told(PATIENCE)
         assert told == {"threads": []}, f"expected no thread that a fork would lose, came {told}"
 
@@ -172,13 +175,19 @@ class Server:
 
 
 @contextlib.contextmanager
-def servers(modules: Path) -> Iterator[list[Server]]:
-    made = [Server(modules, number) for number in range(2)]
-    try:
-        yield made
-    finally:
-        for server in made:
-            server.close()
+def servers(names: Iterable[str]) -> Iterator[list[Server]]:
+    """Two processes that have imported these modules."""
+    with tempfile.TemporaryDirectory() as folder:
+        modules = Path(folder, "modules.json")
+        modules.write_text(json.dumps(sorted(set(names))))
+        made = [Server(modules, number) for number in range(2)]
+        try:
+            for server in made:
+                server.started()
+            yield made
+        finally:
+            for server in made:
+                server.close()
 
 
 def paid(out: Path) -> list[list[str]]:
@@ -212,8 +221,8 @@ def outcome(verb: str, out: Path) -> dict[str, Any]:
         ]
         found |= {str(p.relative_to(out)): p.read_bytes() for p in names}
         steps = sorted((out / "training").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-        for name in ("candidates.parquet", "loss.safetensors", "model.safetensors"):
-            found[name] = (steps[-1] / name).read_bytes()
+        names = [steps[-1] / "candidates.parquet", *steps[-1].rglob("*.safetensors")]  # an adapter's or all weights
+        found |= {p.name: p.read_bytes() for p in names}
     if verb == "eval":
         results = json.loads((out / "results.json").read_text())
         results.pop("seconds")
@@ -243,12 +252,14 @@ def finish(server: Server, verb: str, data: Path, out: Path) -> float:
     return time.monotonic() - began
 
 
-def uninterrupted(verb: str, data: Path, work: Path) -> tuple[Path, dict[str, Any]]:
-    """A process of its own: (the names of the modules that it loaded, its outcome)."""
+def uninterrupted(verb: str, data: Path, work: Path) -> tuple[list[str], dict[str, Any]]:
+    """A process of its own: (names of the modules that it loaded, its outcome). Used again where it is there."""
     out = work / f"{verb}-whole"
+    modules = out / "modules.json"
+    if modules.exists():  # written last
+        return json.loads(modules.read_text()), outcome(verb, out)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    modules = out / "modules.json"
     with (out / "said.txt").open("ab") as said:
         status = subprocess.run(
             [sys.executable, "-m", "tests.kill.noted", "-q", *command(verb, data, out)],
@@ -256,7 +267,7 @@ def uninterrupted(verb: str, data: Path, work: Path) -> tuple[Path, dict[str, An
         ).returncode  # fmt: skip
     if status:
         raise failed(verb, out, status)
-    return modules, outcome(verb, out)
+    return json.loads(modules.read_text()), outcome(verb, out)
 
 
 def killed_run(
@@ -309,13 +320,12 @@ def compare(found: dict[str, Any], expected: dict[str, Any], what: str) -> None:
     assert not differ, f"{what}: {', '.join(sorted(differ))} differ"
 
 
-def timed(pair: Sequence[Server], verb: str, data: Path, work: Path, expected: dict[str, Any]) -> float:
-    """Seconds of a fork that nobody kills, whose outcome must be that of a process of its own."""
+def timed(server: Server, verb: str, data: Path, work: Path) -> tuple[float, dict[str, Any]]:
+    """A fork that nobody kills: (seconds, outcome)."""
     out = work / f"{verb}-fork"
     shutil.rmtree(out, ignore_errors=True)
-    seconds = finish(pair[0], verb, data, out)
-    compare(outcome(verb, out), expected, f"{verb} in a fork")
-    return seconds
+    seconds = finish(server, verb, data, out)
+    return seconds, outcome(verb, out)
 
 
 def main() -> int:
@@ -323,7 +333,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=50, help="kills in all (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verbs", default=",".join(VERBS))
-    parser.add_argument("--work", type=Path, help="folder to keep; a temporary one by default")
+    parser.add_argument("--work", type=Path, help="a folder to keep; a temporary one by default")
     args = parser.parse_args()
     chance, verbs = random.Random(args.seed), args.verbs.split(",")
     counts = dict.fromkeys(verbs, 0)
@@ -338,19 +348,17 @@ def main() -> int:
         if not data.exists():
             make_data(data)
         try:
-            for at, verb in enumerate(verbs):
-                goal = args.count * (at + 1) // len(verbs) - args.count * at // len(verbs)
-                modules, expected = uninterrupted(verb, data, work)
-                with servers(modules) as pair:
-                    seconds = timed(pair, verb, data, work, expected)
-                    tell(f"{verb}: {seconds:.1f} s uninterrupted")
-                    for _ in range(4 * goal):
-                        if counts[verb] >= goal:
-                            break
-                        kills = min(goal - counts[verb], chance.choice([1, 2, 3, 5]))
-                        done = check(pair, verb, data, work, kills, chance, (seconds, expected))
-                        counts[verb] += done
-                        tell(f"{verb}: {done} kills, identical")
+            modules, expected = uninterrupted(verbs[0], data, work)
+            with servers(modules) as pair:
+                whole = {verb: timed(pair[0], verb, data, work) for verb in verbs}
+                compare(whole[verbs[0]][1], expected, f"{verbs[0]} in a fork")
+                tell(" ".join(f"{verb} {seconds:.1f} s" for verb, (seconds, _) in whole.items()) + " uninterrupted")
+                for verb in itertools.islice(itertools.cycle(verbs), 4 * args.count):
+                    kills = min(args.count - sum(counts.values()), chance.choice([1, 3, 5]))
+                    if not kills:
+                        break
+                    counts[verb] += check(pair, verb, data, work, kills, chance, whole[verb])
+                    tell(f"{verb}: identical; {counts}")
         except AssertionError as error:
             tell(f"FAULT {error}")
             return 1
