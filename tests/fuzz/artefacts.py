@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,13 @@ def _saved_table(folder: Path) -> Any:
     from drum_hf.data import TripletTable
 
     return _content(TripletTable.load(folder / "triplets.parquet"))
+
+
+def _mapped_table(folder: Path) -> Any:
+    from drum_hf.data import TripletTable
+
+    with tempfile.TemporaryDirectory() as cache:
+        return _content(TripletTable.load(folder / "triplets.parquet", mmap=True, cache_dir=cache))
 
 
 def _own_rows(folder: Path) -> list[dict[str, Any]]:
@@ -495,6 +503,7 @@ ARTEFACTS: dict[str, Artefact] = {
     "export": Artefact(_make_export, _read_export),
     "candidates": Artefact(_make_candidates, _read_candidates),
     "table": Artefact(lambda folder: _table().save(folder / "triplets.parquet"), _saved_table),
+    "table-mapped": Artefact(lambda folder: _table().save(folder / "triplets.parquet"), _mapped_table),
     "rows-csv": Artefact(_make_csv, _load_table, share=0.6),
     "rows-jsonl": Artefact(_make_jsonl, _load_table, share=0.6),
     "rows-parquet": Artefact(_make_rows_parquet, _load_table, share=0.6),
