@@ -274,6 +274,13 @@ def test_nobody_is_told_that_a_page_was_opened(retriever, monkeypatch):
     assert called == []
 
 
+def test_columns_are_told_apart_by_their_heads(retriever):
+    app = build_app(retriever, Echo(), second=similarity(retriever, "si"))
+    texts = [str(part["props"].get("value", "")) for part in app.config["components"] if part["type"] == "markdown"]
+    heads = [text.partition("\n")[0] for text in texts if text.startswith("## ")]
+    assert heads == ["## A: SIT + draft, untrained", "## B: SI, untrained"]
+
+
 def test_without_gradio_the_command_says_which_line_brings_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["app"]) == 2

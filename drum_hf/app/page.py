@@ -12,7 +12,7 @@ from ..encoder import PARTS
 from ..errors import DrumError, ImageError
 from ..types import LVLM, Demonstration, Query
 from .cards import CSS, answer_card, error_card, outcome_cards, thumbnail
-from .compare import Comparer, Strategy
+from .compare import Comparer, Strategy, strategy_name
 
 if TYPE_CHECKING:
     import gradio
@@ -111,7 +111,8 @@ def build_app(
         with gr.Row(equal_height=False):
             for place, strategy in enumerate(strategies):
                 with gr.Column(min_width=320):
-                    gr.Markdown(f"## {'AB'[place]}: {strategy.name or 'Similarity, untrained'}\n{_about(strategy)}")
+                    name = strategy.name or f"{strategy_name(strategy.start)}, untrained"
+                    gr.Markdown(f"## {'AB'[place]}: {name}\n{_about(strategy)}")
                     sliders += _sliders(gr, strategy)
                     results.append(gr.HTML(elem_id=f"strategy-{place + 1}", min_height=80))
 
