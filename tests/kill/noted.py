@@ -33,14 +33,12 @@ def note(name: str, kind: Any) -> None:
     setattr(TransformersLVLM, name, call)
 
 
-note("score", "score")
-note("generate", "generate")
-cached.CachedLVLM.__init__.__kwdefaults__["batch_size"] = BATCH
-
-
 def main(arguments: list[str]) -> int:
     from drum_hf.cli import main as command
 
+    note("score", "score")
+    note("generate", "generate")
+    cached.CachedLVLM.__init__.__kwdefaults__["batch_size"] = BATCH
     sys.argv = ["drum-hf", *arguments]
     status = command(arguments)
     if "MODULES" in os.environ:
