@@ -145,7 +145,7 @@ class _Run:
             row["by_shots"][str(count)] = _row(result)
             if count == self.settings.shots:
                 row.update(_row(result))
-        used = "" if result.strategy == "zero-shot" else f" at {self.settings.shots} shots"
+        used = f" at {self.settings.shots} shots" if any(result.ids) else ""
         logger.info("%s: %.3f%s", result.strategy, self.rows[result.strategy]["metric"], used)
 
     def evaluate_named(

@@ -104,6 +104,8 @@ def test_index_builds_hnsw(folder, tmp_path, capsys):
     assert "index='hnsw'" in capsys.readouterr().out
     assert main(["-q", "index", str(tmp_path / "new"), "--data", str(folder)]) == 2
     assert "--add" in capsys.readouterr().err
+    assert main(["-q", "index", str(tmp_path / "none"), "--data", str(folder), "--shard-rows", "0"]) == 2
+    assert "shard_rows is a whole number" in capsys.readouterr().err
 
 
 def test_demo_writes_what_it_promises(tmp_path, capsys):

@@ -50,12 +50,15 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"expected a new or empty folder to build into; {folder} holds files. Use --add to extend it"
             )
+        options = {"storage": args.storage}
+        if args.shard_rows is not None:
+            options["shard_rows"] = args.shard_rows
         retriever = DemoRetriever.from_encoder(
             args.encoder,
             support=read_table(args.data, args),
             strategy=args.strategy,
             index_kind=args.kind,
-            index_options={"storage": args.storage} | ({"shard_rows": args.shard_rows} if args.shard_rows else {}),
+            index_options=options,
             device=args.device,
         )
         retriever.save_pretrained(folder)

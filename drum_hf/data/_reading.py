@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .._files import checksum, plain_schema, read_batches, refuse_special, writing
+from .._files import checksum, plain_schema, read_batches, writing
 from ..errors import SavedFileError
 from ..types import content_key
 from ._images import image_column, image_dataset
@@ -125,7 +125,6 @@ def _opened(file: Path) -> Iterator[_Saved]:
         raise altered(file, "found no such file")
     with contextlib.ExitStack() as stack:
         try:
-            refuse_special(file)
             parquet = stack.enter_context(pq.ParquetFile(os.fspath(file)))
             schema = plain_schema(parquet)
         except (pa.ArrowException, OSError, ValueError) as error:
