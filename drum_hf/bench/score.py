@@ -8,16 +8,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..types import ICLRequest
 from .machine import Measured, describe_machine, measure_gemm, measure_memory
 from .shapes import SHAPES, Shape, all_pairs, build, decoder_flops, vision_flops
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["bench_score", "describe"]
 
