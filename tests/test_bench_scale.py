@@ -87,9 +87,10 @@ def test_threads_find_the_same():
 
 def test_mining_is_split_into_its_parts():
     found = measure_mining("playground", queries=12, support=30, candidates=4, known=3, device="cpu")
-    parts = [found[name] for name in ("encoder", "index", "python")]
+    names = ("reading", "encoder", "index", "python")
+    parts = [found[name] for name in names]
     assert min(parts) >= 0 and sum(parts) == pytest.approx(found["seconds"], abs=0.01)
-    assert sum(found[f"{name}_share"] for name in ("encoder", "index", "python")) == pytest.approx(1, abs=0.01)
+    assert sum(found[f"{name}_share"] for name in names) == pytest.approx(1, abs=0.01)
 
 
 def test_a_table_is_measured_loaded_and_mapped(capsys, tmp_path):

@@ -26,7 +26,7 @@ def measure_mining(
     kind: str = "flat",
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Time a round of mining on playground rows, split into encoder, index and Python.
+    """Time a round of mining on playground rows, split into reading, encoder, index and Python.
 
     Args:
         shape: one of `encode.SHAPES`.
@@ -37,9 +37,9 @@ def measure_mining(
         kind: of the index.
 
     Returns:
-        Seconds of `encoder` (images read, preprocessed and embedded; queries only, since the support set's embedding
-        is no part of mining's loop), `index` (searching) and `python` (all the rest), their shares, and
-        `queries_per_second`.
+        Seconds of `reading` (queries and their images, from the table), `encoder` (preprocessing and embedding them;
+        queries only, since the support set's embedding is no part of mining's loop), `index` (searching) and `python`
+        (all the rest), their shares, and `queries_per_second`.
     """
     from ..data import TripletTable
     from ..retriever import DemoRetriever
@@ -57,18 +57,23 @@ def measure_mining(
         ]  # fmt: skip
         batch += 1
     table = TripletTable.from_dataset(rows[:support])
+    del rows
     with contextlib.ExitStack() as stack:
         encoder = shaped_encoder(shape, device, stack)
         retriever = DemoRetriever(encoder, table, index_kind=kind)
         retriever.refresh()
         asked = table.ids[:queries]
         pairs, rng = CandidateTable(asked), np.random.default_rng(0)
-        spent = {"encoder": 0.0, "index": 0.0}
+        spent = {"reading": 0.0, "encoder": 0.0, "index": 0.0}
         how: dict[str, Any] = {"count": known, "random_share": 1.0, "rng": rng}
         if known:
             first = mine_candidates(retriever, pairs, table.query, **how)
             pairs.extend(first, np.zeros(sum(map(len, first.values()))))
-        with _timed(retriever, "_encode_queries", spent, "encoder"), _timed(retriever.index, "search", spent, "index"):
+        with (
+            _timed(table, "query", spent, "reading"),
+            _timed(retriever, "_encode_queries", spent, "encoder"),
+            _timed(retriever.index, "search", spent, "index"),
+        ):
             began = time.perf_counter()
             mined = mine_candidates(
                 retriever,
