@@ -261,10 +261,13 @@ def test_the_demo_sets_the_base_beside_the_tuned(tmp_path, monkeypatch, capsys):
     whole = benchmarks.compare_lvlms
     small = {"queries": 5, "questions": 30}
     monkeypatch.setattr(benchmarks, "compare_lvlms", lambda lvlms, **how: whole(lvlms, **how | small))
-    main(["demo", "--icl-tuning", "--out", str(tmp_path / "out"), "--json", str(tmp_path / "a.json")])
+    main(["demo", "--icl-tuning", "--averaged", "0.5", "--out", str(tmp_path), "--json", str(tmp_path / "a.json")])
     found = json.loads((tmp_path / "a.json").read_text())["icl_tuning"]
     named = ("base_few_shot", "tuned_few_shot", "base_zero_shot", "tuned_zero_shot", "trivial_baseline")
     assert all(0 <= found[name] <= 1 for name in named)
-    assert set(found["by_benchmark"]["names"]["8"]) >= {"base", "tuned", "trivial"}
-    assert "ordinary questions" in capsys.readouterr().out
+    assert set(found["by_benchmark"]["names"]["8"]) >= {"base", "tuned", "averaged", "trivial"}
+    assert found["lvlms"]["averaged"] == "0.5 of playground/lvlm and 0.5 of playground/lvlm-base"
+    out = capsys.readouterr().out
+    assert "ordinary questions" in out and "averaged, generated" in out
+    assert main(["demo", "--averaged", "0.5"]) == 2
     assert main(["demo", "--icl-tuning", "--data", str(tmp_path)]) == 2

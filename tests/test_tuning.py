@@ -31,7 +31,14 @@ from drum_hf.errors import (
     SavedFileError,
 )
 from drum_hf.lvlm.local import TransformersLVLM
-from drum_hf.tuning import ConversationCollator, ConversationFormat, ICLTuner, ICLTuningArguments, LengthSampler
+from drum_hf.tuning import (
+    ConversationCollator,
+    ConversationFormat,
+    ICLTuner,
+    ICLTuningArguments,
+    LengthSampler,
+    average_weights,
+)
 from drum_hf.tuning.collator import MASKED
 from drum_hf.tuning.config import TuningConfig
 from drum_hf.tuning.modules import add_lora, freeze_vision, lora_targets, part_of
@@ -449,6 +456,33 @@ def test_an_adapter_loads_on_its_base(idefics, tmp_path, monkeypatch):
     assert tuned.push_to_hub() == "done" and pushed["repo_id"] == "me/smol-icl"
     assert {"adapter_model.safetensors", "README.md"} <= pushed["files"] and "training_args.bin" not in pushed["files"]
     assert "# smol-icl" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_averaged_weights_lie_between():
+    base, tuned = (TransformersLVLM.from_pretrained(f"playground/{name}") for name in ("lvlm-base", "lvlm"))
+    before = {lvlm.name: copy.deepcopy(lvlm.model.state_dict()) for lvlm in (base, tuned)}
+    averaged = average_weights(base, tuned, share=0.25)
+    first, second = before.values()
+    tied = [n for n, w in first.items() if sum(w.data_ptr() == o.data_ptr() for o in first.values()) > 1]
+    assert tied  # a weight that has two names is averaged once
+    for name, weight in averaged.model.state_dict().items():
+        torch.testing.assert_close(weight, 0.75 * first[name] + 0.25 * second[name])
+    for lvlm in (base, tuned):
+        assert all(torch.equal(w, before[lvlm.name][n]) for n, w in lvlm.model.state_dict().items())
+    assert len({lvlm.fingerprint for lvlm in (base, tuned, averaged)}) == 3
+    request = ICLRequest(Query(Image.new("RGB", (48, 48), "red"), "which colour is it?"), (), ("red",))
+    for share, whole in ((0.0, base), (1.0, tuned)):
+        np.testing.assert_array_equal(
+            average_weights(base, tuned, share=share).score([request]), whole.score([request])
+        )
+
+
+def test_averaging_asks_for_one_architecture_and_a_share(idefics):
+    ours = TransformersLVLM.from_pretrained("playground/lvlm")
+    with pytest.raises(ValueError, match=r"one architecture.*lvlm.* differ in"):
+        average_weights(TransformersLVLM.from_pretrained(idefics), ours, share=0.5)
+    with pytest.raises(ValueError, match="share between 0 and 1, came 80"):
+        average_weights(ours, ours, share=80)
 
 
 def test_a_model_that_is_given_as_such_needs_its_processor(idefics, tmp_path):

@@ -38,6 +38,12 @@ def add(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="instead: the playground's LVLM without and with ICL tuning, side by side on in-context benchmarks",
     )
+    parser.add_argument(
+        "--averaged",
+        type=float,
+        metavar="SHARE",
+        help="with --icl-tuning: also an LVLM between the two, of so much of the tuned one's weights, such as 0.8",
+    )
     data_options(parser, required=False)
     parser._option_string_actions["--task"].choices = (*TASKS, "all")
     model_options(parser)
@@ -50,6 +56,8 @@ def run(args: argparse.Namespace) -> None:
     if args.icl_tuning:
         _compare_tuning(args)
         return
+    if args.averaged is not None:
+        raise ValueError("expected --averaged with --icl-tuning only: it averages the two LVLMs that this compares")
     from .._compat import require
     from ..evaluation.report import format_table
     from ..experiment import run_experiment
@@ -96,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _compare_tuning(args: argparse.Namespace) -> None:
-    """Base and tuned LVLM on the playground's in-context benchmarks."""
+    """Base and tuned LVLM on the playground's in-context benchmarks, and the average of their weights if asked for."""
     from ..lvlm.store import ScoreStore
     from ..playground.benchmarks import compare_lvlms, format_comparison
 
@@ -107,11 +115,16 @@ def _compare_tuning(args: argparse.Namespace) -> None:
         )
     args.out.mkdir(parents=True, exist_ok=True)
     names = {"base": "playground/lvlm-base", "tuned": "playground/lvlm"}
-    lvlms = {key: load_lvlm(args, name) for key, name in names.items()}
+    lvlms: dict[str, Any] = {key: load_lvlm(args, name) for key, name in names.items()}
+    if args.averaged is not None:
+        from ..tuning import average_weights
+
+        lvlms["averaged"] = average_weights(lvlms["base"], lvlms["tuned"], share=args.averaged)
+        names["averaged"] = lvlms["averaged"].name
     store = ScoreStore(args.out / "scores.sqlite")
     found = compare_lvlms(lvlms, seed=args.world_seed, questions=2_000, store=store)
     results = {"icl_tuning": found | {"lvlms": names, "command": "drum-hf " + " ".join(sys.argv[1:])}}
     about = {"fingerprints": {names[key]: lvlm.fingerprint for key, lvlm in lvlms.items()}}
     for path in (args.out / "icl_tuning.json", args.json):
         write_json(path, results, seed=args.world_seed, lvlm=lvlms["tuned"], settings=about)
-    sys.stdout.write(format_comparison(found) + "\n")
+    sys.stdout.write(format_comparison(found, tuple(lvlms)) + "\n")

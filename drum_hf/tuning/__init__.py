@@ -1,6 +1,7 @@
 """ICL tuning: teaching an LVLM to use demonstrations ("Towards Multimodal In-Context Learning …", Doveh et al.)."""
 
 from .arguments import ICLTuningArguments
+from .averaging import average_weights
 from .collator import ConversationCollator, ConversationFormat
 from .config import TuningConfig
 from .sampling import LengthSampler
@@ -14,4 +15,5 @@ __all__ = [
     "LengthSampler",
     "TuningConfig",
     "TuningData",
+    "average_weights",
 ]
