@@ -157,6 +157,8 @@ def test_demo_writes_what_it_promises(tmp_path, capsys):
         (["demo", "--data", "DATA", "--task", "all"], "--task"),
         (["score", "--data", "DATA", "--store", "DATA"], ""),
         (["train", "--data", "DATA", "--out", "x", "--lvlm", "no/such"], "an LVLM, came 'no/such'"),
+        (["train", "--data", "DATA", "--out", "x", "--lvlm", "playground/lvml"], "that ship are playground/clip, "),
+        (["demo", "--data", "DATA", "--lvlm", "no/such", "--columns", "prompt=nowhere"], "nowhere"),  # data first
         (["train", "--data", "DATA", "--out", "x", "--encoder", "no/such"], "a CLIP or SigLIP, came 'no/such'"),
         (["train", "--data", "DATA", "--out", "x", "--device", "gpu7"], "--device"),
         (["train", "--data", "/dev/null", "--out", "x"], "/dev/null: expected a table"),
