@@ -76,6 +76,11 @@ def test_train_resume_eval_and_index(folder, tmp_path, capsys):
     assert "DRUM" in capsys.readouterr().out
     assert set(json.loads(results.read_text())["strategies"]) == {"zero-shot", "sit", "drum"}
 
+    assert main(["-q", "eval", "--retriever", str(out), "--queries", str(queries)]) == 2
+    assert f"give {out / 'retriever'}" in capsys.readouterr().err
+    assert main(["-q", "eval", "--retriever", str(out / "retriever"), "--queries", str(folder)]) == 2
+    assert "take other queries" in capsys.readouterr().err
+
     first = retriever.support.ids[0]
     assert main(["-q", "index", str(out / "retriever"), "--remove", first]) == 0
     assert "39 demonstrations" in capsys.readouterr().out
