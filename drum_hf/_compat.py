@@ -87,9 +87,11 @@ def loading(what: str, name: str | os.PathLike[str]) -> Iterator[None]:
     except DrumError:
         raise
     except OSError as error:
+        given = os.fspath(name)
+        shipped = f"; the models that ship are {', '.join(_SHIPPED)}" if given.startswith("playground/") else ""
         raise ModelError(
-            f"expected a folder or a Hub id of {what}, came {os.fspath(name)!r}, which could not be loaded: "
-            f"{' '.join(str(error).split())}"
+            f"expected a folder or a Hub id of {what}, came {given!r}, which could not be loaded: "
+            f"{' '.join(str(error).split())}{shipped}"
         ) from error
 
 

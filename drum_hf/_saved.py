@@ -231,12 +231,22 @@ def locate(name_or_path: str | os.PathLike[str], *, parts: Iterable[str] = PARTS
 
     Raises:
         HubError: it is no folder, and can't be fetched.
+        SavedFileError: the repository is of something else, or the retriever is a folder further down.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
+        inner = folder / "retriever"
+        if not (folder / CONFIG).exists() and (inner / CONFIG).exists():
+            raise SavedFileError(f"{folder}: expected a retriever, came the output of drum-hf; give {inner}")
         return folder
     wanted = [*patterns(parts), CARD, _MODULES, _ST_CONFIG]
-    return _hub.fetch_snapshot(os.fspath(name_or_path), patterns=wanted, **hub)
+    folder = _hub.fetch_snapshot(os.fspath(name_or_path), patterns=wanted, **hub)
+    if not (folder / CONFIG).exists():
+        raise SavedFileError(
+            f"expected a retriever, came {os.fspath(name_or_path)!r}, a repository without {CONFIG}; give the id that "
+            "push_to_hub or drum-hf push was given"
+        )
+    return folder
 
 
 def _read_json(path: Path) -> dict[str, Any]:

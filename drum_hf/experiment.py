@@ -193,6 +193,7 @@ def run_experiment(
     began = time.perf_counter()
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
+    logger.info("%s: %d demonstrations, %d queries", task, len(support), len(queries))
     store = ScoreStore(out / "scores.sqlite")
     cached = CachedLVLM(lvlm, store)
     choices = support.label_set if task == "classification" else ()

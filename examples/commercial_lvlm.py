@@ -25,11 +25,24 @@ ROUNDS = 2
 QUERIES = 40
 
 # %% [markdown]
-# ## Train with an LVLM that runs here
+# ## Ask the endpoint, without demonstrations
+#
+# This comes first: a wrong address or key is told now, and not after the training. `max_requests` is a cap that is
+# never passed. Answers are kept in a store as they come: stopped by the cap, by Ctrl-C or by a lost connection, the
+# same lines go on without paying twice.
 
 # %%
 world = make_world(seed=0, task="vqa", difficulty="easy")
 queries = world.queries.select(world.queries.ids[:QUERIES])
+endpoint = OpenAILVLM(MODEL, base_url=BASE_URL, max_requests=4 * QUERIES, image_detail="low")
+lvlm = CachedLVLM(endpoint, ScoreStore(f"{OUT}/answers.sqlite"))
+evaluator = ICLEvaluator(lvlm, world.support, queries)
+bare = evaluator.evaluate(ZeroShot(), shots=0)
+
+# %% [markdown]
+# ## Train with an LVLM that runs here
+
+# %%
 retriever = DemoRetriever.from_encoder(ENCODER, support=world.support)
 arguments = DrumTrainingArguments(
     OUT,
@@ -43,18 +56,8 @@ arguments = DrumTrainingArguments(
 DrumTrainer(retriever, lvlm=TransformersLVLM.from_pretrained(TEACHER), args=arguments).train()
 
 # %% [markdown]
-# ## Ask the endpoint
+# ## Ask again, with demonstrations
 #
-# `max_requests` is a cap that is never passed. Answers are kept in a store as they come: stopped by the cap, by Ctrl-C
-# or by a lost connection, the same lines go on without paying twice.
-
-# %%
-endpoint = OpenAILVLM(MODEL, base_url=BASE_URL, max_requests=4 * QUERIES, image_detail="low")
-lvlm = CachedLVLM(endpoint, ScoreStore(f"{OUT}/answers.sqlite"))
-evaluator = ICLEvaluator(lvlm, world.support, queries)
-bare = evaluator.evaluate(ZeroShot(), shots=0)
-
-# %% [markdown]
 # The zero-shot answers are the drafts that the retriever looks at.
 
 # %%

@@ -120,6 +120,14 @@ def test_a_visit(page, served):
         lvlm.down = False
 
 
+def test_a_narrow_screen_holds_all_there_is(page):
+    page.set_viewport_size({"width": 420, "height": 900})
+    beyond = "[...document.querySelectorAll('#examples .thumbnail-item, input[type=range]')]"
+    beyond += ".filter(part => part.getBoundingClientRect().right > innerWidth - 24).length"
+    page.wait_for_function(f"{beyond} == 0")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
 def test_a_file_that_is_no_picture_is_told(page, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")

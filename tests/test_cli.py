@@ -76,6 +76,11 @@ def test_train_resume_eval_and_index(folder, tmp_path, capsys):
     assert "DRUM" in capsys.readouterr().out
     assert set(json.loads(results.read_text())["strategies"]) == {"zero-shot", "sit", "drum"}
 
+    assert main(["-q", "eval", "--retriever", str(out), "--queries", str(queries)]) == 2
+    assert f"give {out / 'retriever'}" in capsys.readouterr().err
+    assert main(["-q", "eval", "--retriever", str(out / "retriever"), "--queries", str(folder)]) == 2
+    assert "take other queries" in capsys.readouterr().err
+
     first = retriever.support.ids[0]
     assert main(["-q", "index", str(out / "retriever"), "--remove", first]) == 0
     assert "39 demonstrations" in capsys.readouterr().out
@@ -157,6 +162,8 @@ def test_demo_writes_what_it_promises(tmp_path, capsys):
         (["demo", "--data", "DATA", "--task", "all"], "--task"),
         (["score", "--data", "DATA", "--store", "DATA"], ""),
         (["train", "--data", "DATA", "--out", "x", "--lvlm", "no/such"], "an LVLM, came 'no/such'"),
+        (["train", "--data", "DATA", "--out", "x", "--lvlm", "playground/lvml"], "that ship are playground/clip, "),
+        (["demo", "--data", "DATA", "--lvlm", "no/such", "--columns", "prompt=nowhere"], "nowhere"),  # data first
         (["train", "--data", "DATA", "--out", "x", "--encoder", "no/such"], "a CLIP or SigLIP, came 'no/such'"),
         (["train", "--data", "DATA", "--out", "x", "--device", "gpu7"], "--device"),
         (["train", "--data", "/dev/null", "--out", "x"], "/dev/null: expected a table"),

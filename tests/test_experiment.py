@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 from hypothesis import given, settings
@@ -29,7 +30,7 @@ def tables():
     return coloured_table(16), coloured_table(6, seed=7, prefix="u")
 
 
-def test_an_experiment_writes_its_results_and_runs_again_for_nothing(tmp_path, clip, tables):
+def test_an_experiment_writes_its_results_and_runs_again_for_nothing(tmp_path, clip, tables, caplog):
     support, queries = tables
     out = tmp_path / "run"
     lvlm = StubLVLM()
@@ -81,7 +82,10 @@ def test_an_experiment_writes_its_results_and_runs_again_for_nothing(tmp_path, c
     assert manifest["seed"] == SETTINGS.seed and manifest["lvlm"]["fingerprint"] == lvlm.fingerprint
 
     again = StubLVLM()
-    repeated = run_experiment(support, queries, lvlm=again, encoder=clip, task="vqa", out_dir=out, settings=SETTINGS)
+    given = {"lvlm": again, "encoder": clip, "task": "vqa", "out_dir": out, "settings": SETTINGS}
+    with caplog.at_level(logging.INFO, "drum_hf"):
+        repeated = run_experiment(support, queries, **given)
+    assert "vqa: 16 demonstrations, 6 queries" in caplog.messages
     assert (again.scored, again.asked) == ([], [])
     assert repeated["strategies"] == results["strategies"]
 

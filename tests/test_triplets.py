@@ -278,7 +278,8 @@ def test_a_bad_row_is_named_or_skipped(name, caplog):
     rows = [row("a", image=picture(1)), row("b", image=picture(2)) | change]
     with pytest.raises(error, match=match) as raised:
         TripletTable.from_dataset(rows)
-    assert str(raised.value).startswith("row 1 (id ") and "on_bad_rows='skip'" in str(raised.value)
+    assert str(raised.value).startswith("row 1 (id ")
+    assert "counted from 0" in str(raised.value) and "on_bad_rows='skip' (--skip-bad-rows)" in str(raised.value)
     with caplog.at_level(logging.WARNING):
         table = TripletTable.from_dataset(rows, on_bad_rows="skip")
     assert table.ids == ["a"]

@@ -26,6 +26,8 @@ _NAMES = {"image": "image", "prompt": "prompt", "response": "draft"}
 
 CSS = """
 #examples .caption-label { display: none; } /* it would hide a third of the picture, and stands in the question box */
+#examples .grid-container { grid-template-columns: repeat(auto-fill, minmax(max(100px, 15%), 1fr)) !important; }
+.gradio-container input[type=range] { min-width: 0; } /* so that a narrow screen holds all there is */
 #error:not(:has(.drum-error)), #zero-shot:not(:has(.drum-answer)) { display: none; }
 :is(#error, #zero-shot, [id^="strategy-"]) .html-container { padding: 0 !important; }
 .drum-error { border-left: 4px solid #c0392b; background: #c0392b1a; padding: .6rem .9rem; border-radius: 4px; }

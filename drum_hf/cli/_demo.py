@@ -65,16 +65,17 @@ def run(args: argparse.Namespace) -> None:
 
     require("matplotlib", "the demo's plots")
     require("bm25s", "the demo's BM25 baseline")
-    lvlm, encoder = load_lvlm(args), args.encoder
     tasks = TASKS if args.task == "all" else (args.task,)
     if args.data and len(tasks) > 1:
         raise ValueError("expected one --task with --data; 'all' is for the playground")
+    tables = read_tables(args) if args.data else None  # its faults are told before a large LVLM is loaded
+    lvlm, encoder = load_lvlm(args), args.encoder
     results: dict[str, Any] = {}
     data: dict[str, str] = {}
     for task in tasks:
         facts: dict[str, Any] = {"world_seed": None, "command": "drum-hf " + " ".join(sys.argv[1:])}
-        if args.data:
-            support, queries = read_tables(args)
+        if tables is not None:
+            support, queries = tables
             facts["data"] = args.data
         else:
             world = make_world(args.world_seed, task=task, difficulty=args.world)

@@ -53,7 +53,10 @@ def check_rows(
                 skipped.append((row, str(error)))
                 continue
             named = f" (id {_brief(values.get(names['id']))})" if isinstance(values, Mapping) and "id" in names else ""
-            remedy = "correct the row, or pass on_bad_rows='skip' to leave such rows out"
+            remedy = (
+                "correct the row (they are counted from 0), or pass on_bad_rows='skip' (--skip-bad-rows) to leave "
+                "such rows out"
+            )
             raise type(error)(f"row {row}{named}, {error}; {remedy}") from error
         if record.id in first:  # only where the id is the content's: given ids were compared above
             if skip:
@@ -68,7 +71,8 @@ def check_rows(
     if repeated:
         raise DuplicateIdError(
             "the table has no 'id' column, so ids come from the content, and rows have the same image, prompt "
-            f"and response: {shorten(repeated)}; drop the copies, pass on_bad_rows='skip', or add an 'id' column"
+            f"and response: {shorten(repeated)}; drop the copies, pass on_bad_rows='skip' (--skip-bad-rows), or "
+            "add an 'id' column"
         )
     held = None if images is None else images.select(list(first.values()))
     if held is None or moved:

@@ -430,7 +430,8 @@ def check_leaks(
         message = (
             f"{len({query for query, _ in pairs})} of {len(queries)} queries share an id or an image with the support "
             f"set ({len(pairs)} pairs; query {query_id!r} has the {what} of support row {support_id!r}): scores would "
-            "be too good to be true. Drop the pairs' support ids with support.without(ids), or pass on_leak='warn'"
+            "be too good to be true. In Python, drop the pairs' support ids with support.without(ids), or pass "
+            "on_leak='warn'; else take other queries"
         )
         if on_leak == "raise":
             raise LeakError(message)
