@@ -106,7 +106,7 @@ class Flat:
             rows = np.maximum(np.asarray(rows, np.int64), 0)
         codes = self.codes()[rows]
         if self.storage != "int8":
-            return codes.astype(np.float32)
+            return codes.astype(np.float32, copy=isinstance(rows, slice))  # a gathered row is a copy as it is
         flat = np.ascontiguousarray(codes).reshape(-1, self.dimension)
         values = self.table.sa_decode(flat) if len(flat) else flat.astype(np.float32)
         return values.reshape(codes.shape)

@@ -13,7 +13,7 @@ import numpy as np
 
 from . import _index_files
 from ._index_faiss import KINDS, STORAGES, Flat, Graph, Kind, Lists, Storage, rebuilt
-from ._index_lock import SharedLock
+from ._index_lock import SEARCHES, SharedLock
 from .errors import (
     DimensionMismatchError,
     DuplicateIdError,
@@ -357,8 +357,8 @@ class DemoIndex:
         """
         if k < 1:
             raise ValueError(f"k is at least 1, got {k}; for no demonstrations, do not search")
-        queries = self._unit(vectors, None)
-        with self._lock.reading():
+        with SEARCHES, self._lock.reading():
+            queries = self._unit(vectors, None)
             if not self._rows:
                 raise EmptySupportError("the index is empty: add() demonstrations before searching it")
             if k > len(self._rows):
@@ -402,9 +402,9 @@ class DemoIndex:
                 scores = np.einsum("qfd,qd->qf", structure.vectors(rows), queries[part])
                 scores[self._is_excluded(part, rows, excluded) | (rows < 0)] = -np.inf
                 # FAISS's own order of ties depends on heaps and on blocks of the matrix product.
-                order = np.lexsort((rows, -scores))
-                rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
-                last = scores[np.arange(len(part)), wanted[part] - 1]
+                line, order = np.arange(len(part)), np.lexsort((rows, -scores))
+                rows, scores = rows[line[:, None], order], scores[line[:, None], order]
+                last = scores[line, wanted[part] - 1]
                 sure = np.isfinite(last)
                 if structure.exact and length < total:
                     sure &= last > raw[:, -1] + _ROUNDING
