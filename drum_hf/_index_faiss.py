@@ -101,12 +101,15 @@ class Flat:
         return raw.view(CODES[self.storage]).reshape(self.size, self.dimension)
 
     def vectors(self, rows: Any) -> np.ndarray:
-        """The stored vectors of these rows (any shape, or a slice), float32 with an axis more; -1 gives row 0."""
+        """The stored vectors of these rows (any shape, or a slice), float32 with an axis more; -1 gives row 0.
+
+        Of a slice they may be a view, to be read only, and before the next change.
+        """
         if not isinstance(rows, slice):
             rows = np.maximum(np.asarray(rows, np.int64), 0)
         codes = self.codes()[rows]
         if self.storage != "int8":
-            return codes.astype(np.float32, copy=isinstance(rows, slice))  # a gathered row is a copy as it is
+            return codes.astype(np.float32, copy=False)
         flat = np.ascontiguousarray(codes).reshape(-1, self.dimension)
         values = self.table.sa_decode(flat) if len(flat) else flat.astype(np.float32)
         return values.reshape(codes.shape)

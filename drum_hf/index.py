@@ -357,7 +357,7 @@ class DemoIndex:
         """
         if k < 1:
             raise ValueError(f"k is at least 1, got {k}; for no demonstrations, do not search")
-        with SEARCHES, self._lock.reading():
+        with self._lock.reading(), SEARCHES:  # in this order: who waits for a change must not hold up other indexes
             queries = self._unit(vectors, None)
             if not self._rows:
                 raise EmptySupportError("the index is empty: add() demonstrations before searching it")

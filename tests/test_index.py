@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -589,3 +591,16 @@ def test_the_command_builds_each_kind_and_storage(tmp_path, capsys):
     assert (index.kind, index.storage, index.ids) == ("ivfpq", "float16", ["r0", "r1"])
     meta = json.loads((tmp_path / "r" / "index" / "index.json").read_text())
     assert (meta["kind"], meta["storage"], meta["format_version"]) == ("ivfpq", "float16", 2)
+
+
+def test_an_index_that_is_changed_does_not_hold_up_another():
+    busy, other = DemoIndex(4), DemoIndex(4)
+    for index in (busy, other):
+        index.add(["a", "b"], np.eye(4, dtype=np.float32)[:2])
+    asked = np.eye(4, dtype=np.float32)[:1]
+    with ThreadPoolExecutor(2 * (os.cpu_count() or 1) + 1) as pool:
+        with busy._lock.writing():
+            waiting = [pool.submit(busy.search, asked, 1) for _ in range(2 * (os.cpu_count() or 1))]
+            assert pool.submit(other.search, asked, 1).result(timeout=60)[0] == [["a"]]
+            assert not any(future.done() for future in waiting)
+        assert all(future.result(timeout=60)[0] == [["a"]] for future in waiting)

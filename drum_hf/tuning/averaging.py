@@ -16,7 +16,7 @@ def average_weights(base: TransformersLVLM, tuned: TransformersLVLM, *, share: f
     """The LVLM whose weights lie between those of two of one architecture, such as an LVLM before and after tuning.
 
     A share below 1 gives back some of what tuning cost on other questions, for some of what it gained. Both are left
-    as they are; processor, prompts and limits are the tuned one's.
+    as they are; processor, prompts and batch size are the tuned one's.
 
     Args:
         base, tuned: as loaded, an adapter merged; `ICLTuner.lvlm()` gives a tuner's own.
