@@ -22,7 +22,7 @@ demo: $(VENV)/.demo
 
 # README's table and pictures, from the demo's output.
 readme: demo
-	$(BIN)/python -m drum_hf.evaluation.readme $(OUT) README.md
+	$(BIN)/python -m drum_hf.experiments.readme $(OUT) README.md
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -54,7 +54,7 @@ setup(
     author="The drum-hf authors",
     license="Apache-2.0",
     packages=find_packages(include=["drum_hf", "drum_hf.*"]),
-    package_data={"drum_hf": ["py.typed", "playground/models/**/*", "suite/suites/*.yaml"]},
+    package_data={"drum_hf": ["py.typed", "playground/models/**/*", "experiments/suites/specs/*.yaml"]},
     python_requires=">=3.11",
     install_requires=[
         "accelerate>=1.1",

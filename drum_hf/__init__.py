@@ -14,16 +14,15 @@ import wrapt
 
 if TYPE_CHECKING:
     from .data import TripletTable, load_table
-    from .encoder import JointEncoder
+    from .encoders import JointEncoder
     from .evaluation.evaluator import ICLEvaluator
     from .index import DemoIndex
+    from .lvlm.endpoint import OpenAILVLM
     from .lvlm.local import TransformersLVLM
-    from .lvlm.openai import OpenAILVLM
-    from .lvlm.store import ScoreStore
     from .pipelines import pipeline
     from .retriever import DemoRetriever
-    from .training import DrumTrainer, DrumTrainingArguments
-    from .training.losses import ListwiseLVLMLoss
+    from .scores import ScoreStore
+    from .training import DrumTrainer, DrumTrainingArguments, ListwiseLVLMLoss
     from .tuning import ICLTuner, ICLTuningArguments
     from .types import Demonstration, Query, Retrieval
 
@@ -61,12 +60,12 @@ _MODULES = {
     "ICLEvaluator": "evaluation.evaluator",
     "ICLTuner": "tuning",
     "ICLTuningArguments": "tuning",
-    "JointEncoder": "encoder",
-    "ListwiseLVLMLoss": "training.losses",
-    "OpenAILVLM": "lvlm.openai",
+    "JointEncoder": "encoders",
+    "ListwiseLVLMLoss": "training",
+    "OpenAILVLM": "lvlm.endpoint",
     "Query": "types",
     "Retrieval": "types",
-    "ScoreStore": "lvlm.store",
+    "ScoreStore": "scores",
     "TransformersLVLM": "lvlm.local",
     "TripletTable": "data",
     "load_table": "data",

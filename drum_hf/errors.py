@@ -1,4 +1,4 @@
-"""Named errors. Each message says what was expected, what came, and what to do about it."""
+"""Named errors. Each message says what was expected, what was given, and what to do about it."""
 
 from __future__ import annotations
 

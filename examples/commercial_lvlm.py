@@ -12,9 +12,9 @@
 # %%
 from drum_hf import DemoRetriever, DrumTrainer, DrumTrainingArguments, ICLEvaluator, OpenAILVLM, TransformersLVLM
 from drum_hf.evaluation.strategies import Random, Retrieved, ZeroShot
-from drum_hf.lvlm.cached import CachedLVLM
-from drum_hf.lvlm.store import ScoreStore
 from drum_hf.playground import make_world
+from drum_hf.scores.cached import CachedLVLM
+from drum_hf.scores.store import ScoreStore
 
 BASE_URL = "https://api.openai.com/v1"
 MODEL = "gpt-4o-mini"

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from drum_hf import DemoRetriever, ListwiseLVLMLoss, ScoreStore, TransformersLVLM
-from drum_hf.lvlm.feedback import Feedback
 from drum_hf.playground import make_world
+from drum_hf.scores.feedback import Feedback
 from drum_hf.training import CandidateTable, mine_candidates
 
 ROWS = 600

@@ -20,7 +20,7 @@ from drum_hf import (
 )
 from drum_hf.data import check_table
 from drum_hf.evaluation.strategies import Random, Retrieved, ZeroShot
-from drum_hf.experiment import split_table
+from drum_hf.experiments.demo import split_table
 from drum_hf.playground import make_world
 
 FOLDER = Path(tempfile.mkdtemp()) / "my_folder"

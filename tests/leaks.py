@@ -20,16 +20,16 @@ from typing import Any
 
 import numpy as np
 
-import drum_hf._index_faiss
-from drum_hf._index_faiss import KINDS, STORAGES
+import drum_hf.index.faiss_kinds
 from drum_hf.data import TripletTable
 from drum_hf.evaluation.evaluator import ICLEvaluator
 from drum_hf.evaluation.strategies import BM25, MMICES, Fixed, Random, Retrieved, SameAnswerOracle, ScoreOracle
-from drum_hf.index import DemoIndex
-from drum_hf.lvlm.feedback import Feedback
-from drum_hf.retriever import DemoRetriever
+from drum_hf.index.demo_index import DemoIndex
+from drum_hf.index.faiss_kinds import KINDS, STORAGES
+from drum_hf.index.sharded import ShardedIndex
+from drum_hf.retriever.retriever import DemoRetriever
+from drum_hf.scores.feedback import Feedback
 from drum_hf.selection import SELECTORS, get_selector
-from drum_hf.sharded_index import ShardedIndex
 from drum_hf.training.mining import CandidateTable, mine_candidates, mine_company
 
 DIMENSION, DEPTH, BATCH = 12, 5, 600
@@ -357,14 +357,17 @@ def run(count: int, *, seed: int = 0, tell: Callable[[str], None] = lambda line:
         before = results.get(name, (0, 0))
         results[name] = (before[0] + asked, before[1] + found)
 
-    drum_hf._index_faiss._LEAST, before = 300, drum_hf._index_faiss._LEAST  # learn lists and codes from few rows
+    drum_hf.index.faiss_kinds._LEAST, before = (
+        300,
+        drum_hf.index.faiss_kinds._LEAST,
+    )  # learn lists and codes from few rows
     try:
         for name, way in WAYS.items():
             began = time.perf_counter()
             way(seed, int(SHARES[name] * count), note)
             tell(f"{name} ({SHARES[name]:.0%}): {time.perf_counter() - began:.0f} s")
     finally:
-        drum_hf._index_faiss._LEAST = before
+        drum_hf.index.faiss_kinds._LEAST = before
     return results
 
 

@@ -63,8 +63,8 @@ def test_logging_seeds_and_the_network_are_left_alone():
 
 def test_progress_bars_heed_the_users_word():
     code = (
-        "from drum_hf.lvlm._runner import progress_bar\n"
-        "from drum_hf.lvlm.transfer import _bar\n"
+        "from drum_hf.lvlm.local.runner import progress_bar\n"
+        "from drum_hf.scores.transfer import _bar\n"
         "print(*(bar(title, 3, True).disable for bar, title in ((progress_bar, 'a'), (_bar, 'b'))))\n"
     )
     for value, disabled in (("1", "True True"), ("", "False False")):

@@ -50,7 +50,7 @@ def test_tasks_are_registered_in_every_order(imports):
 def test_registering_again_changes_nothing():
     from transformers.pipelines import PIPELINE_REGISTRY
 
-    from drum_hf.pipelines import _register
+    from drum_hf.pipelines.pipelines import _register
 
     before = dict(PIPELINE_REGISTRY.supported_tasks)
     assert set(TASKS) <= set(before)

@@ -11,7 +11,7 @@ from PIL import Image
 
 def tiny_clip(tmp: Path) -> Path:
     """CLIP: 32-pixel images, texts of at most 32 tokens, projections of 128."""
-    from drum_hf.playground.pretraining import build_clip
+    from drum_hf.playground.building.pretraining import build_clip
 
     folder = tmp / "clip"
     if not folder.exists():
@@ -25,7 +25,7 @@ def tiny_siglip(tmp: Path) -> Path:
     from transformers import SiglipConfig, SiglipModel, SiglipProcessor
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    from drum_hf.playground.pretraining import build_tokenizer
+    from drum_hf.playground.building.pretraining import build_tokenizer
 
     folder = tmp / "siglip"
     if folder.exists():

@@ -16,11 +16,11 @@ from tiny_training import StubLVLM, coloured_rows, coloured_table
 
 from drum_hf.data import TripletTable
 from drum_hf.errors import ContextOverflowError
-from drum_hf.lvlm.cached import CachedLVLM
-from drum_hf.lvlm.feedback import Feedback
-from drum_hf.lvlm.sharding import Processes
-from drum_hf.lvlm.store import ScoreStore
-from drum_hf.retriever import DemoRetriever
+from drum_hf.retriever.retriever import DemoRetriever
+from drum_hf.scores.cached import CachedLVLM
+from drum_hf.scores.feedback import Feedback
+from drum_hf.scores.sharding import Processes
+from drum_hf.scores.store import ScoreStore
 from drum_hf.training import DrumTrainer, DrumTrainingArguments
 from drum_hf.training.pricing import price
 
@@ -149,7 +149,7 @@ def run(folder: Path) -> dict[str, Any]:
     out["too few"] = raised(lambda: make_trainer(clip, folder / "few", per_device_train_batch_size=13))
 
     # the shipped LVLM, each process at its batches
-    from drum_hf.lvlm.local import TransformersLVLM
+    from drum_hf.lvlm.local.model import TransformersLVLM
 
     real = Feedback(TransformersLVLM.from_pretrained("playground/lvlm", device="cpu", dtype="float32"), table, table)
     out["real"] = real.score(PAIRS[:48], processes=processes).tolist()

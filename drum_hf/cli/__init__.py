@@ -9,7 +9,39 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import DrumError
-from . import _app, _bench, _data, _demo, _eval, _index, _push, _score, _scores, _train, _tune
+from . import (
+    app as _app,
+)
+from . import (
+    bench as _bench,
+)
+from . import (
+    data as _data,
+)
+from . import (
+    demo as _demo,
+)
+from . import (
+    eval as _eval,
+)
+from . import (
+    index as _index,
+)
+from . import (
+    push as _push,
+)
+from . import (
+    score as _score,
+)
+from . import (
+    scores as _scores,
+)
+from . import (
+    train as _train,
+)
+from . import (
+    tune as _tune,
+)
 from .options import check_device
 
 #: What a full disk, a quota, and a place that may not be written give.

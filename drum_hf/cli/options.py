@@ -11,10 +11,10 @@ from ..errors import ModelError
 
 if TYPE_CHECKING:
     from ..data import TripletTable
-    from ..experiment import Settings
-    from ..lvlm.local import TransformersLVLM
-    from ..lvlm.openai import OpenAILVLM
-    from ..retriever import DemoRetriever
+    from ..experiments.demo import Settings
+    from ..lvlm.endpoint.model import OpenAILVLM
+    from ..lvlm.local.model import TransformersLVLM
+    from ..retriever.retriever import DemoRetriever
 
 __all__ = [
     "TASKS",
@@ -44,7 +44,7 @@ def ints(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected whole numbers such as 1,2,4, came {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 1,2,4, got {text!r}") from None
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -112,14 +112,14 @@ def check_device(name: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"expected a --device of this machine, such as cpu or cuda:0, came {name!r}: {reason}"
+            f"expected a --device of this machine, such as cpu or cuda:0, got {name!r}: {reason}"
         ) from error
 
 
 def column(text: str) -> tuple[str, str]:
     ours, _, theirs = text.partition("=")
     if not (ours and theirs):
-        raise argparse.ArgumentTypeError(f"expected OURS=THEIRS such as prompt=question, came {text!r}")
+        raise argparse.ArgumentTypeError(f"expected OURS=THEIRS such as prompt=question, got {text!r}")
     return ours, theirs
 
 
@@ -190,7 +190,7 @@ def read_table(path: str, args: argparse.Namespace) -> TripletTable:
 
 
 def read_tables(args: argparse.Namespace) -> tuple[TripletTable, TripletTable]:
-    from ..experiment import split_table
+    from ..experiments.demo import split_table
 
     table = read_table(args.data, args)
     return (table, read_table(args.queries, args)) if args.queries else split_table(table)
@@ -202,7 +202,7 @@ def load_lvlm(args: argparse.Namespace, name: str | None = None) -> Transformers
         return _connect(args)
     if name is None and (args.api_key_env, args.max_requests, args.max_tokens) != (None, None, None):
         raise ValueError("--api-key-env, --max-requests and --max-tokens are for an endpoint; give its --endpoint URL")
-    from ..lvlm.local import TransformersLVLM
+    from ..lvlm.local.model import TransformersLVLM
 
     return TransformersLVLM.from_pretrained(
         name or args.lvlm,
@@ -243,7 +243,7 @@ def load_teacher(args: argparse.Namespace, retriever: DemoRetriever | None) -> T
 def _connect(args: argparse.Namespace) -> OpenAILVLM:
     import os
 
-    from ..lvlm.openai import OpenAILVLM
+    from ..lvlm.endpoint.model import OpenAILVLM
 
     key = None
     if args.api_key_env is not None:
@@ -262,7 +262,7 @@ def _connect(args: argparse.Namespace) -> OpenAILVLM:
 
 
 def make_settings(args: argparse.Namespace, **more: Any) -> Settings:
-    from ..experiment import Settings
+    from ..experiments.demo import Settings
 
     given = {
         "rounds": args.rounds,
@@ -285,7 +285,7 @@ def write_json(path: Path | None, content: Any, **about: Any) -> None:
         about: for `write_manifest`.
     """
     if path is not None:
-        from ..manifest import manifest_beside
+        from ..utils.manifest import manifest_beside
 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -16,13 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..errors import EmptySupportError, RowError, SavedFileError
 from ..types import content_key
-from ._columns import COLUMNS, NamedClasses
-from ._episode_columns import LETTERS
-from ._images import MAX_PIXELS
-from ._rows import check_rows
-from ._source_columns import check_features
-from ._source_registry import SOURCES, Source, SourcePart
-from .files import (
+from .columns import COLUMNS, LETTERS, NamedClasses
+from .images import MAX_PIXELS
+from .loading import (
     ask_hub,
     is_saved_dataset,
     majority,
@@ -31,7 +27,10 @@ from .files import (
     split_folder,
     which_split,
 )
-from .triplets import TripletTable
+from .rows import check_rows
+from .source_columns import check_features
+from .source_registry import SOURCES, Source, SourcePart
+from .table import TripletTable
 
 if TYPE_CHECKING:
     import datasets
@@ -54,7 +53,7 @@ def find_source(name: str) -> Source:
     source = SOURCES.get(re.sub(r"[\W_]", "", name).lower())
     if source is None:
         raise ValueError(
-            f"expected one of {', '.join(SOURCES)}, came {name!r}; read a table of your own with "
+            f"expected one of {', '.join(SOURCES)}, got {name!r}; read a table of your own with "
             "drum_hf.data.load_table"
         )
     return source
@@ -106,9 +105,9 @@ def load_triplets(
     if isinstance(source, str):
         source = find_source(source)
     if limit is not None and limit < 1:
-        raise ValueError(f"expected limit of at least 1, or None for all rows, came {limit}")
+        raise ValueError(f"expected limit of at least 1, or None for all rows, got {limit}")
     if on_bad_rows not in ("raise", "skip"):
-        raise ValueError(f"expected on_bad_rows 'raise' or 'skip', came {on_bad_rows!r}")
+        raise ValueError(f"expected on_bad_rows 'raise' or 'skip', got {on_bad_rows!r}")
     part = source.part(split)
     # Images come as bytes; a path in a stranger's file must not lead to files of this machine beside the copy.
     root = os.path.abspath(part.repo if data_dir is None else data_dir)
@@ -135,10 +134,10 @@ def load_triplets(
     if bare and on_bad_rows == "raise":
         raise RowError(
             f"{where}, row {number_of[bare[0].id]} (id {bare[0].id!r}), column {part.image!r}: expected one image, "
-            "came none or several; correct the row, or pass on_bad_rows='skip' to leave such rows out"
+            "got none or several; correct the row, or pass on_bad_rows='skip' to leave such rows out"
         )
     if bare:
-        reason = f"column {part.image!r}: expected one image, came none or several"
+        reason = f"column {part.image!r}: expected one image, got none or several"
         skipped = sorted([*skipped, *((number_of[record.id], reason) for record in bare)])
         kept = [row for row, record in enumerate(records) if record.image_key]
         records, held = [records[row] for row in kept], held.select(kept)

@@ -10,11 +10,11 @@ import numpy as np
 
 from ..data import TripletTable, check_leaks
 from ..errors import RowError
-from ..lvlm.cached import CachedLVLM
-from ..lvlm.store import ScoreStore
+from ..scores.cached import CachedLVLM
+from ..scores.store import ScoreStore
 from ..selection import Order, arrange
 from ..types import LVLM, ICLRequest, Query
-from ._likelihood import likeliest, option_probabilities
+from .likelihood import likeliest, option_probabilities
 from .metrics import Metric, get_metric, means_by
 from .statistics import bootstrap_interval
 from .strategies import Strategy
@@ -120,7 +120,7 @@ class ICLEvaluator:
 
     def _check_scoring(self) -> None:
         if self.scoring not in ("generation", "likelihood"):
-            raise ValueError(f'expected scoring "generation" or "likelihood", came {self.scoring!r}')
+            raise ValueError(f'expected scoring "generation" or "likelihood", got {self.scoring!r}')
         if self.scoring == "generation":
             if self.metric.labels is not None:
                 raise ValueError(
@@ -131,14 +131,14 @@ class ICLEvaluator:
         if len(self.choices) < 2 or self.metric.labels not in (None, len(self.choices)):
             wanted = "two labels or more" if self.metric.labels is None else f"{self.metric.labels} labels"
             raise ValueError(
-                f"expected {wanted} to compare by likelihood, came {self.choices!r}; pass choices=, or a support "
+                f"expected {wanted} to compare by likelihood, got {self.choices!r}; pass choices=, or a support "
                 "set with a column 'label'"
             )
         labels = set(self.choices)
         odd = next((i for i, gold in enumerate(self.references) if labels.isdisjoint(gold)), None)
         if odd is not None:
             raise RowError(
-                f"query {self.queries.ids[odd]!r}: expected a gold answer among the {len(labels)} labels, came "
+                f"query {self.queries.ids[odd]!r}: expected a gold answer among the {len(labels)} labels, got "
                 f"{self.references[odd]!r}; add it to choices="
             )
 

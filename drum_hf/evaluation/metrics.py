@@ -163,7 +163,7 @@ def means_by(values: npt.ArrayLike, kinds: Sequence[Hashable]) -> dict[Any, floa
 def __getattr__(name: str) -> Any:
     if name not in _EVALUATE_CLASSES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ._evaluate import evaluate_classes
+    from .hf_metrics import evaluate_classes
 
     globals().update(evaluate_classes())
     return globals()[name]

@@ -7,9 +7,9 @@ import difflib
 from collections.abc import Iterable, Mapping
 
 from ..data import TripletTable
-from ..lvlm.feedback import Feedback
-from ..retriever import STRATEGIES as COMPARED
-from ..retriever import DemoRetriever
+from ..retriever.retriever import STRATEGIES as COMPARED
+from ..retriever.retriever import DemoRetriever
+from ..scores.feedback import Feedback
 from ..selection import Selector, get_selector
 from ..training.methods import METHODS
 from .strategies import BM25, MMICES, Fixed, Random, Retrieved, SameAnswerOracle, ScoreOracle, Strategy, ZeroShot

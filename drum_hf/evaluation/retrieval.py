@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import EmptySupportError
-from ..lvlm.feedback import Feedback
+from ..scores.feedback import Feedback
 from ..selection import Order, arrange
 from ..types import Query
 from .rankings import lvlm_ndcg_at_k, lvlm_recall_at_k, utility

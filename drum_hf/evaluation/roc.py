@@ -81,12 +81,12 @@ def roc_auc_of_labels(predictions: Sequence[Mapping[str, float]], references: Se
     labels = list(predictions[0]) if len(predictions) else []
     odd = next((i for i, item in enumerate(predictions) if set(item) != set(labels)), None)
     if len(labels) != 2 or odd is not None:
-        came = (
+        got = (
             "no item"
             if not labels
             else f"{labels} for item 0" + (f", {list(predictions[odd])} for {odd}" if odd else "")
         )
-        raise ValueError(f"roc_auc expects the probabilities of the same two labels for every item, got {came}")
+        raise ValueError(f"roc_auc expects the probabilities of the same two labels for every item, got {got}")
     for i, (gold,) in enumerate(references):
         if gold not in labels:
             raise RowError(f"item {i}: expected one of the labels {labels} as its reference, got {gold!r}")

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from .._compat import require
 from ..data import TripletTable
 from ..selection import Selector, get_selector
 from ..types import Query
+from ..utils.optional import require
 
 if TYPE_CHECKING:
-    from ..lvlm.feedback import Feedback
-    from ..retriever import DemoRetriever
+    from ..retriever.retriever import DemoRetriever
+    from ..scores.feedback import Feedback
 
 __all__ = [
     "BM25",
@@ -133,9 +133,9 @@ class MMICES:
 
     def __init__(self, images: DemoRetriever, texts: DemoRetriever, *, pool: int = 200) -> None:
         if images.support.ids != texts.support.ids:
-            raise ValueError("expected both retrievers over one support set, came two that differ")
+            raise ValueError("expected both retrievers over one support set, got two that differ")
         if pool < 1:
-            raise ValueError(f"expected a pool of at least 1, came {pool}")
+            raise ValueError(f"expected a pool of at least 1, got {pool}")
         self.images, self.texts, self.pool = images, texts, pool
         # one vector for equal prompts: batches may differ in the last bit, and that is no reason to prefer one
         first: dict[str, str] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .._compat import resolve_name as resolve
+from ..utils.optional import resolve_name as resolve
 
 if TYPE_CHECKING:
     from .worlds import DIFFICULTIES, TASKS, World, make_world

@@ -6,13 +6,13 @@ at a query's candidates together. The plain choice, the first of the ranking, is
 
 from __future__ import annotations
 
-from ._budget import TokenBudget
-from ._candidates import Candidates, Selector, TopN, choose
-from ._coverage import Coverage
-from ._diversity import DPP, MMR
-from ._names import SELECTORS, get_selector
-from ._order import Order, arrange
-from ._utility import AdaptiveShots, IsotonicUtility, LogisticUtility, UtilityCalibration, fit_utility
+from .budget import TokenBudget
+from .candidates import Candidates, Selector, TopN, choose
+from .coverage import Coverage
+from .diversity import DPP, MMR
+from .order import Order, arrange
+from .registry import SELECTORS, get_selector
+from .utility import AdaptiveShots, IsotonicUtility, LogisticUtility, UtilityCalibration, fit_utility
 
 __all__ = [
     "DPP",

@@ -11,8 +11,8 @@ from ..selection import IsotonicUtility, LogisticUtility, fit_utility
 from .mining import CandidateTable
 
 if TYPE_CHECKING:
-    from ..lvlm.feedback import Feedback
-    from ..retriever import DemoRetriever
+    from ..retriever.retriever import DemoRetriever
+    from ..scores.feedback import Feedback
 
 __all__ = ["calibrate"]
 
@@ -52,7 +52,7 @@ def calibrate(
     for query, candidate, score in scored:
         by_query.setdefault(query, []).append((candidate, score))
     if not by_query:
-        raise ValueError("expected pairs that the LVLM has scored, came none; score some with Feedback.score")
+        raise ValueError("expected pairs that the LVLM has scored, got none; score some with Feedback.score")
     ids = list(by_query)
     if drafts is None:
         drafts = dict(zip(ids, feedback.drafts(ids), strict=True)) if retriever.uses_drafts else {}

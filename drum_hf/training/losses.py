@@ -189,10 +189,10 @@ class ListBatch:
             own = {name: labels[name] for name in ("index", "scores", "mask", "known", "blocked")}
             return cls(**own, origins=origins)
         if labels is None or labels.ndim != 2 or labels.shape[0] != queries:
-            came = "none" if labels is None else tuple(labels.shape)
+            got = "none" if labels is None else tuple(labels.shape)
             raise ValueError(
                 f"expected labels of shape (batch={queries}, K): the LVLM's score of each demonstration column; "
-                f"got {came}. Give the data set columns query, demo_0 … demo_(K-1) and a list column 'label'"
+                f"got {got}. Give the data set columns query, demo_0 … demo_(K-1) and a list column 'label'"
             )
         size = labels.shape[1]
         if demonstrations != queries * size:

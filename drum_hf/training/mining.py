@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from .._files import read_parquet, writing
 from ..errors import ColumnError, MissingIdError, SavedFileError
+from ..utils.files import read_parquet, writing
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from ..retriever import DemoRetriever
+    from ..retriever.retriever import DemoRetriever
     from ..types import Query
 
 __all__ = ["COMPANY_WEIGHT", "FIRST_RANDOM_SHARE", "CandidateTable", "Sampling", "mine_candidates", "mine_company"]

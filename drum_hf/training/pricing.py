@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data import TripletTable
-from ..lvlm.feedback import Feedback
-from ..lvlm.sharding import ALONE, Processes, shard
-from ..lvlm.store import ScoreStore
+from ..scores.feedback import Feedback
+from ..scores.sharding import ALONE, Processes, shard
+from ..scores.store import ScoreStore
 from ..types import LVLM
 from .mining import FIRST_RANDOM_SHARE, CandidateTable, mine_candidates
 
 if TYPE_CHECKING:
-    from ..retriever import DemoRetriever
+    from ..retriever.retriever import DemoRetriever
 
 __all__ = [
     "CALIBRATION",

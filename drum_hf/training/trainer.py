@@ -18,11 +18,11 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..data import TripletTable, find_twins
 from ..errors import ContextOverflowError, SavedFileError, TooFewDemonstrationsError
-from ..lvlm.cascade import Cascade
-from ..lvlm.feedback import Feedback
-from ..lvlm.sharding import Processes
-from ..lvlm.store import ScoreStore
-from ..retriever import DemoRetriever
+from ..retriever.retriever import DemoRetriever
+from ..scores.cascade import Cascade
+from ..scores.feedback import Feedback
+from ..scores.sharding import Processes
+from ..scores.store import ScoreStore
 from ..types import LVLM, Query
 from .checkpoints import WholeCheckpoints, in_steps_of_now, last_checkpoint
 from .collator import ListCollator, SampledLists

@@ -58,12 +58,12 @@ class ICLTuningArguments(TrainingArguments):
         for name in ("lora_rank", "lora_alpha", "max_length", "conversations"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"expected {name} of at least 1, came {value}")
+                raise ValueError(f"expected {name} of at least 1, got {value}")
         if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"expected lora_dropout from 0 to below 1, came {self.lora_dropout}")
+            raise ValueError(f"expected lora_dropout from 0 to below 1, got {self.lora_dropout}")
         for name, known in (("loss_on", ("all", "last")), ("image_position", ("first", "last"))):
             if getattr(self, name) not in known:
-                raise ValueError(f"expected {name} one of {known}, came {getattr(self, name)!r}")
+                raise ValueError(f"expected {name} one of {known}, got {getattr(self, name)!r}")
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
                 "train_sampling_strategy='batch_rebalance' lets batches differ in size, which a curriculum's progress "
@@ -71,7 +71,7 @@ class ICLTuningArguments(TrainingArguments):
             )
         if self.conversations is not None and self.max_steps > 0:
             raise ValueError(
-                f"expected conversations or max_steps, which says how many are drawn, came {self.conversations} and "
+                f"expected conversations or max_steps, which says how many are drawn, got {self.conversations} and "
                 f"{self.max_steps}; leave one out"
             )
         if self.learning_rate is None:

@@ -7,7 +7,7 @@ import itertools
 
 import torch
 
-from ..lvlm.local import TransformersLVLM
+from ..lvlm.local.model import TransformersLVLM
 
 __all__ = ["average_weights"]
 
@@ -31,7 +31,7 @@ def average_weights(base: TransformersLVLM, tuned: TransformersLVLM, *, share: f
     Source: WiSE-FT (Wortsman et al., arXiv 2109.01903), there for CLIP.
     """
     if not 0.0 <= share <= 1.0:
-        raise ValueError(f"expected a share between 0 and 1, came {share}")
+        raise ValueError(f"expected a share between 0 and 1, got {share}")
     model = copy.deepcopy(tuned.model)
     others, weights = base.model.state_dict(), model.state_dict()
     differing = sorted(

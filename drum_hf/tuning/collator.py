@@ -7,10 +7,10 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..data.episodes import Conversation
 from ..errors import ChatTemplateError, ContextOverflowError, RowError
 from ..lvlm.prompts import ChatFormat
 from ..types import ICLRequest, Query
+from .episodes import Conversation
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ class ConversationFormat:
 
     def __init__(self, chat: ChatFormat, *, loss_on: LossOn = "all", max_length: int | None = None) -> None:
         if loss_on not in ("all", "last"):
-            raise ValueError(f'expected loss_on "all" or "last", came {loss_on!r}')
+            raise ValueError(f'expected loss_on "all" or "last", got {loss_on!r}')
         self.chat = chat
         self.loss_on = loss_on
         self.max_length = max_length

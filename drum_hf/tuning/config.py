@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._files import check_extent, read_parquet, read_yaml, refuse_special
-from ..data import episodes as data
 from ..errors import SavedFileError
+from ..utils.files import check_extent, read_parquet, read_yaml, refuse_special
+from . import episodes as data
 
 if TYPE_CHECKING:
     from .arguments import ICLTuningArguments
@@ -86,7 +86,7 @@ class TuningConfig:
         >>> TuningConfig.from_dict({"model": "me/lvlm", "sources": [source | {"wieght": 2}]})
         Traceback (most recent call last):
         ValueError: sources[0]: expected keys among name, reader, path, weight, kind, options, episodes, questions, \
-difficulty; came 'wieght'
+difficulty; got 'wieght'
     """
 
     model: str
@@ -128,12 +128,12 @@ difficulty; came 'wieght'
         _check_keys(content, cls, "the configuration", without=("folder",))
         sources = content["sources"]
         if not isinstance(sources, Sequence) or isinstance(sources, str) or not sources:
-            raise ValueError(f"expected 'sources' as a list of at least one, came {_brief(sources)}")
+            raise ValueError(f"expected 'sources' as a list of at least one, got {_brief(sources)}")
         for number, source in enumerate(sources):
             _check_keys(source, SourceConfig, f"sources[{number}]")
             if source["reader"] not in list(_READERS):
-                known, came = ", ".join(_READERS), _brief(source["reader"])
-                raise ValueError(f"sources[{number}]: expected a reader among {known}; came {came}")
+                known, got = ", ".join(_READERS), _brief(source["reader"])
+                raise ValueError(f"sources[{number}]: expected a reader among {known}; got {got}")
             _check_types(source, _SOURCE_TYPES, f"sources[{number}]")
             _check_named(source.get("episodes"), data.EpisodeSettings, f"sources[{number}].episodes")
             _check_options(source, f"sources[{number}]")
@@ -292,7 +292,7 @@ def _check_types(content: Mapping[str, Any], types: Mapping[str, tuple[type, ...
     for name, wanted in types.items():
         if name in content and (not isinstance(content[name], wanted) or isinstance(content[name], bool)):
             names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in wanted)
-            raise ValueError(f"{where}: expected {name!r} as {names}, came {_brief(content[name])}")
+            raise ValueError(f"{where}: expected {name!r} as {names}, got {_brief(content[name])}")
 
 
 def _brief(value: Any) -> str:
@@ -301,14 +301,14 @@ def _brief(value: Any) -> str:
 
 def _mapping(content: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
-        raise ValueError(f"{where}: expected keys and values, came {_brief(content)}")
+        raise ValueError(f"{where}: expected keys and values, got {_brief(content)}")
     return content
 
 
 def _refuse(content: Any, known: Sequence[str], where: str) -> None:
     unknown = [_brief(key) for key in _mapping(content, where) if key not in known]
     if unknown:
-        raise ValueError(f"{where}: expected keys among {', '.join(known)}; came {', '.join(unknown)}")
+        raise ValueError(f"{where}: expected keys among {', '.join(known)}; got {', '.join(unknown)}")
 
 
 def _check_keys(content: Any, kind: Any, where: str, without: Sequence[str] = ()) -> None:
@@ -349,7 +349,7 @@ def _stages(content: Any) -> Any:
         stages = content.get("stages", ()) if isinstance(content, Mapping) else content
         if all(isinstance(stage, Mapping) for stage in stages):
             return content
-    raise ValueError(f'curriculum: expected a list of stages, or the word "default", came {_brief(content)}')
+    raise ValueError(f'curriculum: expected a list of stages, or the word "default", got {_brief(content)}')
 
 
 def _arguments(content: Any) -> dict[str, Any]:
@@ -370,5 +370,5 @@ def _arguments(content: Any) -> dict[str, Any]:
             try:
                 made[name] = float(value)
             except ValueError:
-                raise ValueError(f"tuning: expected {name} as a number, came {value!r}") from None
+                raise ValueError(f"tuning: expected {name} as a number, got {value!r}") from None
     return made

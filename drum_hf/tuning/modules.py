@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from .._compat import adapting
+from ..utils.optional import adapting
 
 if TYPE_CHECKING:
     from torch import nn

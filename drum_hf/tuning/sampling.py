@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from ..data.episodes import Conversation, ConversationList, Mix, read_messages
 from ..errors import EmptySupportError
+from .episodes import Conversation, ConversationList, Mix, read_messages
 
 __all__ = ["Conversations", "LengthSampler", "Listed", "Mixed", "as_conversations"]
 
@@ -84,7 +84,7 @@ class Mixed(Conversations):
 
     def talk(self, number: int, *, images: bool = True) -> Conversation:
         if not 0 <= number < self.count:
-            raise IndexError(f"expected a number below {self.count}, came {number}")
+            raise IndexError(f"expected a number below {self.count}, got {number}")
         return self.mix.draw(number, number / self.count, images=images)
 
     @property
@@ -114,11 +114,11 @@ def as_conversations(data: Any, count: int | None = None) -> Conversations:
         return Mixed(data, count)
     if not isinstance(data, (Sequence, datasets.Dataset)) or isinstance(data, (str, bytes)):
         raise TypeError(
-            f"expected a Mix, a sequence of Conversations or rows with the column 'messages', came "
+            f"expected a Mix, a sequence of Conversations or rows with the column 'messages', got "
             f"{type(data).__name__}; put Episodes into a Mix, or take a list of its stream"
         )
     if not len(data):
-        raise EmptySupportError("expected at least one conversation to tune on, came none; give more")
+        raise EmptySupportError("expected at least one conversation to tune on, got none; give more")
     if isinstance(data, ConversationList):
         return Listed(data)
     if all(isinstance(talk, Conversation) for talk in data):

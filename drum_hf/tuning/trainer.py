@@ -17,18 +17,18 @@ from datasets import Dataset
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback, set_seed
 
-from .._compat import local_name, public_name, resolve_name
-from .._hub import commit_folder, commit_of, make_repository
-from ..adapters import ADAPTER_CONFIG
-from ..data.episodes import Conversation, Mix, MixReport, check_disjoint
+from ..encoders.adapters import ADAPTER_CONFIG
 from ..errors import SavedFileError
-from ..lvlm.local import TransformersLVLM
-from ..lvlm.processors import load_processor
-from ..manifest import write_manifest
-from ..model_card import render_tuned_card
+from ..lvlm.local.model import TransformersLVLM
+from ..lvlm.local.processors import load_processor
 from ..training.checkpoints import WholeCheckpoints, last_checkpoint
+from ..utils.hub import commit_folder, commit_of, make_repository
+from ..utils.manifest import write_manifest
+from ..utils.model_card import render_tuned_card
+from ..utils.optional import local_name, public_name, resolve_name
 from .arguments import ICLTuningArguments
 from .collator import MASKED, ConversationCollator, ConversationFormat
+from .episodes import Conversation, Mix, MixReport, check_disjoint
 from .modules import add_lora, freeze_vision
 from .sampling import Conversations, LengthSampler, as_conversations, describe
 
@@ -217,7 +217,7 @@ class ICLTuner(WholeCheckpoints, Trainer):
         """
         talks: Any = self.train_dataset if dataset is None else dataset
         if talks is None:
-            raise ValueError("expected conversations to check, came none; pass train_dataset=")
+            raise ValueError("expected conversations to check, got none; pass train_dataset=")
         if id(talks) not in self._checked:
             self._checked[id(talks)] = self._check(talks)
         return self._checked[id(talks)]

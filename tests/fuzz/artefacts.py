@@ -128,23 +128,23 @@ def _make_images(folder: Path) -> None:
 
 def _make_index(**options: Any) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
-        import drum_hf._index_faiss
-        from drum_hf.index import DemoIndex
+        import drum_hf.index.faiss_kinds
+        from drum_hf.index.demo_index import DemoIndex
 
-        least, drum_hf._index_faiss._LEAST = drum_hf._index_faiss._LEAST, 100
+        least, drum_hf.index.faiss_kinds._LEAST = drum_hf.index.faiss_kinds._LEAST, 100
         try:
             index = DemoIndex(8, **options)
             vectors = np.random.default_rng(0).standard_normal((300, 8))
             index.add([f"r{i}" for i in range(300)], vectors, [f"g{i // 4}" if i % 3 else None for i in range(300)])
             index.save(folder)
         finally:
-            drum_hf._index_faiss._LEAST = least
+            drum_hf.index.faiss_kinds._LEAST = least
 
     return make
 
 
 def _read_index(folder: Path) -> Any:
-    from drum_hf.index import DemoIndex
+    from drum_hf.index.demo_index import DemoIndex
 
     index = DemoIndex.load(folder)
     queries = np.random.default_rng(1).standard_normal((4, index.dimension))
@@ -159,7 +159,7 @@ def _read_index(folder: Path) -> Any:
 def _sign_index(folder: Path) -> None:
     from safetensors.numpy import load
 
-    from drum_hf._index_files import entries_sum
+    from drum_hf.index.files import entries_sum
 
     tensors = load((folder / "vectors.safetensors").read_bytes())
     meta = json.loads((folder / "index.json").read_text())
@@ -171,7 +171,7 @@ def _sign_index(folder: Path) -> None:
 
 
 def _make_sharded(folder: Path) -> None:
-    from drum_hf.sharded_index import ShardedIndex
+    from drum_hf.index.sharded import ShardedIndex
 
     index = ShardedIndex(8, shard_rows=20)
     index.add([f"r{i}" for i in range(50)], np.random.default_rng(0).standard_normal((50, 8)), [None, "g1"] * 25)
@@ -179,7 +179,7 @@ def _make_sharded(folder: Path) -> None:
 
 
 def _read_sharded(folder: Path) -> Any:
-    from drum_hf.sharded_index import ShardedIndex
+    from drum_hf.index.sharded import ShardedIndex
 
     index = ShardedIndex.load(folder)
     queries = np.random.default_rng(1).standard_normal((4, index.dimension))
@@ -199,7 +199,7 @@ def _sign_sharded(folder: Path) -> None:
 
 def _make_retriever(lora: bool) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
-        from drum_hf.retriever import DemoRetriever
+        from drum_hf.retriever.retriever import DemoRetriever
 
         DemoRetriever.from_encoder(_base(folder), support=_table(), lora=lora, device="cpu").save_pretrained(folder)
 
@@ -207,7 +207,7 @@ def _make_retriever(lora: bool) -> Callable[[Path], None]:
 
 
 def _base(folder: Path) -> Path:
-    from drum_hf.playground.pretraining import build_clip
+    from drum_hf.playground.building.pretraining import build_clip
 
     base = folder.parent / "base-clip"
     if not base.exists():
@@ -217,7 +217,7 @@ def _base(folder: Path) -> Path:
 
 
 def _make_frozen(folder: Path) -> None:
-    from drum_hf.retriever import DemoRetriever
+    from drum_hf.retriever.retriever import DemoRetriever
 
     retriever = DemoRetriever.from_encoder(_base(folder), support=_table(), device="cpu")
     retriever.freeze_support()
@@ -227,7 +227,7 @@ def _make_frozen(folder: Path) -> None:
 def _make_referring(folder: Path) -> None:
     """A retriever beside the images that it refers to."""
     from drum_hf.data import TripletTable
-    from drum_hf.retriever import DemoRetriever
+    from drum_hf.retriever.retriever import DemoRetriever
 
     places = folder / "images"
     places.mkdir()
@@ -244,7 +244,7 @@ def _read_referring(folder: Path) -> Any:
 
 
 def _read_retriever(folder: Path, **options: Any) -> Any:
-    from drum_hf.retriever import DemoRetriever
+    from drum_hf.retriever.retriever import DemoRetriever
 
     retriever = DemoRetriever.from_pretrained(folder, device="cpu", **options)
     found = retriever({"image": picture(99), "prompt": "what is 3?", "draft": "word1"}, k=3)
@@ -252,7 +252,7 @@ def _read_retriever(folder: Path, **options: Any) -> Any:
 
 
 def _make_adapter(folder: Path) -> None:
-    from drum_hf.retriever import DemoRetriever
+    from drum_hf.retriever.retriever import DemoRetriever
 
     retriever = DemoRetriever.from_encoder(_base(folder), support=_table(), lora=True, device="cpu")
     retriever.save_pretrained(folder.parent / "host")
@@ -264,7 +264,7 @@ _hosts: list[Any] = []
 
 def _read_adapter(folder: Path) -> Any:
     """The adapter beside another retriever's; where it can't be had, that one must be as it was."""
-    from drum_hf.retriever import DemoRetriever
+    from drum_hf.retriever.retriever import DemoRetriever
 
     if not _hosts:
         _hosts.append(DemoRetriever.from_pretrained(folder.parent / "pristine" / "host", device="cpu"))
@@ -298,7 +298,7 @@ def _make_lvlm_adapter(folder: Path) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from drum_hf.lvlm.local import TransformersLVLM
+    from drum_hf.lvlm.local.model import TransformersLVLM
 
     torch.manual_seed(0)
     model = TransformersLVLM.from_pretrained("playground/lvlm", device="cpu").model
@@ -307,7 +307,7 @@ def _make_lvlm_adapter(folder: Path) -> None:
 
 
 def _read_lvlm_adapter(folder: Path) -> Any:
-    from drum_hf.lvlm.local import TransformersLVLM
+    from drum_hf.lvlm.local.model import TransformersLVLM
     from drum_hf.types import Demonstration, ICLRequest, Query
 
     lvlm = TransformersLVLM.from_pretrained("playground/lvlm", adapter=str(folder), device="cpu")
@@ -333,7 +333,7 @@ def _sign_retriever(folder: Path) -> None:
 
 
 def _store(path: Path) -> Any:
-    from drum_hf.lvlm.store import RequestParts, ScoreStore
+    from drum_hf.scores.store import RequestParts, ScoreStore
 
     store = ScoreStore(path)
     pairs = [
@@ -353,8 +353,8 @@ def _make_store(folder: Path) -> None:
 
 
 def _read_store(folder: Path) -> Any:
-    from drum_hf.lvlm.store import ScoreStore
-    from drum_hf.lvlm.transfer import export_scores
+    from drum_hf.scores.store import ScoreStore
+    from drum_hf.scores.transfer import export_scores
 
     with ScoreStore(folder / "scores.sqlite", timeout=2.0) as store:
         held = repr(list(store.entries(page_size=13)))
@@ -368,7 +368,7 @@ def _read_store(folder: Path) -> Any:
 
 
 def _make_export(folder: Path) -> None:
-    from drum_hf.lvlm.transfer import export_scores
+    from drum_hf.scores.transfer import export_scores
 
     with _store(folder / "s.sqlite") as store:
         export_scores(store, folder / "scores.parquet", rows_per_group=25)
@@ -377,8 +377,8 @@ def _make_export(folder: Path) -> None:
 
 
 def _read_export(folder: Path) -> Any:
-    from drum_hf.lvlm.store import ScoreStore
-    from drum_hf.lvlm.transfer import import_scores
+    from drum_hf.scores.store import ScoreStore
+    from drum_hf.scores.transfer import import_scores
 
     with ScoreStore(":memory:") as store:
         import_scores(folder / "scores.parquet", store)
@@ -405,7 +405,7 @@ def _read_candidates(folder: Path) -> Any:
 
 
 def _make_cells(folder: Path) -> None:
-    from drum_hf.suite.cells import CellFiles, Values
+    from drum_hf.experiments.suites.cells import CellFiles, Values
 
     values = np.linspace(0, 1, 6)
     shown = [[f"d{i}", f"d{i + 1}"] for i in range(6)]
@@ -413,7 +413,7 @@ def _make_cells(folder: Path) -> None:
 
 
 def _read_cells(folder: Path) -> Any:
-    from drum_hf.suite.cells import CellFiles
+    from drum_hf.experiments.suites.cells import CellFiles
 
     return repr(CellFiles(folder).read("cell"))
 

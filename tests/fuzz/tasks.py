@@ -46,7 +46,7 @@ def _make_episodes(folder: Path) -> None:
 
 
 def _read_episodes(folder: Path) -> Any:
-    import drum_hf.data.episodes as data
+    import drum_hf.tuning.episodes as data
 
     seed = data.read_seed_bench(folder / "seed.json")
     checklist = data.read_vl_checklist(folder / "checklist", concept="colour", image_root=folder)
@@ -100,7 +100,7 @@ def _make_vl_icl(task: str) -> Any:
 
 def _read_vl_icl(task: str) -> Any:
     def read(folder: Path) -> Any:
-        from drum_hf.evaluation.benchmarks import read_vl_icl
+        from drum_hf.evaluation.benchmarks.benchmarks import read_vl_icl
 
         return _asked(read_vl_icl(folder / task, shots=[0, 1]))
 
@@ -125,7 +125,7 @@ def _make_smmile(folder: Path) -> None:
 
 
 def _read_smmile(folder: Path) -> Any:
-    from drum_hf.evaluation.benchmarks import read_smmile
+    from drum_hf.evaluation.benchmarks.benchmarks import read_smmile
 
     return [_asked(read_smmile(folder, format=form)) for form in ("open", "choice")]
 
@@ -158,8 +158,8 @@ def _make_suite(folder: Path) -> None:
 
 
 def _read_suite(folder: Path) -> Any:
-    from drum_hf.suite import load_suite
-    from drum_hf.suite.opening import open_data
+    from drum_hf.experiments.suites import load_suite
+    from drum_hf.experiments.suites.opening import open_data
 
     spec = load_suite(folder / "suite.yaml")
     spec.comparisons(), spec.transferred()

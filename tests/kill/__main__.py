@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from drum_hf.manifest import MANIFEST
+from drum_hf.utils.manifest import MANIFEST
 
 HERE = Path(__file__).resolve().parents[2]
 VERBS = ("train", "adapter", "score", "eval", "tune", "suite")
@@ -125,7 +125,7 @@ class Server:
 
     def started(self) -> None:
         told = self.told(PATIENCE)
-        assert told == {"threads": []}, f"expected no thread that a fork would lose, came {told}"
+        assert told == {"threads": []}, f"expected no thread that a fork would lose, got {told}"
 
     def told(self, patience: float) -> dict[str, Any] | None:
         assert self.process.stdout is not None

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import drum_hf.lvlm.cached as cached
-from drum_hf.lvlm.local import TransformersLVLM
-from drum_hf.lvlm.store import request_key
+import drum_hf.scores.cached as cached
+from drum_hf.lvlm.local.model import TransformersLVLM
+from drum_hf.scores.store import request_key
 
 BATCH = 8
 

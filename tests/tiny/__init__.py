@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from drum_hf.lvlm.local import TransformersLVLM
+from drum_hf.lvlm.local.model import TransformersLVLM
 
 from .gemma import tiny_gemma3
 from .idefics import tiny_idefics3, tiny_smolvlm

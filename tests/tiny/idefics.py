@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from drum_hf.lvlm.processors import image_only
+from drum_hf.lvlm.local.processors import image_only
 
 from .texts import byte_level_tokenizer, save, text_config, vision_config, word_piece_tokenizer
 

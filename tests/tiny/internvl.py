@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from drum_hf.lvlm.processors import image_only
+from drum_hf.lvlm.local.processors import image_only
 
 from .texts import byte_level_tokenizer, chatml, save, text_config, vision_config
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from drum_hf.lvlm.processors import image_only
+from drum_hf.lvlm.local.processors import image_only
 
 from .texts import byte_level_tokenizer, chatml, save, text_config
 

@@ -1,0 +1,467 @@
+"""`TripletTable`: a checked table of (image, prompt, response) demonstrations, and the guard against leaks.
+
+Everything travels by id. Every row is checked once, when the table is made; afterwards only texts and hashes are
+held in memory, and an image is decoded when its row is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import DuplicateIdError, ImageError, LeakError, MissingIdError
+from ..types import Demonstration, Query, content_key, image_key
+from ..utils.files import writing
+from .columns import no_rows, open_columns
+from .images import MAX_PIXELS, ImageCache, decode
+from .records import MappedRecords, Record, Records, fingerprint_of, ids_of, joined, take
+from .rows import check_rows, refuse_duplicate_ids, shorten
+from .saved import map_table, read_table
+from .storage import image_references, table_file, write_table
+
+if TYPE_CHECKING:
+    import datasets
+    from PIL.Image import Image
+
+__all__ = ["MAX_PIXELS", "TripletTable", "check_leaks", "find_twins"]
+
+logger = logging.getLogger(__name__)
+
+
+class TripletTable:
+    """Demonstrations by id: (image, prompt, response), optionally references, group and label.
+
+    Made by [`from_dataset`][drum_hf.data.TripletTable.from_dataset], [`load`][drum_hf.data.TripletTable.load] or
+    [`load_table`][drum_hf.data.load_table]; every one of them checks what it reads. A table never changes: `select`,
+    `without` and `concat` give new ones, without reading the images again. Pictures are handed out from a cache: copy
+    one before drawing on it.
+
+    Attributes:
+        skipped: (row number, reason) of each row that `on_bad_rows="skip"` left out.
+        max_pixels: larger images are refused, not decoded.
+
+    Example:
+        >>> from PIL import Image
+        >>> rows = [
+        ...     {"id": "bus", "image": Image.new("RGB", (8, 8), "red"), "prompt": "Colour?", "response": "red"},
+        ...     {"id": "sky", "image": Image.new("RGB", (8, 8), "blue"), "prompt": "Colour?", "response": "blue"},
+        ... ]
+        >>> table = TripletTable.from_dataset(rows)
+        >>> table
+        TripletTable(2 rows, 2 images, 0 labels)
+        >>> table["sky"].response
+        'blue'
+        >>> table.without(["bus"]).ids
+        ['sky']
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        images: datasets.Dataset,
+        *,
+        max_pixels: int = MAX_PIXELS,
+        cache_images: int = 256,
+        skipped: Sequence[tuple[int, str]] = (),
+    ) -> None:
+        # Takes rows that were checked already: users come in through the class methods.
+        if not len(records):
+            reason = f": all {len(skipped)} rows were left out, first for: {skipped[0][1]}" if skipped else ""
+            raise no_rows(reason, skipped)
+        self.max_pixels = max_pixels
+        self.skipped = list(skipped)
+        self._records = records
+        self._images = images
+        self._cache = ImageCache(cache_images)
+        self._by_reference = False  # images are files that the one who saved the table had, too
+        self._rows = {id: row for row, id in enumerate(ids_of(records))}
+
+    @classmethod
+    def from_dataset(
+        cls,
+        data: datasets.Dataset | Sequence[Mapping[str, Any]] | TripletTable,
+        *,
+        on_bad_rows: Literal["raise", "skip"] = "raise",
+        columns: Mapping[str, str] | None = None,
+        image_root: str | os.PathLike[str] | None = None,
+        max_pixels: int = MAX_PIXELS,
+        cache_images: int = 256,
+    ) -> TripletTable:
+        """Check every row once, hash its content, and keep what the table needs.
+
+        Columns: `prompt` (text, may be ""), `response` (text, not empty); optional `id` (text, unique; the first 16
+        hex digits of the row's content hash where the column is absent), `image` (a row without one needs a prompt),
+        `references` (list of texts), `group` and `label` (text; "" counts as none). Other columns are left behind. A
+        `ClassLabel` column counts as its class names.
+
+        Args:
+            data: a Dataset; or a list of dicts whose images are PIL images, paths, encoded bytes or
+                `{"bytes": …, "path": …}`; or a TripletTable, which comes back as it is.
+            on_bad_rows: "raise" at the first row that can't be used, or "skip" such rows, counted in `skipped`, with
+                one warning in the log.
+            columns: our column name -> the name in `data`, where they differ.
+            image_root: image paths are relative to this folder and may not leave it. None: relative to the working
+                folder, and free.
+            max_pixels: refuse larger images before they are decoded.
+            cache_images: keep up to so many decoded images in memory (and no more than 384 MB of them).
+
+        Raises:
+            ColumnError: a column is missing or holds another type.
+            RowError, ImageError: a row, or its image, can't be used.
+            DuplicateIdError: two rows share an id; without ids, two rows have the same content.
+            EmptySupportError: no row, or none that can be used.
+        """
+        if isinstance(data, TripletTable):
+            return data
+        if on_bad_rows not in ("raise", "skip"):
+            raise ValueError(f"expected on_bad_rows 'raise' or 'skip', got {on_bad_rows!r}")
+        found = check_rows(
+            *open_columns(data, columns or {}), skip=on_bad_rows == "skip", root=image_root, max_pixels=max_pixels
+        )
+        return cls._of_checked(*found, max_pixels=max_pixels, cache_images=cache_images)
+
+    @classmethod
+    def _of_checked(
+        cls, records: list[Record], images: datasets.Dataset, skipped: Sequence[tuple[int, str]], **options: Any
+    ) -> TripletTable:
+        """What `check_rows` found, with a word about the rows left out."""
+        if skipped:
+            message = "%d of %d rows can't be used and were left out; the first is row %d: %s"
+            logger.warning(message, len(skipped), len(skipped) + len(records), *skipped[0])
+        return cls(records, images, skipped=skipped, **options)
+
+    # Reading
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._rows
+
+    def __iter__(self) -> Iterator[Demonstration]:
+        return (self._demonstration(row) for row in range(len(self)))
+
+    def __getitem__(self, id: str) -> Demonstration:
+        return self._demonstration(self.row(id))
+
+    def __repr__(self) -> str:
+        images = len({record.image_key for record in self._records} - {""})
+        return f"TripletTable({len(self)} rows, {images} images, {len(self.label_set)} labels)"
+
+    def row(self, id: str) -> int:
+        """Position of an id, counted from 0.
+
+        Raises:
+            MissingIdError: the id is not in the table.
+        """
+        try:
+            return self._rows[id]
+        except (KeyError, TypeError):
+            hint = "" if isinstance(id, str) else f" (ids are text, this is {type(id).__name__})"
+            raise MissingIdError(
+                f"no row has {id!r} in column 'id'{hint}; the table holds {len(self)} ids, such as {self.ids[0]!r}"
+            ) from None
+
+    def demonstrations(self, ids: Iterable[str]) -> list[Demonstration]:
+        """Rows of several ids, in the order given."""
+        return [self[id] for id in ids]
+
+    def query(self, id: str, *, draft: str | None = None) -> Query:
+        """A row as a query: image and prompt, with the id and group that keep it from demonstrating itself."""
+        row = self.row(id)
+        record = self._records[row]
+        return Query(self._image(row), record.prompt, draft, record.id, record.group, key=record.query_key)
+
+    @functools.cached_property
+    def ids(self) -> list[str]:
+        """Ids in row order. Like every list below it is shared: copy it before changing it."""
+        return list(self._rows)
+
+    @functools.cached_property
+    def prompts(self) -> list[str]:
+        """Prompts in row order; "" where there is none."""
+        return [record.prompt for record in self._records]
+
+    @functools.cached_property
+    def responses(self) -> list[str]:
+        """Gold responses in row order."""
+        return [record.response for record in self._records]
+
+    @functools.cached_property
+    def references(self) -> list[tuple[str, ...]]:
+        """Every gold answer of each row; () where the table names none."""
+        return [record.references for record in self._records]
+
+    @functools.cached_property
+    def groups(self) -> list[str | None]:
+        """Group of each row: rows of one group may not demonstrate one another."""
+        return [record.group for record in self._records]
+
+    @functools.cached_property
+    def labels(self) -> list[str | None]:
+        """Class name of each row."""
+        return [record.label for record in self._records]
+
+    @functools.cached_property
+    def keys(self) -> list[str]:
+        """Hash of each row's image, prompt and response; 32 hex digits."""
+        return [record.key for record in self._records]
+
+    @functools.cached_property
+    def query_keys(self) -> list[str]:
+        """Hash of each row's image and prompt; 32 hex digits."""
+        return [record.query_key for record in self._records]
+
+    @functools.cached_property
+    def image_keys(self) -> list[str]:
+        """Hash of each row's pixels; 32 hex digits, "" where there is no image."""
+        return [record.image_key for record in self._records]
+
+    @functools.cached_property
+    def label_set(self) -> tuple[str, ...]:
+        """Distinct labels, in the order they first appear; () in a table without labels."""
+        return tuple(dict.fromkeys(label for label in self.labels if label is not None))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of ids, content and groups in row order; 32 hex digits."""
+        return fingerprint_of(self._records)
+
+    @functools.cached_property
+    def gold_fingerprint(self) -> str:
+        """Hash of ids, references and labels in row order, which `fingerprint` leaves out; 32 hex digits."""
+        rows = zip(self.ids, self.references, self.labels, strict=True)
+        return content_key(
+            *(part for i, gold, label in rows for part in (i, str(len(gold or ())), *(gold or ()), label or ""))
+        )
+
+    # New tables from this one
+
+    def select(self, ids: Iterable[str]) -> TripletTable:
+        """The rows of `ids`, in the order given.
+
+        Raises:
+            MissingIdError: an id is not in the table.
+            DuplicateIdError: an id was given twice.
+            EmptySupportError: no id was given.
+        """
+        ids = list(ids)
+        refuse_duplicate_ids(ids)
+        return self._take([self.row(id) for id in ids])
+
+    def without(self, ids: Iterable[str]) -> TripletTable:
+        """Every row but those of `ids`, in the same order.
+
+        Raises:
+            MissingIdError: an id is not in the table.
+            EmptySupportError: no row is left.
+        """
+        dropped = {self.row(id) for id in ids}
+        return self._take([row for row in range(len(self)) if row not in dropped])
+
+    def concat(self, other: TripletTable) -> TripletTable:
+        """This table's rows, then the other's.
+
+        Raises:
+            DuplicateIdError: the tables share an id.
+        """
+        import datasets
+
+        shared = [id for id in other.ids if id in self]
+        if shared:
+            raise DuplicateIdError(
+                f"the two tables share {len(shared)} ids: {shorten([repr(id) for id in shared])}; "
+                "drop them from one table with .without(ids), or give its rows other ids"
+            )
+        table = TripletTable(
+            joined(self._records, other._records),
+            datasets.concatenate_datasets([self._images, other._images]),
+            max_pixels=max(self.max_pixels, other.max_pixels),
+            cache_images=self._cache.limit,
+        )
+        table._by_reference = self._by_reference or other._by_reference
+        return table
+
+    # Files
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        images: Literal["embedded", "reference"] = "embedded",
+        image_root: str | os.PathLike[str] | None = None,
+    ) -> Path:
+        """Write one parquet file that holds everything, images included, and opens anywhere (the Hub's viewer too).
+
+        Images keep the bytes of the file they came from; those that came as PIL images are PNG.
+
+        Args:
+            path: a name ending in .parquet, or a folder, in which the file is called triplets.parquet.
+            images: "embedded", or by "reference": names of their files, and hashes of their pixels, in place of bytes.
+            image_root: the folder that references are relative to; None: the innermost that holds all images.
+
+        Returns:
+            The file written; it replaces an older one only when complete.
+
+        Raises:
+            ImageError: an image file that the table refers to has gone since it was checked; or an image to be
+                referred to is not a file, or lies outside `image_root`.
+            SavedFileError: the disk is full, or the folder can't be written.
+        """
+        file = table_file(path)
+        names = image_references(self._records, self._images, image_root) if images == "reference" else None
+        with writing(file):
+            write_table(file, self._records, self._images, fingerprint=self.fingerprint, references=names)
+        return file
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        mmap: bool = False,
+        image_root: str | os.PathLike[str] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        max_pixels: int = MAX_PIXELS,
+        cache_images: int = 256,
+    ) -> TripletTable:
+        """Read what `save` wrote: same ids, same hashes, pixel-equal images, held in memory as encoded bytes.
+
+        Texts are compared with the hashes saved beside them; images are checked when they are decoded.
+
+        Args:
+            path: the file, or the folder it was saved in.
+            mmap: hold the ids in memory and nothing else: rows and images are read when they are asked for, from an
+                Arrow file that is made at the first time and mapped. Lists of a whole column, such as `prompts`, are
+                in memory once they were asked for.
+            image_root: where the images lie of a table that was saved with references to them; their pixels are
+                compared with the hashes beside them when they are first read.
+            cache_dir: of the Arrow files; None: as `datasets` has it (`HF_DATASETS_CACHE`). Nothing but disk is lost
+                by deleting them.
+            max_pixels, cache_images: as in `from_dataset`.
+
+        Raises:
+            SavedFileError: the file is missing, truncated, altered, or of another format version; or an image that it
+                refers to is not in `image_root`; or the Arrow file can't be written.
+        """
+        file = table_file(path)
+        saved = map_table(file, image_root, cache_dir) if mmap else read_table(file, image_root)
+        table = cls(saved.records, saved.images, max_pixels=max_pixels, cache_images=cache_images)
+        table._by_reference = saved.by_reference
+        table.fingerprint = saved.fingerprint  # found to be that of the rows
+        return table
+
+    @property
+    def mapped(self) -> bool:
+        """Whether rows are read from their file when they are asked for."""
+        return isinstance(self._records, MappedRecords)
+
+    # Inside
+
+    def _take(self, rows: list[int]) -> TripletTable:
+        table = TripletTable(
+            take(self._records, rows),
+            self._images.select(rows),
+            max_pixels=self.max_pixels,
+            cache_images=self._cache.limit,
+        )
+        table._by_reference = self._by_reference
+        return table
+
+    def _demonstration(self, row: int) -> Demonstration:
+        id, prompt, response, references, group, label, key, *_ = self._records[row]
+        return Demonstration(id, self._image(row), prompt, response, references, group, label, key=key)
+
+    def _image(self, row: int) -> Image | None:
+        record = self._records[row]
+        if not record.image_key:
+            return None
+        image = self._cache.get(record.image_key)
+        if image is None:
+            try:
+                image = decode(self._images[row]["image"], max_pixels=self.max_pixels)
+            except ImageError as error:
+                raise ImageError(f"id {record.id!r}, {error}; it was readable when the table was made") from error
+            if self._by_reference and image_key(image) != record.image_key:
+                path = self._images[row]["image"]["path"]
+                raise ImageError(
+                    f"id {record.id!r}, column 'image': {path} shows another picture than when the table was saved; "
+                    "put the very file there, or make the table anew"
+                )
+            self._cache.put(record.image_key, image)
+        return image
+
+
+def check_leaks(
+    support: TripletTable, queries: TripletTable, *, on_leak: Literal["raise", "warn", "ignore"] = "raise"
+) -> list[tuple[str, str]]:
+    """Find queries that a support set gives away: same id, same image or, where there is no image, same prompt.
+
+    Args:
+        support: the rows that may be shown.
+        queries: the rows that will be asked.
+        on_leak: "raise" an error, "warn" in the log, or "ignore" and only return.
+
+    Returns:
+        (query id, support id) pairs, in the order of `queries`, then of `support`.
+
+    Raises:
+        LeakError: there is a pair, and `on_leak` is "raise".
+    """
+    if on_leak not in ("raise", "warn", "ignore"):
+        raise ValueError(f"expected on_leak 'raise', 'warn' or 'ignore', got {on_leak!r}")
+    rows_of: defaultdict[str, list[int]] = defaultdict(list)
+    for row, record in enumerate(support._records):
+        rows_of[record.image_key or record.query_key].append(row)
+    pairs = []
+    for record in queries._records:
+        rows = rows_of.get(record.image_key or record.query_key, [])
+        if record.id in support:
+            rows = sorted({*rows, support.row(record.id)})
+        pairs += [(record.id, support.ids[row]) for row in rows]
+    if pairs and on_leak != "ignore":
+        query_id, support_id = pairs[0]
+        what = "id" if query_id == support_id else "content"
+        message = (
+            f"{len({query for query, _ in pairs})} of {len(queries)} queries share an id or an image with the support "
+            f"set ({len(pairs)} pairs; query {query_id!r} has the {what} of support row {support_id!r}): scores would "
+            "be too good to be true. In Python, drop the pairs' support ids with support.without(ids), or pass "
+            "on_leak='warn'; else take other queries"
+        )
+        if on_leak == "raise":
+            raise LeakError(message)
+        logger.warning(message)
+    return pairs
+
+
+def find_twins(support: TripletTable, queries: TripletTable) -> list[str]:
+    """Queries that other rows of the support set give away, though neither id nor group keeps these from them.
+
+    Such a row shows the query's pixels, or, where there is no image, asks its prompt: retrieved for the query, it
+    may hand it the answer. Other file formats and names don't matter, a changed pixel does.
+
+    Returns:
+        Ids, in the order of `queries`; empty where groups name all that belongs together.
+    """
+    rows: Counter[str] = Counter()
+    guarded: Counter[tuple[str, str | None]] = Counter()
+    for record in support._records:
+        content = record.image_key or record.query_key
+        rows[content] += 1
+        guarded[content, record.group] += record.group is not None
+    twins = []
+    for record in queries._records:
+        content = record.image_key or record.query_key
+        left = rows[content] - (guarded[content, record.group] if record.group is not None else 0)
+        if record.id in support:
+            own = support._records[support.row(record.id)]
+            ours = (own.image_key or own.query_key) == content
+            left -= ours and (record.group is None or own.group != record.group)
+        if left > 0:
+            twins.append(record.id)
+    return twins

@@ -1,0 +1,1 @@
+"""The experiments of this project: the demo, suites, reports and benchmarks."""

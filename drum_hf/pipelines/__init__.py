@@ -1,0 +1,19 @@
+"""The tasks `icl-vqa`, `icl-image-classification` and `icl-image-captioning`."""
+
+from .pipelines import (
+    DEFAULT_LVLM,
+    ICLImageCaptioningPipeline,
+    ICLImageClassificationPipeline,
+    ICLPipeline,
+    ICLVQAPipeline,
+    pipeline,
+)
+
+__all__ = [
+    "DEFAULT_LVLM",
+    "ICLImageCaptioningPipeline",
+    "ICLImageClassificationPipeline",
+    "ICLPipeline",
+    "ICLVQAPipeline",
+    "pipeline",
+]

@@ -1,0 +1,593 @@
+"""`DemoRetriever`: encoder, index and support set, called like a pipeline; loaded, saved and pushed like a model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from ..data import TripletTable
+from ..errors import ColumnError, DimensionMismatchError
+from ..index.sharded import AnyIndex, ShardedIndex, make_index
+from ..selection import Candidates, Selector, TopN, choose, get_selector
+from ..types import LVLM, Demonstration, ICLRequest, Query, Retrieval
+from .queries import Queries, SizedItems, as_item, as_query, in_chunks, name_query
+from .sharing import Shared, as_table
+from .swapping import Swappable
+
+if TYPE_CHECKING:
+    import datasets
+    from peft import LoraConfig
+    from sentence_transformers import SentenceTransformer
+
+    from ..encoders.joint import JointEncoder
+
+__all__ = ["STRATEGIES", "DemoRetriever"]
+
+logger = logging.getLogger(__name__)
+
+#: What is compared, by the names that the literature gives it -> weights of image, prompt and response: similar image,
+#: similar text (the prompt), both, and any of these with the LVLM's draft against the demonstrations' responses.
+STRATEGIES: dict[str, tuple[float, float, float]] = {
+    "si": (1.0, 0.0, 0.0),
+    "st": (0.0, 1.0, 0.0),
+    "sit": (1.0, 1.0, 0.0),
+    "sit+draft": (1.0, 1.0, 1.0),
+    "si+draft": (1.0, 0.0, 1.0),
+    "st+draft": (0.0, 1.0, 1.0),
+}
+
+
+class DemoRetriever(Shared, Swappable):
+    """Finds the demonstrations of a support set that an LVLM needs in its context for a query.
+
+    Queries are embedded as (image, prompt, draft), demonstrations as (image, prompt, response); the nearest by dot
+    product come first. A query never gets its own row, nor one of its group. The support set is embedded when it is
+    first needed. Retrieval may run in several threads at once.
+
+    Args:
+        encoder: a `SentenceTransformer` made by [`build_encoder`][drum_hf.encoders.joint.build_encoder].
+        support: the demonstrations.
+        support_encoder: another one, which embeds the demonstrations, while `encoder` embeds the queries. None:
+            `encoder` embeds both. See `freeze_support`.
+        index_kind: "flat" (exact), "hnsw" or "ivfpq"; see [`DemoIndex`][drum_hf.index.demo_index.DemoIndex].
+        index_options: further arguments of `DemoIndex`; with `shard_rows`, of a
+            [`ShardedIndex`][drum_hf.index.sharded.ShardedIndex], which is embedded and built a shard at a time.
+        draft_lvlm: writes a draft (zero-shot) for queries that come without one, where the strategy uses drafts.
+        teacher: `name`, `revision`, `fingerprint` and `task` of the LVLM whose feedback trained the encoder.
+        base_model, base_revision: what the encoder was made from; taken from the encoder where left out.
+        top_k: how many demonstrations a call returns unless told (4 is our choice).
+        batch_size: items embedded at once.
+
+    Attributes:
+        teacher: as above, or None; may be set.
+        draft_lvlm: as above, or None; may be set.
+        card_data: further entries of the model card, such as `training` and `results`: see
+            [`render_card`][drum_hf.utils.model_card.render_card]. JSON-ready; saved with the retriever.
+        plot: a PNG for the model card, or None; may be set, and is saved with the retriever.
+
+    Raises:
+        ValueError: an encoder that was not made by `build_encoder`.
+        DimensionMismatchError: two encoders of unlike width.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from drum_hf.playground.building.pretraining import build_clip
+        >>> folder = tempfile.mkdtemp()
+        >>> for part in build_clip(seed=0):
+        ...     _ = part.save_pretrained(folder)
+        >>> rows = [
+        ...     {"id": c, "image": Image.new("RGB", (32, 32), c), "prompt": "what colour", "response": c}
+        ...     for c in ("red", "green", "blue")
+        ... ]
+        >>> retriever = DemoRetriever.from_encoder(folder, support=rows, strategy="sit")
+        >>> retriever({"image": Image.new("RGB", (32, 32), "red"), "prompt": "what colour"}, k=1).ids
+        ['red']
+        >>> sorted(retriever({"image": rows[0]["image"], "prompt": "what colour", "id": "red"}, k=2).ids)
+        ['blue', 'green']
+    """
+
+    def __init__(
+        self,
+        encoder: SentenceTransformer,
+        support: TripletTable,
+        *,
+        support_encoder: SentenceTransformer | None = None,
+        index_kind: str = "flat",
+        index_options: Mapping[str, Any] | None = None,
+        draft_lvlm: LVLM | None = None,
+        teacher: Mapping[str, Any] | None = None,
+        base_model: str | None = None,
+        base_revision: str | None = None,
+        top_k: int = 4,
+        batch_size: int = 64,
+    ) -> None:
+        _refuse_other_encoders(encoder)
+        if support_encoder is not None:
+            _refuse_other_encoders(support_encoder)
+            widths = [each.get_embedding_dimension() for each in (encoder, support_encoder)]
+            if widths[0] != widths[1]:
+                raise DimensionMismatchError(
+                    f"expected encoders of one width, got {widths[0]} for queries and {widths[1]} for demonstrations"
+                )
+        self._encoder, self._support_encoder = encoder, support_encoder
+        self._support = as_table(support)
+        self.index_kind, self.index_options = index_kind, dict(index_options or {})
+        make_index(1, kind=index_kind, **self.index_options)  # refused now, not after encoding
+        self.draft_lvlm = draft_lvlm
+        self.teacher: dict[str, Any] | None = dict(teacher) if teacher else None
+        self.base_model = base_model or self._module.base_model
+        self.base_revision = base_revision or self._module.base_revision
+        self.top_k, self.batch_size = top_k, batch_size
+        self.card_data: dict[str, Any] = {}
+        self.plot: bytes | None = None
+        self._set_aside = {}
+        self._index: AnyIndex | None = None  # None: to be built when next needed
+        # Tokenizers keep the padding of a call as state: one thread encodes at a time.
+        self._lock = threading.RLock()
+
+    @classmethod
+    def from_encoder(
+        cls,
+        name_or_path: str | os.PathLike[str] | SentenceTransformer,
+        support: TripletTable | datasets.Dataset | Sequence[Mapping[str, Any]] | str | os.PathLike[str],
+        *,
+        strategy: str | None = None,
+        weights: Sequence[float] | Mapping[str, float] | None = None,
+        learn_weights: bool | None = None,
+        lora: bool | LoraConfig = False,
+        index_kind: str = "flat",
+        index_options: Mapping[str, Any] | None = None,
+        draft_lvlm: LVLM | None = None,
+        teacher: Mapping[str, Any] | None = None,
+        top_k: int = 4,
+        batch_size: int = 64,
+        device: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        trust_remote_code: bool = False,
+    ) -> DemoRetriever:
+        """A retriever that has not been trained, over a CLIP or SigLIP checkpoint.
+
+        Args:
+            name_or_path: on the Hub, a folder, or "playground/clip"; or an encoder made by `build_encoder`, kept as it
+                is but for the weights.
+            support: a table, a Dataset, a list of dicts, or a path for [`load_table`][drum_hf.data.load_table].
+            strategy: a name in `STRATEGIES`, such as "si" or "sit". None: "sit+draft", or what the encoder has.
+            weights: of image, prompt and response, instead of a strategy.
+            learn_weights, lora, device: as in `build_encoder`.
+            index_kind, index_options, draft_lvlm, teacher, top_k, batch_size: as in the class.
+            revision, token, cache_dir, local_files_only, force_download, trust_remote_code: as everywhere in
+                transformers.
+
+        Raises:
+            ValueError: an unknown strategy or model family, or weights that can't be used.
+            ColumnError, RowError, ImageError, DuplicateIdError, EmptySupportError: the support set can't be used.
+        """
+        from ..encoders.joint import build_encoder
+
+        table = as_table(support)
+        if strategy is not None:
+            if strategy not in STRATEGIES or weights is not None:
+                got = f"{strategy!r} and weights" if weights is not None else f"{strategy!r}"
+                raise ValueError(f"expected one of the strategies {', '.join(STRATEGIES)}, or weights, got {got}")
+            weights = STRATEGIES[strategy]
+        if isinstance(name_or_path, (str, os.PathLike)):
+            encoder = build_encoder(
+                name_or_path,
+                weights=weights,
+                learn_weights=learn_weights,
+                lora=lora,
+                device=device,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                force_download=force_download,
+                trust_remote_code=trust_remote_code,
+            )
+        else:
+            encoder = name_or_path
+            if lora:
+                raise ValueError("lora= is for an encoder that is loaded here: pass it to build_encoder instead")
+        retriever = cls(
+            encoder,
+            table,
+            index_kind=index_kind,
+            index_options=index_options,
+            draft_lvlm=draft_lvlm,
+            teacher=teacher,
+            top_k=top_k,
+            batch_size=batch_size,
+        )
+        if encoder is name_or_path:
+            if weights is not None:
+                retriever._module.weights = weights  # type: ignore[assignment]
+            if learn_weights is not None:
+                retriever._module.learn_weights = learn_weights
+        return retriever
+
+    # What it holds
+
+    @property
+    def encoder(self) -> SentenceTransformer:
+        """The encoder; call `mark_stale` after training it."""
+        return self._encoder
+
+    @property
+    def support_encoder(self) -> SentenceTransformer | None:
+        """The encoder that embeds the demonstrations, where that is not `encoder`."""
+        return self._support_encoder
+
+    @property
+    def _module(self) -> JointEncoder:
+        return self._encoder[0]  # type: ignore[return-value]
+
+    @property
+    def support(self) -> TripletTable:
+        """The demonstrations."""
+        return self._support
+
+    @property
+    def index(self) -> AnyIndex:
+        """The support set's vectors; embeds them first if that is due."""
+        with self._lock:
+            if self._index is None:
+                self.refresh()
+            assert self._index is not None
+            return self._index
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of image, prompt and response; they sum to 1. Set them on `encoder[0]`, then call `mark_stale`."""
+        return self._module.weights
+
+    @property
+    def strategy(self) -> str:
+        """The name in `STRATEGIES` of the parts that are compared; their names joined by "+" where there is none."""
+        used = {part for part, weight in self.weights.items() if weight}
+        for name, weights in STRATEGIES.items():
+            if used == {part for part, weight in zip(self.weights, weights, strict=True) if weight}:
+                return name
+        return "+".join(part for part in self.weights if part in used)
+
+    @property
+    def uses_drafts(self) -> bool:
+        """Whether responses are compared, so that a query is better with a draft."""
+        return self.weights["response"] > 0
+
+    def __len__(self) -> int:
+        return len(self._support)
+
+    def __repr__(self) -> str:
+        teacher = f", teacher={self.teacher.get('name')!r}" if self.teacher else ""
+        return (
+            f"DemoRetriever({self.base_model!r}, strategy={self.strategy!r}, {len(self)} demonstrations, "
+            f"index={self.index_kind!r}{teacher})"
+        )
+
+    # Retrieving
+
+    @overload
+    def __call__(
+        self,
+        queries: Query | Demonstration | Mapping[str, Any],
+        k: int | None = ...,
+        *,
+        exclude_self: bool = ...,
+        selector: str | Selector | None = ...,
+    ) -> Retrieval: ...
+
+    @overload
+    def __call__(
+        self,
+        queries: list[Any] | tuple[Any, ...],
+        k: int | None = ...,
+        *,
+        exclude_self: bool = ...,
+        selector: str | Selector | None = ...,
+    ) -> list[Retrieval]: ...
+
+    @overload
+    def __call__(
+        self,
+        queries: Queries | datasets.Dataset,
+        k: int | None = ...,
+        *,
+        exclude_self: bool = ...,
+        selector: str | Selector | None = ...,
+    ) -> Iterator[Retrieval]: ...
+
+    def __call__(
+        self,
+        queries: Any,
+        k: int | None = None,
+        *,
+        exclude_self: bool = True,
+        selector: str | Selector | None = None,
+    ) -> Retrieval | list[Retrieval] | Iterator[Retrieval]:
+        """The k demonstrations that each query needs most, most useful first.
+
+        A query is a `Query`, or a dict with `image` (PIL image, path or URL) and `prompt` (or `question`), and where
+        they are known `draft`, `id` and `group`. A row of the support set can be given as it is: its response is not
+        looked at.
+
+        Args:
+            queries: one query; a list of them; or a generator, a TripletTable or a `datasets.Dataset`, which are read
+                a batch at a time while the results are drawn.
+            k: how many; None: `top_k`. A query gets fewer where its exclusions leave fewer.
+            exclude_self: leave out the query's own id and group.
+            selector: chooses the k from the best-ranked candidates together: a name for
+                [`get_selector`][drum_hf.selection.get_selector], such as "mmr", or a selector; most useful first is
+                then its order. It may choose fewer. None: the best-ranked themselves.
+
+        Returns:
+            A Retrieval; a list of them; or a generator of them.
+
+        Raises:
+            ColumnError, RowError, ImageError: a query can't be used.
+            ValueError: k is below 1, or the selector is unknown or chose what it may not.
+            TooFewDemonstrationsError: k is more than the support set holds.
+        """
+        k = self.top_k if k is None else k
+        selector = None if selector is None else get_selector(selector)
+        if isinstance(queries, (Query, Demonstration, Mapping)):
+            return self._retrieve([queries], k, exclude_self, selector)[0]
+        if isinstance(queries, (list, tuple)):
+            return self._retrieve(queries, k, exclude_self, selector) if queries else []
+        if isinstance(queries, (str, bytes)) or not isinstance(queries, Iterable):
+            raise ColumnError(
+                f"expected a query (a dict with 'image' and 'prompt', or a Query), or several, got "
+                f"{type(queries).__name__}"
+            )
+        return self._retrieve_lazily(queries, k, exclude_self, selector)
+
+    def _retrieve(self, queries: Queries, k: int, exclude_self: bool, selector: Selector | None) -> list[Retrieval]:
+        made = [as_query(query) for query in queries]
+        with self._lock:  # index and support of one moment
+            ids, scores = self.retrieve_ids(made, k, exclude_self=exclude_self, selector=selector)
+            support = self._support
+        return [
+            Retrieval(query.id, tuple(support.demonstrations(found)), tuple(map(float, values)))
+            for query, found, values in zip(made, ids, scores, strict=True)
+        ]
+
+    def _retrieve_lazily(
+        self, queries: Queries, k: int, exclude_self: bool, selector: Selector | None
+    ) -> Iterator[Retrieval]:
+        for chunk in in_chunks(queries, self.batch_size):
+            yield from self._retrieve(chunk, k, exclude_self, selector)
+
+    def retrieve_ids(
+        self,
+        queries: Queries,
+        k: int | None = None,
+        *,
+        exclude_self: bool = True,
+        selector: str | Selector | None = None,
+    ) -> tuple[list[list[str]], list[np.ndarray]]:
+        """As a call, but ids and scores alone: no image of a demonstration is read, unless a selector wants it.
+
+        Args:
+            queries: any iterable, read once, a few batches at a time.
+            k, exclude_self, selector: as in a call.
+
+        Returns:
+            For each query its demonstrations' ids, most useful first, and a float32 array of their scores in [-1, 1].
+        """
+        k = self.top_k if k is None else k
+        selector = None if selector is None else get_selector(selector)
+        if selector is not None and not isinstance(selector, TopN):
+            return self._select(queries, k, exclude_self, selector)
+        ids: list[str | None] = []
+        groups: list[str | None] = []
+
+        def note(query: Query) -> None:
+            ids.append(query.id if exclude_self else None)
+            groups.append(query.group if exclude_self else None)
+
+        with self._lock:
+            vectors = self._encode_queries(queries, note)
+            if not len(vectors):
+                return [], []
+            return self.index.search(vectors, k, exclude_ids=ids, exclude_groups=groups)
+
+    def _select(
+        self, queries: Queries, k: int, exclude_self: bool, selector: Selector
+    ) -> tuple[list[list[str]], list[np.ndarray]]:
+        if k < 1:
+            raise ValueError(f"k is at least 1, got {k}; for no demonstrations, do not search")
+        ids: list[list[str]] = []
+        scores: list[np.ndarray] = []
+        for chunk in in_chunks(queries, self.batch_size):
+            asked: list[Query] = []
+            with self._lock:  # index and support of one moment
+                vectors = self._encode_queries(chunk, asked.append)
+                found = self.index.search(
+                    vectors,
+                    max(k, min(selector.pool, len(self))),
+                    exclude_ids=[query.id if exclude_self else None for query in asked],
+                    exclude_groups=[query.group if exclude_self else None for query in asked],
+                )
+                for query, vector, ranked, values in zip(asked, vectors, *found, strict=True):
+                    candidates = Candidates(
+                        query, ranked, values, self.index.vectors(ranked), vector, self._support, tuple(self.weights)
+                    )
+                    rows = choose(selector, candidates, k)
+                    ids.append([ranked[row] for row in rows])
+                    scores.append(values[rows])
+        return ids, scores
+
+    def encode_queries(self, queries: Queries) -> np.ndarray:
+        """Embed queries: float32 of shape (number of queries, dimension), rows of unit length."""
+        return self._encode_queries(queries, lambda query: None)
+
+    def encode_support(self, ids: Iterable[str] | None = None) -> np.ndarray:
+        """Embed demonstrations with their encoder as it is now: float32 of shape (number of ids, dimension).
+
+        Args:
+            ids: of the support set; None: all of them, in order.
+
+        Raises:
+            MissingIdError: an id is not in the support set.
+            NonFiniteEmbeddingError: the encoder gave NaN or infinity.
+        """
+        return self._encode_demonstrations(self._support, self._support.ids if ids is None else list(ids))
+
+    def _encode_queries(self, queries: Queries, note: Callable[[Query], None]) -> np.ndarray:
+        used = self._used()
+
+        def items(rows: Queries) -> Iterator[dict[str, Any]]:
+            for position, query in enumerate(self._drafted(map(as_query, rows))):
+                note(query)
+                yield as_item(query.image, query.prompt, query.draft, used, name_query(query.id, position))
+
+        return self._encode(
+            self._encoder, SizedItems(queries, items) if hasattr(queries, "__len__") else items(queries)
+        )
+
+    def _encode_demonstrations(self, table: TripletTable, ids: list[str]) -> np.ndarray:
+        used = self._used()
+
+        def items(rows: list[str]) -> Iterator[dict[str, Any]]:
+            for id in rows:
+                row = table[id]
+                yield as_item(row.image, row.prompt, row.response, used, f"demonstration {id!r}")
+
+        encoder = self._encoder if self._support_encoder is None else self._support_encoder
+        return self._encode(encoder, SizedItems(ids, items))
+
+    def _encode(self, encoder: SentenceTransformer, items: Iterable[dict[str, Any]]) -> np.ndarray:
+        from ..encoders.joint import encode_items
+
+        with self._lock:
+            return encode_items(encoder, items, batch_size=self.batch_size)
+
+    def _used(self) -> tuple[str, ...]:
+        return tuple(part for part, weight in self.weights.items() if weight)
+
+    def _drafted(self, queries: Iterable[Query]) -> Iterator[Query]:
+        if self.draft_lvlm is None or not self.uses_drafts:
+            yield from queries
+            return
+        for chunk in in_chunks(queries, self.batch_size):
+            bare = [position for position, query in enumerate(chunk) if query.draft is None]
+            drafts = self.draft_lvlm.generate([ICLRequest(chunk[position]) for position in bare]) if bare else []
+            for position, draft in zip(bare, drafts, strict=True):
+                chunk[position] = dataclasses.replace(chunk[position], draft=draft)
+            yield from chunk
+
+    # Changing it
+
+    def record_training(
+        self,
+        *,
+        teacher: Mapping[str, Any] | None,
+        training: Mapping[str, Any],
+        rounds: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Note whose feedback trained the encoder, and how, for the saved files and the model card.
+
+        Args:
+            teacher: as in the class.
+            training: JSON-ready name -> value, such as rounds and scored pairs.
+            rounds: a row for each mining round, such as `CandidateTable.summary` gives.
+        """
+        self.teacher = dict(teacher) if teacher else None
+        self.card_data = {**self.card_data, "training": dict(training), "rounds": [dict(row) for row in rounds]}
+
+    def mark_stale(self) -> None:
+        """The encoder has changed: embed the support set anew when it is next needed.
+
+        Nothing needs to be, where the support set has an encoder of its own.
+        """
+        with self._lock:
+            if self._support_encoder is None:
+                self._index = None
+
+    def freeze_support(self) -> None:
+        """Keep a copy of the encoder for the demonstrations, so that training changes the queries' side alone.
+
+        The copy takes as much memory again, and is saved with the retriever.
+        """
+        frozen = copy.deepcopy(self._encoder).eval()
+        frozen.requires_grad_(False)
+        with self._lock:
+            self._support_encoder = frozen
+
+    def refresh(self, vectors: np.ndarray | None = None) -> DemoRetriever:
+        """Embed the support set with the encoder as it is now, and build the index. Returns itself.
+
+        Args:
+            vectors: what `encode_support` would give, where that is known already: (number of demonstrations,
+                dimension) float32, in the order of the support set.
+        """
+        with self._lock:
+            width = self._encoder.get_embedding_dimension() or 0
+            index = make_index(width, kind=self.index_kind, **self.index_options)
+            ids, groups = self._support.ids, self._support.groups
+            step = index.shard_rows if isinstance(index, ShardedIndex) else len(ids)
+            for start in range(0, len(ids), step):
+                part = slice(start, start + step)
+                known = self.encode_support(ids[part]) if vectors is None else vectors[part]
+                index.add(ids[part], known, groups[part])
+            self._index = index
+        return self
+
+    def add(self, rows: TripletTable | datasets.Dataset | Sequence[Mapping[str, Any]]) -> None:
+        """Add demonstrations; all of them, or none where one is refused.
+
+        Raises:
+            DuplicateIdError: an id is in the support set already.
+            ColumnError, RowError, ImageError: a row can't be used.
+        """
+        table = as_table(rows)
+        with self._lock:
+            support = self._support.concat(table)
+            if self._index is not None:
+                self._index.add(table.ids, self._encode_demonstrations(table, table.ids), table.groups)
+            self._support = support
+
+    def remove(self, ids: Iterable[str]) -> None:
+        """Remove demonstrations; all of them, or none where one is refused.
+
+        Raises:
+            MissingIdError: an id is not in the support set.
+            EmptySupportError: none would be left.
+        """
+        ids = list(ids)
+        with self._lock:
+            support = self._support.without(ids)
+            if self._index is not None:
+                self._index.remove(ids)
+            self._support = support
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
+
+
+def _refuse_other_encoders(encoder: Any) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    from ..encoders.joint import JointEncoder
+
+    modules = list(encoder) if isinstance(encoder, SentenceTransformer) else []
+    if len(modules) != 1 or not isinstance(modules[0], JointEncoder):
+        got = f" of {', '.join(type(module).__name__ for module in modules)}" if modules else ""
+        raise ValueError(
+            f"expected a SentenceTransformer whose one module is a JointEncoder, got a {type(encoder).__name__}"
+            f"{got}; make it with drum_hf.encoders.build_encoder, or give DemoRetriever.from_encoder a checkpoint"
+        )

@@ -1,0 +1,1 @@
+"""Retrieval and pipelines behind a web page or a server."""

@@ -1,0 +1,1 @@
+"""Helpers that every room uses: safe files, the Hub, optional packages, run manifests."""
