@@ -5,13 +5,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-__all__ = ["Demonstration", "ICLRequest", "LVLM", "Query", "Retrieval", "VectorIndex", "content_key", "image_key"]
+__all__ = [
+    "LVLM",
+    "TASKS",
+    "Demonstration",
+    "ICLRequest",
+    "Query",
+    "Retrieval",
+    "Task",
+    "VectorIndex",
+    "content_key",
+    "image_key",
+]
+
+Task = Literal["vqa", "classification", "captioning"]
+TASKS: tuple[Task, ...] = get_args(Task)
 
 
 def image_key(image: Image | None) -> str:

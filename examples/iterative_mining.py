@@ -115,6 +115,6 @@ for number in range(1, ROUNDS + 1):
 # The table is a parquet file, one pair a row: `table.save("candidates.parquet")`.
 
 # %%
-print("query, candidate, score, place in the ranking, round, score in company")
+print("query, candidate, score, place in the ranking, round, set-level score")
 for pair in list(table.rows())[:: max(1, CANDIDATES // 2)][:6]:
     print(pair)

@@ -30,7 +30,7 @@ from drum_hf.index.sharded import ShardedIndex
 from drum_hf.retriever.retriever import DemoRetriever
 from drum_hf.scores.feedback import Feedback
 from drum_hf.selection import SELECTORS, get_selector
-from drum_hf.training.mining import CandidateTable, mine_candidates, mine_company
+from drum_hf.training.mining import CandidateTable, mine_candidates, mine_set_level
 
 DIMENSION, DEPTH, BATCH = 12, 5, 600
 #: (rows, groups, share of rows without a group). The first leaves most queries fewer rows than they ask for.
@@ -294,7 +294,7 @@ def through_evaluation(seed: int, count: int, note: Note) -> None:
 
 
 def through_mining(seed: int, count: int, note: Note) -> None:
-    """Rounds over every row, half of the first one drawn at random, and the candidates of the last in company."""
+    """Rounds over every row, half of the first one drawn at random, and the candidates of the last at set level."""
     done = 0
     for world, table, kind in worlds(seed + 2):
         ranker: Any = Ranker(world, table, kind=kind, storage="float16")
@@ -308,9 +308,9 @@ def through_mining(seed: int, count: int, note: Note) -> None:
             note("mining, proposed", len(mined), world.leaks(list(mined), found))
             pairs.extend(mined, world.rng.normal(size=sum(map(len, mined.values()))))
             done += len(mined)
-        company = mine_company(ranker, pairs, table.query, count=DEPTH, batch_size=BATCH)
-        note("mining, in company", len(company), world.leaks(list(company), list(company.values())))
-        done += len(company)
+        set_level = mine_set_level(ranker, pairs, table.query, count=DEPTH, batch_size=BATCH)
+        note("mining, at set level", len(set_level), world.leaks(list(set_level), list(set_level.values())))
+        done += len(set_level)
         if done >= count:
             return
 

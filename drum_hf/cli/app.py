@@ -47,7 +47,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     """Carry it out."""
     from ..retriever.retriever import DemoRetriever
-    from ..serving.app import Strategy, build_app, launch, similarity
+    from ..serving.app import RetrieverView, build_app, launch, similarity
     from ..utils.optional import require
 
     require("gradio", "the app")  # before anything is loaded
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         retriever, examples = _playground(args)
     if args.queries:
         examples = read_table(args.queries, args)
-    first: DemoRetriever | Strategy = retriever if args.retriever else similarity(retriever, "sit+draft")
+    first: DemoRetriever | RetrieverView = retriever if args.retriever else similarity(retriever, "sit+draft")
     second = similarity(
         retriever,
         args.second or ("sit+draft" if args.retriever else "si"),

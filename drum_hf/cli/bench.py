@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .options import TASKS, ints, write_json
+from ..types import TASKS
+from .options import ints, write_json
 
 __all__ = ["add", "run"]
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..types import TASKS
 from .options import (
-    TASKS,
     data_options,
     ints,
     load_lvlm,

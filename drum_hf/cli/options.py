@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
+from ..types import TASKS
 
 if TYPE_CHECKING:
     from ..data import TripletTable
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from ..retriever.retriever import DemoRetriever
 
 __all__ = [
-    "TASKS",
     "TRAINING_QUERIES",
     "check_device",
     "column_options",
@@ -36,7 +36,6 @@ __all__ = [
     "write_json",
 ]
 
-TASKS = ("vqa", "classification", "captioning")
 TRAINING_QUERIES = "table of training queries; by default every demonstration is one, which never sees its own group"
 
 
@@ -172,7 +171,7 @@ def training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--train-batch-size", dest="batch", type=int, help="queries in a step (64)")
     group.add_argument("--list-size", type=int, help="candidates drawn for a query in a step (8)")
     group.add_argument(
-        "--company-rounds", type=int, help="last rounds, in which DRUM scores candidates beside the best (1)"
+        "--set-level-rounds", type=int, help="last rounds, in which DRUM scores candidates beside the best (1)"
     )
     group.add_argument("--lora", action="store_true", help="train LoRA adapters rather than all weights")
     group.add_argument("--seed", type=int, default=0, help="of training and sampling (%(default)s)")
@@ -271,7 +270,7 @@ def make_settings(args: argparse.Namespace, **more: Any) -> Settings:
         "learning_rate": args.learning_rate,
         "batch_size": args.batch,
         "list_size": args.list_size,
-        "company_rounds": args.company_rounds,
+        "set_level_rounds": args.set_level_rounds,
         "lora": args.lora or None,
         "seed": args.seed,
     }

@@ -11,7 +11,7 @@ from ..errors import ColumnError
 logger = logging.getLogger(__name__)
 
 #: Kind of a column -> how an error names it.
-KINDS = {
+COLUMN_KINDS = {
     "text": "text",
     "number": "whole numbers",
     "key": "text or whole numbers",
@@ -35,7 +35,7 @@ def check_features(
 
     Args:
         features: name -> feature, as a Dataset has them.
-        columns: name -> kind, one of `KINDS`, of every column that is known.
+        columns: name -> kind, one of `COLUMN_KINDS`, of every column that is known.
         needed: the columns that are read.
         where: the data set, for messages.
         open_ended: the table is known to hold further columns, which are not worth a word.
@@ -47,7 +47,7 @@ def check_features(
     for name, kind in columns.items():
         got = f"got {_brief(features[name])}" if name in features else "there is none"
         if name not in features or not _fits(kind, features[name]):
-            faults[name] = f"{name!r}: expected {KINDS[kind]}, {got}"
+            faults[name] = f"{name!r}: expected {COLUMN_KINDS[kind]}, {got}"
     unknown = [] if open_ended else [name for name in features if name not in columns]
     new = f"; new here: {', '.join(map(repr, unknown))}" if unknown else ""
     wrong = [fault for name, fault in faults.items() if name in needed]

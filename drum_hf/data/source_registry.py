@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
+
+from ..types import Task
 
 #: SEED-Bench's question types over single images.
 SEED_TYPES = {
@@ -17,8 +19,6 @@ SEED_TYPES = {
     7: "instance interaction",
     8: "visual reasoning",
 }
-
-Task = Literal["vqa", "classification", "captioning"]
 
 
 @dataclasses.dataclass(frozen=True)

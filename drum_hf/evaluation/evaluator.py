@@ -14,14 +14,12 @@ from ..scores.cached import CachedLVLM
 from ..scores.store import ScoreStore
 from ..selection import Order, arrange
 from ..types import LVLM, ICLRequest, Query
-from .likelihood import likeliest, option_probabilities
+from .likelihood import Scoring, likeliest, option_probabilities
 from .metrics import Metric, get_metric, means_by
 from .statistics import bootstrap_interval
 from .strategies import Strategy
 
-__all__ = ["ICLEvaluator", "Scoring", "StrategyResult"]
-
-Scoring = Literal["generation", "likelihood"]
+__all__ = ["ICLEvaluator", "StrategyResult"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -12,7 +13,10 @@ from ..scores.cached import CachedLVLM
 from ..scores.store import request_key
 from ..types import ICLRequest
 
-__all__ = ["likeliest", "option_probabilities"]
+__all__ = ["Scoring", "likeliest", "option_probabilities"]
+
+#: How a closed label set is answered: by what is generated, or by the likeliest label.
+Scoring = Literal["generation", "likelihood"]
 
 
 def option_probabilities(

@@ -7,8 +7,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 
 from ..data import TripletTable
-from ..retriever.retriever import STRATEGIES as COMPARED
-from ..retriever.retriever import DemoRetriever
+from ..retriever.retriever import PART_WEIGHTS, DemoRetriever
 from ..scores.feedback import Feedback
 from ..selection import Selector, get_selector
 from ..training.methods import METHODS
@@ -83,7 +82,7 @@ class Comparison:
         task: "vqa", "classification" or "captioning".
         drafts: query id -> the LVLM's zero-shot answer; may be empty where no strategy needs them.
         lora: retrievers train adapters rather than all weights.
-        untrained: the encoder's retrievers without training, by the names of `drum_hf.retriever.STRATEGIES`; made
+        untrained: the encoder's retrievers without training, by the names of `drum_hf.retriever.PART_WEIGHTS`; made
             where it is left out. Comparisons of one encoder and support set may share it.
     """
 
@@ -121,7 +120,7 @@ def check_names(names: Iterable[str]) -> None:
 
 def takes_selector(name: str) -> bool:
     """Whether a retriever ranks this strategy's candidates, so that a selector can choose among them."""
-    return STRATEGIES[name].trained or name in COMPARED
+    return STRATEGIES[name].trained or name in PART_WEIGHTS
 
 
 def make_strategy(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..data import TripletTable
-from ..retriever.retriever import STRATEGIES, DemoRetriever
+from ..retriever.retriever import PART_WEIGHTS, DemoRetriever
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -17,7 +17,7 @@ __all__ = ["UntrainedRetrievers"]
 
 
 class UntrainedRetrievers:
-    """Makes the retrievers of `drum_hf.retriever.retriever.STRATEGIES`, each when it is first asked for.
+    """Makes the retrievers of `drum_hf.retriever.PART_WEIGHTS`, each when it is first asked for.
 
     An embedding is its parts' unit vectors, scaled and put side by side, so that "sit+draft" needs nothing that "si",
     "st" and the responses' vectors do not hold.
@@ -40,10 +40,10 @@ class UntrainedRetrievers:
             ValueError: an unknown name.
             RowError: a demonstration has none of the parts that are compared.
         """
-        if strategy not in STRATEGIES:
-            raise ValueError(f"expected a strategy of {', '.join(STRATEGIES)}, got {strategy!r}")
+        if strategy not in PART_WEIGHTS:
+            raise ValueError(f"expected a strategy of {', '.join(PART_WEIGHTS)}, got {strategy!r}")
         if strategy not in self._made:
-            retriever = self._retriever(STRATEGIES[strategy])
+            retriever = self._retriever(PART_WEIGHTS[strategy])
             retriever.refresh(self._vectors(retriever))
             self._made[strategy] = retriever
         return self._made[strategy]

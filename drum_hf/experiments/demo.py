@@ -39,12 +39,12 @@ from .examples import at_their_best, pick_rows, shown
 from .plots import plot_shots
 from .report import write_report
 
-__all__ = ["METHODS", "ScorePlan", "Settings", "evaluate_strategies", "plan_scores", "run_experiment", "split_table"]
+__all__ = ["TRAINED", "ScorePlan", "Settings", "evaluate_strategies", "plan_scores", "run_experiment", "split_table"]
 
 logger = logging.getLogger(__name__)
 
 #: The methods that an experiment trains.
-METHODS: dict[str, Method] = {name: methods.METHODS[name] for name in ("drum", "drum-rank", "epr")}
+TRAINED: dict[str, Method] = {name: methods.METHODS[name] for name in ("drum", "drum-rank", "epr")}
 
 #: Task of a comparison -> the pipeline that does it.
 PIPELINES = {
@@ -52,7 +52,7 @@ PIPELINES = {
     "classification": "icl-image-classification",
     "captioning": "icl-image-captioning",
 }
-METRICS = {"vqa": "exact_match", "classification": "top1", "captioning": "cider_d"}
+TASK_METRICS = {"vqa": "exact_match", "classification": "top1", "captioning": "cider_d"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Settings:
         by_shots: further numbers of demonstrations to evaluate at.
         rounds, candidates, epochs: mining rounds, pairs that a query buys in each, epochs in each.
         learning_rate, batch_size, list_size: of training; the same for every method.
-        company_rounds: last rounds that score in company; for DRUM, since its ancestors score alone.
+        set_level_rounds: last rounds that set-level score; for DRUM, since its ancestors score alone.
         random_seeds: how many seeds the random and fixed strategies are averaged over.
         oracle: "answer" (rows with the gold answer), "score" (the LVLM's own exhaustive ranking, queries x support
             set calls) or "none".
@@ -80,7 +80,7 @@ class Settings:
     learning_rate: float = 3e-4
     batch_size: int = 64
     list_size: int = 8
-    company_rounds: int = 1
+    set_level_rounds: int = 1
     random_seeds: int = 3
     oracle: str = "answer"
     lora: bool = False
@@ -203,7 +203,7 @@ def run_experiment(
         cached,
         support,
         queries,
-        metric=metric or METRICS[task],
+        metric=metric or TASK_METRICS[task],
         drafts=drafts,
         max_new_tokens=settings.max_new_tokens,
     )
@@ -222,7 +222,7 @@ def run_experiment(
     start = run.results["sit+draft", settings.shots]
     curves: dict[str, list[tuple[int, StrategyResult]]] = {}
     trained: dict[str, DemoRetriever] = {}
-    for name, method in METHODS.items():
+    for name, method in TRAINED.items():
         curve = curves[name] = [(0, start)]
         set_seed(settings.seed)  # adapters start at random: the same for every method
         retriever = DemoRetriever.from_encoder(encoder, support=support, strategy=method.query, lora=settings.lora)
@@ -309,7 +309,7 @@ def _tell(retriever: DemoRetriever, results: Mapping[str, Any], metric: Metric, 
 def training_arguments(folder: Path, settings: Settings, store: Any, **different: Any) -> DrumTrainingArguments:
     """The same arguments for every method but for `different`."""
     same: dict[str, Any] = {
-        "company_rounds": settings.company_rounds,
+        "set_level_rounds": settings.set_level_rounds,
         "draft_tokens": settings.max_new_tokens,
         "save_strategy": "no",
         "logging_strategy": "no",
@@ -402,7 +402,7 @@ def evaluate_strategies(
             f"expected at most {len(support)} shots, as many as there are demonstrations, got {max(shots)}; ask for "
             "fewer, or give more demonstrations"
         )
-    measured = get_metric(metric or METRICS[task])
+    measured = get_metric(metric or TASK_METRICS[task])
     began = time.perf_counter()
     cached = CachedLVLM(lvlm, ScoreStore(store or ":memory:"))
     choices = support.label_set if task == "classification" else ()

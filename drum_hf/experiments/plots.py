@@ -28,7 +28,7 @@ from ..utils.optional import require
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Estimate", "StrategyResult", "TaskResult", "plot_pairs", "plot_rounds", "plot_shots", "read_results"]
+__all__ = ["Estimate", "StrategySeries", "TaskResult", "plot_pairs", "plot_rounds", "plot_shots", "read_results"]
 
 #: Key -> display name, from what knows nothing about the query to what knows its answer.
 _NAMES = {
@@ -66,7 +66,7 @@ class Estimate:
 
 
 @dataclasses.dataclass(frozen=True)
-class StrategyResult:
+class StrategySeries:
     """One strategy's results on one task.
 
     Attributes:
@@ -104,21 +104,21 @@ class TaskResult:
     task: str
     metric_name: str
     shots: int
-    strategies: tuple[StrategyResult, ...]
+    strategies: tuple[StrategySeries, ...]
     paired: Mapping[str, Mapping[str, float]]
     raw: Mapping[str, Any]
 
-    def get(self, key: str) -> StrategyResult | None:
+    def get(self, key: str) -> StrategySeries | None:
         """The strategy of this key, or None."""
         return next((s for s in self.strategies if s.key == key), None)
 
     @property
-    def best_learnt(self) -> StrategyResult | None:
+    def best_learnt(self) -> StrategySeries | None:
         """The learnt strategy of the highest metric; of equals, the later in display order."""
         return max(reversed([s for s in self.strategies if s.learnt]), key=lambda s: s.main.value, default=None)
 
     @property
-    def best_untrained(self) -> StrategyResult | None:
+    def best_untrained(self) -> StrategySeries | None:
         """The highest of those that neither learn nor look at the answer."""
         untrained = [s for s in self.strategies if not s.learnt and s.key != "oracle"]
         return max(untrained, key=lambda s: s.main.value, default=None)
@@ -168,7 +168,7 @@ def _estimate(entry: Any, where: str) -> Estimate:
     return Estimate(value, low, high)
 
 
-def _strategy(key: str, entry: Any, shots: int, where: str) -> StrategyResult:
+def _strategy(key: str, entry: Any, shots: int, where: str) -> StrategySeries:
     main = _estimate(entry, where)
     by_shots = {}
     for count, item in _optional(entry, "by_shots", Mapping, where).items():
@@ -180,10 +180,10 @@ def _strategy(key: str, entry: Any, shots: int, where: str) -> StrategyResult:
     rounds = tuple(_number(value, f"{where}['by_round']") for value in _optional(entry, "by_round", Sequence, where))
     learnt = bool(entry.get("learnt", key in _LEARNT or (key not in _NAMES and bool(pairs or rounds))))
     name = str(entry.get("label") or _NAMES.get(key, key))
-    return StrategyResult(key, name, learnt, main, by_shots, tuple(pairs), rounds)
+    return StrategySeries(key, name, learnt, main, by_shots, tuple(pairs), rounds)
 
 
-def _place(strategy: StrategyResult) -> tuple[int, int]:
+def _place(strategy: StrategySeries) -> tuple[int, int]:
     known = list(_NAMES)
     if strategy.key in known:
         return known.index(strategy.key), 0
@@ -245,7 +245,7 @@ def _spread(values: Sequence[float], gap: float, low: float, high: float) -> lis
     return [min(max(value, low), top) + i * gap for i, value in enumerate(flat)]
 
 
-def _styles(strategies: Sequence[StrategyResult]) -> dict[str, dict[str, Any]]:
+def _styles(strategies: Sequence[StrategySeries]) -> dict[str, dict[str, Any]]:
     colours, markers = iter(_SPARE_COLOURS * len(strategies)), iter(_SPARE_MARKERS * len(strategies))
     styles = {}
     for s in strategies:
@@ -261,7 +261,7 @@ def _styles(strategies: Sequence[StrategyResult]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def _label_ends(ax: Axes, ends: Sequence[tuple[StrategyResult, float, float]], styles: Mapping[str, Any]) -> None:
+def _label_ends(ax: Axes, ends: Sequence[tuple[StrategySeries, float, float]], styles: Mapping[str, Any]) -> None:
     """Name each line at its right end, outside the axes, so that no legend can cover the data."""
     ends = sorted(ends, key=lambda end: end[2])
     to_axes = ax.transAxes.inverted()
@@ -299,7 +299,7 @@ def _bar(ax: Axes, x: float, estimate: Estimate, style: Mapping[str, Any]) -> No
         ax.vlines(x, 100 * estimate.low, 100 * estimate.high, style["color"], linewidth=wide, zorder=style["zorder"])
 
 
-def _level(ax: Axes, strategy: StrategyResult, style: Mapping[str, Any]) -> None:
+def _level(ax: Axes, strategy: StrategySeries, style: Mapping[str, Any]) -> None:
     """A horizontal line for a strategy that does not vary along x, with its interval as a band."""
     line = {k: style[k] for k in ("color", "linestyle", "zorder")}
     ax.axhline(100 * strategy.main.value, linewidth=1.2, **line)
@@ -356,7 +356,7 @@ def _curves_panel(ax: Axes, task: TaskResult, field: str, xlabel: str) -> None:
 
     styles = _styles(task.strategies)
     drawn: list[float] = []
-    ends: list[tuple[StrategyResult, float, float]] = []
+    ends: list[tuple[StrategySeries, float, float]] = []
     curves = [s for s in task.strategies if getattr(s, field)]
     for strategy in curves:
         style = styles[strategy.key]

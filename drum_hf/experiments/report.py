@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ColumnError
-from .plots import Estimate, StrategyResult, TaskResult, plot_pairs, plot_rounds, plot_shots, read_results
+from .plots import Estimate, StrategySeries, TaskResult, plot_pairs, plot_rounds, plot_shots, read_results
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -218,7 +218,7 @@ def format_table(results: Mapping[str, Any], *, style: Literal["text", "markdown
     return "\n\n".join(styles[style](task) for task in read_results(results))
 
 
-def _verdict(task: TaskResult, a: StrategyResult, b: StrategyResult) -> Literal["ahead", "behind", "unclear"]:
+def _verdict(task: TaskResult, a: StrategySeries, b: StrategySeries) -> Literal["ahead", "behind", "unclear"]:
     """Compare two strategies by their paired interval, or, without one, by whether their own intervals overlap."""
     if contrast := task.paired.get(f"{a.key} - {b.key}"):
         low, high = contrast["lo"], contrast["hi"]

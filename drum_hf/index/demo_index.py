@@ -20,7 +20,7 @@ from ..errors import (
     TooFewDemonstrationsError,
 )
 from . import files as _index_files
-from .faiss_kinds import KINDS, STORAGES, Flat, Graph, Kind, Lists, Storage, rebuilt
+from .faiss_kinds import KINDS, STORAGES, Flat, Graph, IndexKind, Lists, Storage, rebuilt
 from .lock import SEARCHES, SharedLock
 
 __all__ = ["DemoIndex"]
@@ -95,7 +95,7 @@ class DemoIndex:
         self,
         dimension: int,
         *,
-        kind: Kind = "flat",
+        kind: IndexKind = "flat",
         storage: Storage = "float32",
         hnsw_m: int = 32,
         ef_construction: int = 200,

@@ -15,9 +15,9 @@ import numpy as np
 
 from ..utils.optional import require_faiss
 
-Kind = Literal["flat", "hnsw", "ivfpq"]
+IndexKind = Literal["flat", "hnsw", "ivfpq"]
 Storage = Literal["float32", "float16", "int8"]
-KINDS, STORAGES = get_args(Kind), get_args(Storage)
+KINDS, STORAGES = get_args(IndexKind), get_args(Storage)
 
 #: What a saved tensor of vectors holds, for each storage.
 CODES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "int8": np.uint8}

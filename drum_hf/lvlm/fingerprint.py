@@ -14,9 +14,9 @@ from ..types import ICLRequest
 if TYPE_CHECKING:
     from .prompts import ChatFormat
 
-__all__ = ["Identity", "Kind", "RequestParts", "describe", "differences"]
+__all__ = ["Identity", "RequestKind", "RequestParts", "describe", "differences"]
 
-Kind = Literal["score", "generate"]
+RequestKind = Literal["score", "generate"]
 #: Named parts of an LVLM, by which people tell it from others; what is large stands there as a hash.
 Identity = dict[str, str | bool | None]
 
@@ -138,7 +138,7 @@ class RequestParts(NamedTuple):
         return cls(request.query.key, shown, *answers, max_new_tokens)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> RequestKind:
         """What was asked for."""
         return "score" if self.max_new_tokens is None else "generate"
 

@@ -26,7 +26,7 @@ from transformers.pipelines.base import Pipeline
 
 from ..errors import RowError
 from ..lvlm.local.model import TransformersLVLM
-from ..selection import Selector, TokenBudget, get_selector
+from ..selection import Order, Selector, TokenBudget, get_selector
 from ..types import Demonstration, ICLRequest, Query
 from ..utils.optional import resolve_name
 from .inputs import as_inputs, pairs, read_query
@@ -45,8 +45,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-Order = Literal["best_last", "best_first"]
 
 
 # Hooks of Pipeline are declared wider than any pipeline's; they are narrowed here as in transformers' own subclasses.

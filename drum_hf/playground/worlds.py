@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from ..data import TripletTable
+from ..types import TASKS
 from .language import CAPTION_PROMPTS, CLASSIFY_PROMPTS, QUESTIONS, private_words
 from .scenes import ATTRIBUTES, DIGITS, FRAMES, digit_images, render_digit, render_scene
 
-__all__ = ["DIFFICULTIES", "TASKS", "Difficulty", "World", "make_world"]
+__all__ = ["DIFFICULTIES", "Difficulty", "World", "make_world"]
 
-TASKS = ("vqa", "classification", "captioning")
 
 #: Digits that worlds show: the rows that the playground's models were not trained on.
 _WORLD_DIGITS = slice(1, None, 2)

@@ -1,5 +1,5 @@
 """`DemoRetriever`: encoder, index and support set in one object."""
 
-from .retriever import STRATEGIES, DemoRetriever
+from .retriever import PART_WEIGHTS, DemoRetriever
 
-__all__ = ["DemoRetriever", "STRATEGIES"]
+__all__ = ["DemoRetriever", "PART_WEIGHTS"]

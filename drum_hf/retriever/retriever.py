@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
     from ..encoders.joint import JointEncoder
 
-__all__ = ["STRATEGIES", "DemoRetriever"]
+__all__ = ["PART_WEIGHTS", "DemoRetriever"]
 
 logger = logging.getLogger(__name__)
 
 #: What is compared, by the names that the literature gives it -> weights of image, prompt and response: similar image,
 #: similar text (the prompt), both, and any of these with the LVLM's draft against the demonstrations' responses.
-STRATEGIES: dict[str, tuple[float, float, float]] = {
+PART_WEIGHTS: dict[str, tuple[float, float, float]] = {
     "si": (1.0, 0.0, 0.0),
     "st": (0.0, 1.0, 0.0),
     "sit": (1.0, 1.0, 0.0),
@@ -163,7 +163,7 @@ class DemoRetriever(Shared, Swappable):
             name_or_path: on the Hub, a folder, or "playground/clip"; or an encoder made by `build_encoder`, kept as it
                 is but for the weights.
             support: a table, a Dataset, a list of dicts, or a path for [`load_table`][drum_hf.data.load_table].
-            strategy: a name in `STRATEGIES`, such as "si" or "sit". None: "sit+draft", or what the encoder has.
+            strategy: a name in `PART_WEIGHTS`, such as "si" or "sit". None: "sit+draft", or what the encoder has.
             weights: of image, prompt and response, instead of a strategy.
             learn_weights, lora, device: as in `build_encoder`.
             index_kind, index_options, draft_lvlm, teacher, top_k, batch_size: as in the class.
@@ -178,10 +178,10 @@ class DemoRetriever(Shared, Swappable):
 
         table = as_table(support)
         if strategy is not None:
-            if strategy not in STRATEGIES or weights is not None:
+            if strategy not in PART_WEIGHTS or weights is not None:
                 got = f"{strategy!r} and weights" if weights is not None else f"{strategy!r}"
-                raise ValueError(f"expected one of the strategies {', '.join(STRATEGIES)}, or weights, got {got}")
-            weights = STRATEGIES[strategy]
+                raise ValueError(f"expected one of the strategies {', '.join(PART_WEIGHTS)}, or weights, got {got}")
+            weights = PART_WEIGHTS[strategy]
         if isinstance(name_or_path, (str, os.PathLike)):
             encoder = build_encoder(
                 name_or_path,
@@ -254,9 +254,9 @@ class DemoRetriever(Shared, Swappable):
 
     @property
     def strategy(self) -> str:
-        """The name in `STRATEGIES` of the parts that are compared; their names joined by "+" where there is none."""
+        """The name in `PART_WEIGHTS` of the parts that are compared; their names joined by "+" where there is none."""
         used = {part for part, weight in self.weights.items() if weight}
-        for name, weights in STRATEGIES.items():
+        for name, weights in PART_WEIGHTS.items():
             if used == {part for part, weight in zip(self.weights, weights, strict=True) if weight}:
                 return name
         return "+".join(part for part in self.weights if part in used)

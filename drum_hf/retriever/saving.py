@@ -25,7 +25,7 @@ __all__ = [
     "CONFIG",
     "ENCODER",
     "PARTS",
-    "Form",
+    "SavedForm",
     "INDEX",
     "Images",
     "PLOT",
@@ -41,7 +41,7 @@ __all__ = [
 
 logger = logging.getLogger("drum_hf.retriever.retriever")
 
-Form = Literal["adapter", "full"]
+SavedForm = Literal["adapter", "full"]
 Images = Literal["embedded", "reference"]
 
 #: 1 always held the index, and a support set with its images in it.
@@ -79,7 +79,7 @@ def write(
     retriever: DemoRetriever,
     folder: Path,
     *,
-    form: Form | None = None,
+    form: SavedForm | None = None,
     include_support: bool = True,
     include_index: bool = True,
     images: Images = "embedded",

@@ -17,7 +17,7 @@ from ..types import LVLM
 from ..utils import hub as _hub
 from ..utils.files import writing
 from . import saving as _saved
-from .saving import Form, Images
+from .saving import Images, SavedForm
 
 if TYPE_CHECKING:
     from typing import Self
@@ -41,7 +41,7 @@ class Shared:
         self,
         directory: str | os.PathLike[str],
         *,
-        form: Form | None = None,
+        form: SavedForm | None = None,
         include_support: bool = True,
         include_index: bool = True,
         images: Images = "embedded",
@@ -94,7 +94,7 @@ class Shared:
         self,
         repo_id: str,
         *,
-        form: Form | None = None,
+        form: SavedForm | None = None,
         include_support: bool = True,
         include_index: bool = True,
         images: Images = "embedded",

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from ..errors import NonFiniteScoreError
-from ..lvlm.fingerprint import Kind, RequestParts
+from ..lvlm.fingerprint import RequestKind, RequestParts
 from ..types import ICLRequest
 from .store_file import StoreFile, transaction
 from .store_rows import (
     TABLES,
     Entry,
     Sweep,
-    Table,
+    TableName,
     as_written,
     checked_name,
     checked_value,
@@ -68,7 +68,7 @@ class Collected:
 
 
 def request_key(
-    request: ICLRequest, fingerprint: str, *, kind: Kind = "score", max_new_tokens: int | None = None
+    request: ICLRequest, fingerprint: str, *, kind: RequestKind = "score", max_new_tokens: int | None = None
 ) -> bytes:
     """What an answer of an LVLM depends on, as 16 bytes of sha256.
 
@@ -329,18 +329,18 @@ class ScoreStore(StoreFile):
             )
         return known if fingerprints is None else {name: known[name] for name in fingerprints}
 
-    def _get(self, table: Table, keys: Sequence[bytes]) -> list[Any]:
+    def _get(self, table: TableName, keys: Sequence[bytes]) -> list[Any]:
         with self._use("reading it") as connection:
             # In the order of the file, so that each page is read once.
             known = look_up(connection, f"SELECT key, value FROM {table} WHERE key", sorted(set(keys)))
-            kind: Kind = "score" if table == "scores" else "generate"
+            kind: RequestKind = "score" if table == "scores" else "generate"
             with as_written():
                 values = {key: checked_value(kind, value) for key, value in known.items()}
         return [values.get(key) for key in keys]
 
     def _put(
         self,
-        kind: Kind,
+        kind: RequestKind,
         keys: Sequence[bytes],
         values: Sequence[Any],
         fingerprint: str,

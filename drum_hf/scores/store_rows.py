@@ -10,14 +10,14 @@ import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from ..lvlm.fingerprint import Kind, RequestParts
+from ..lvlm.fingerprint import RequestKind, RequestParts
 
 __all__ = [
-    "PARTS",
+    "REQUEST_COLUMNS",
     "TABLES",
     "Entry",
     "Sweep",
-    "Table",
+    "TableName",
     "as_written",
     "checked_name",
     "checked_value",
@@ -29,9 +29,9 @@ __all__ = [
     "register",
 ]
 
-Table = Literal["scores", "texts"]
-TABLES: dict[Kind, Table] = {"score": "scores", "generate": "texts"}
-PARTS = ("query", "shown", "responses", "weights", "choices")
+TableName = Literal["scores", "texts"]
+TABLES: dict[RequestKind, TableName] = {"score": "scores", "generate": "texts"}
+REQUEST_COLUMNS = ("query", "shown", "responses", "weights", "choices")
 
 #: Values a query; SQLite builds before 3.32 take 999 variables.
 _CHUNK = 900
@@ -40,7 +40,7 @@ _CHUNK = 900
 class Entry(NamedTuple):
     """One answer: `value` is a float (kind "score") or a text ("generate"); `parts` is None where not known."""
 
-    kind: Kind
+    kind: RequestKind
     key: bytes
     value: float | str
     fingerprint: str
@@ -59,7 +59,7 @@ def register(connection: sqlite3.Connection, fingerprint: str, identity: Mapping
     )
 
 
-def insert(connection: sqlite3.Connection, kind: Kind, entries: Sequence[Entry]) -> None:
+def insert(connection: sqlite3.Connection, kind: RequestKind, entries: Sequence[Entry]) -> None:
     """Write entries; one that is there without its parts is given them."""
     names = list(dict.fromkeys(entry.fingerprint for entry in entries))
     connection.executemany("INSERT OR IGNORE INTO fingerprints (name) VALUES (?)", zip(names, strict=True))
@@ -78,12 +78,12 @@ def insert(connection: sqlite3.Connection, kind: Kind, entries: Sequence[Entry])
         fixed = (entry.key, entry.value, numbers[entry.fingerprint])
         parts = entry.parts
         if parts is None:
-            return fixed + (None,) * (len(PARTS) + len(limits))
+            return fixed + (None,) * (len(REQUEST_COLUMNS) + len(limits))
         shown = struct.pack(f"<{len(parts.demonstrations)}I", *(contents[key] for key in parts.demonstrations))
         made_of = (contents[parts.query], shown, *(lists[each] for each in parts[2:5]))
         return fixed + made_of + (parts.max_new_tokens,) * len(limits)
 
-    columns = (*PARTS, *limits)
+    columns = (*REQUEST_COLUMNS, *limits)
     connection.executemany(
         f"INSERT INTO {TABLES[kind]} (key, value, fingerprint, {', '.join(columns)}) "
         f"VALUES ({', '.join('?' * (3 + len(columns)))}) ON CONFLICT (key) DO UPDATE "
@@ -116,7 +116,7 @@ def look_up(connection: sqlite3.Connection, select: str, items: Sequence[Any]) -
     return found
 
 
-def read(connection: sqlite3.Connection, kind: Kind, condition: str, values: Sequence[Any]) -> list[Entry]:
+def read(connection: sqlite3.Connection, kind: RequestKind, condition: str, values: Sequence[Any]) -> list[Entry]:
     """Entries of one kind under a condition; to be used within one transaction.
 
     Raises:
@@ -139,9 +139,9 @@ def as_written() -> Iterator[None]:
         raise sqlite3.DatabaseError(f"an entry is not what drum-hf wrote ({error!r:.200})") from error
 
 
-def _read(connection: sqlite3.Connection, kind: Kind, condition: str, values: Sequence[Any]) -> list[Entry]:
+def _read(connection: sqlite3.Connection, kind: RequestKind, condition: str, values: Sequence[Any]) -> list[Entry]:
     limit = ["max_new_tokens"] * (kind == "generate")
-    columns = ", ".join(("key", "value", "fingerprint", *PARTS, *limit))
+    columns = ", ".join(("key", "value", "fingerprint", *REQUEST_COLUMNS, *limit))
     rows = connection.execute(f"SELECT {columns} FROM {TABLES[kind]} WHERE {condition}", values).fetchall()
     names = look_up(connection, "SELECT number, name FROM fingerprints WHERE number", list({row[2] for row in rows}))
     described = [row for row in rows if row[3] is not None]
@@ -184,7 +184,7 @@ def checked_key(key: Any) -> bytes:
     return key
 
 
-def checked_value(kind: Kind, value: Any) -> Any:
+def checked_value(kind: RequestKind, value: Any) -> Any:
     """A score or text as it was read: SQLite keeps any value in any column.
 
     Raises:
@@ -229,7 +229,7 @@ class Sweep:
     def _look(self) -> None:
         here = self.here
         for table, doomed in self.doomed.items():
-            rows = self.connection.execute(f"SELECT key, fingerprint, {', '.join(PARTS)} FROM {table}")
+            rows = self.connection.execute(f"SELECT key, fingerprint, {', '.join(REQUEST_COLUMNS)} FROM {table}")
             for key, fingerprint, query, shown, *lists in rows:
                 made_of = () if query is None else (query, *_unpack_shown(shown))
                 if fingerprint in self.gone or (here is not None and not here.issuperset(made_of)):

@@ -2,7 +2,7 @@
 
 from .calibration import calibrate
 from .losses import ContrastiveLVLMLoss, ListwiseLVLMLoss
-from .mining import CandidateTable, mine_candidates, mine_company
+from .mining import CandidateTable, mine_candidates, mine_set_level
 from .trainer import DrumTrainer, DrumTrainingArguments
 
 __all__ = [
@@ -13,5 +13,5 @@ __all__ = [
     "ListwiseLVLMLoss",
     "calibrate",
     "mine_candidates",
-    "mine_company",
+    "mine_set_level",
 ]

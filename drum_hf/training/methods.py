@@ -29,14 +29,14 @@ class Method:
 
 _DRUM: dict[str, Any] = {"objective": "listwise", "weighting": "utility"}
 #: What the ancestors have in common: the in-batch term wants the list's best, every demonstration is scored alone.
-_ANCESTORS: dict[str, Any] = {"in_batch": "best", "company_rounds": 0}
+_ANCESTORS: dict[str, Any] = {"in_batch": "best", "set_level_rounds": 0}
 
 #: Name -> method. Each is trained by the same trainer, on the same encoder and for as many scored pairs.
 METHODS: dict[str, Method] = {
     "drum": Method(
         "DRUM",
-        "list-wise, pairs weighted by the difference in utility, soft in-batch targets, the last round scored in "
-        "company (DRUM; these three are ours)",
+        "list-wise, pairs weighted by the difference in utility, soft in-batch targets, the last round by "
+        "set-level scoring (DRUM; these three are ours)",
         _DRUM,
     ),
     "drum-rank": Method(
@@ -54,9 +54,9 @@ METHODS: dict[str, Method] = {
         _DRUM | {"in_batch": "best"},
     ),
     "drum-alone": Method(
-        "DRUM without company",
+        "DRUM without set-level scoring",
         "the last round buys new pairs, as the others do (ablation)",
-        _DRUM | {"company_rounds": 0},
+        _DRUM | {"set_level_rounds": 0},
     ),
     "drum-position": Method(
         "DRUM with position weights",
@@ -107,7 +107,7 @@ METHODS: dict[str, Method] = {
     "drum-no-mining": Method(
         "DRUM without mining",
         "all pairs bought in round one by the untrained retriever, each alone; as many pairs, epochs and random "
-        "candidates (ablation; beside DRUM without company)",
+        "candidates (ablation; beside DRUM without set-level scoring)",
         _DRUM | {"mine_once": True},
     ),
 }

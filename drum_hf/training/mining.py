@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from ..retriever.retriever import DemoRetriever
     from ..types import Query
 
-__all__ = ["COMPANY_WEIGHT", "FIRST_RANDOM_SHARE", "CandidateTable", "Sampling", "mine_candidates", "mine_company"]
+__all__ = ["SET_LEVEL_WEIGHT", "FIRST_RANDOM_SHARE", "CandidateTable", "Sampling", "mine_candidates", "mine_set_level"]
 
 Sampling = Literal["listwise", "contrastive"]
 
 #: Share of the first round's candidates that is drawn at random; our choice.
 FIRST_RANDOM_SHARE = 0.5
 
-#: Weight of a demonstration's score in company beside the one alone; our choice.
-COMPANY_WEIGHT = 0.25
+#: Weight of a demonstration's set-level score beside the one alone; our choice.
+SET_LEVEL_WEIGHT = 0.25
 
-#: Format 1 had no scores in company.
+#: Format 1 had no set-level scores.
 _FORMAT = 2
-_COLUMNS = ("query_id", "candidate_id", "score", "place", "round", "company")
+_COLUMNS = ("query_id", "candidate_id", "score", "place", "round", "set_level")
 #: Up to so many rows a random draw permutes them all; from more it picks, that many at a time.
 _FEW_ROWS, _PICKED = 4096, 64
 #: More rounds than any training has.
@@ -47,7 +47,7 @@ class _Round:
     candidates: np.ndarray  # int64 (pairs,), numbers of ids
     scores: np.ndarray  # float64
     places: np.ndarray  # int32
-    company: np.ndarray  # float64, NaN where it was not asked for; filled in by a later round
+    set_level: np.ndarray  # float64, NaN where it was not asked for; filled in by a later round
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,24 +57,24 @@ class _Pool:
     candidates: np.ndarray
     scores: np.ndarray
     places: np.ndarray
-    company: np.ndarray
+    set_level: np.ndarray
     rounds: np.ndarray
 
     def companion(self) -> int | None:
         """Row of the candidate that the LVLM liked best alone."""
         return int(np.argmax(self.scores)) if len(self.scores) else None
 
-    def worth(self, company_weight: float) -> np.ndarray:
-        """What each is worth, alone and in company; see `CandidateTable.candidates`."""
-        asked = ~np.isnan(self.company)
+    def worth(self, set_level_weight: float) -> np.ndarray:
+        """What each is worth, alone and at set level; see `CandidateTable.candidates`."""
+        asked = ~np.isnan(self.set_level)
         if not asked.any():
             return self.scores
-        alone, usual = np.exp(self.scores), np.exp(self.company[asked]).mean()
-        beside = np.where(asked, np.exp(self.company), usual)
+        alone, usual = np.exp(self.scores), np.exp(self.set_level[asked]).mean()
+        beside = np.where(asked, np.exp(self.set_level), usual)
         companion = self.companion()
         if not asked[companion]:
             beside[companion] = max(usual, alone[companion])
-        mean = (1 - company_weight) * alone + company_weight * beside
+        mean = (1 - set_level_weight) * alone + set_level_weight * beside
         return np.log(np.maximum(mean, np.finfo(np.float64).tiny))
 
     def hard(self, worth: np.ndarray) -> np.ndarray:
@@ -93,14 +93,14 @@ class CandidateTable:
 
     Args:
         query_ids: the training queries.
-        company_weight: of what a demonstration is worth in company, beside what it is worth alone; our choice.
+        set_level_weight: of what a demonstration is worth at set level, beside what it is worth alone; our choice.
 
     Attributes:
         bought: scores bought in all, after each finished mining round.
     """
 
-    def __init__(self, query_ids: Sequence[str], *, company_weight: float = COMPANY_WEIGHT) -> None:
-        self.company_weight = company_weight
+    def __init__(self, query_ids: Sequence[str], *, set_level_weight: float = SET_LEVEL_WEIGHT) -> None:
+        self.set_level_weight = set_level_weight
         self._rows = {query_id: row for row, query_id in enumerate(query_ids)}
         self._rounds: dict[int, _Round] = {}
         self._names: list[str] = []  # of candidates, by number
@@ -117,8 +117,8 @@ class CandidateTable:
         return list(self._rows)
 
     def __len__(self) -> int:
-        """Number of scores bought, alone and in company."""
-        return sum(2 * len(r.company) - int(np.isnan(r.company).sum()) for r in self._rounds.values())
+        """Number of scores bought, alone and at set level."""
+        return sum(2 * len(r.set_level) - int(np.isnan(r.set_level).sum()) for r in self._rounds.values())
 
     def _row(self, query_id: str) -> int:
         try:
@@ -135,7 +135,7 @@ class CandidateTable:
             np.concatenate([added.candidates[own] for _, added, own in parts]),
             np.concatenate([added.scores[own] for _, added, own in parts]),
             np.concatenate([added.places[own] for _, added, own in parts]),
-            np.concatenate([added.company[own] for _, added, own in parts]),
+            np.concatenate([added.set_level[own] for _, added, own in parts]),
             np.concatenate([np.full(own.stop - own.start, number) for number, _, own in parts]),
         )
 
@@ -152,7 +152,7 @@ class CandidateTable:
         candidates: np.ndarray,
         scores: np.ndarray,
         places: np.ndarray,
-        company: np.ndarray,
+        set_level: np.ndarray,
     ) -> None:
         """Add a round's pairs, in any order of queries."""
         order = np.argsort(rows, kind="stable")
@@ -162,19 +162,19 @@ class CandidateTable:
             candidates[order],
             scores[order].astype(np.float64),
             places[order].astype(np.int32),
-            company[order].astype(np.float64),
+            set_level[order].astype(np.float64),
         )
 
     def candidates(self, query_id: str) -> dict[str, float]:
         """Candidate id -> what it is worth to the LVLM, a log-probability, in the order scored.
 
-        That is the LVLM's score, until the query has scores in company. From then on it is the logarithm of a weighted
+        That is the LVLM's score, until the query has set-level scores. From then on it is the logarithm of a weighted
         mean of two probabilities: the gold response's after the demonstration alone, and after it and the companion.
-        Candidates that were not asked for in company count there as the query's others do on average, and so does the
+        Candidates without a set-level score count there as the query's others do on average, and so does the
         companion, unless it does better alone (our choice).
         """
         pool = self._pool(query_id)
-        worth = pool.worth(self.company_weight)
+        worth = pool.worth(self.set_level_weight)
         return {self._names[c]: value for c, value in zip(pool.candidates.tolist(), worth.tolist(), strict=True)}
 
     def companion(self, query_id: str) -> str | None:
@@ -184,10 +184,10 @@ class CandidateTable:
         return None if row is None else self._names[pool.candidates[row]]
 
     def alone(self, query_id: str) -> list[str]:
-        """Candidates that were not scored in company, the companion left out, in the order scored."""
+        """Candidates that were not scored at set level, the companion left out, in the order scored."""
         pool = self._pool(query_id)
         companion = pool.companion()
-        rows = [row for row in np.flatnonzero(np.isnan(pool.company)).tolist() if row != companion]
+        rows = [row for row in np.flatnonzero(np.isnan(pool.set_level)).tolist() if row != companion]
         return [self._names[c] for c in pool.candidates[rows].tolist()]
 
     def scored(self, query_id: str) -> list[str]:
@@ -220,8 +220,8 @@ class CandidateTable:
         )
         self.bought.append(len(self))
 
-    def extend_company(self, asked: Mapping[str, Sequence[str]], scores: Sequence[float] | np.ndarray) -> None:
-        """Add a round of scores in company of candidates that are there; `scores` in the same flat order.
+    def extend_set_level(self, asked: Mapping[str, Sequence[str]], scores: Sequence[float] | np.ndarray) -> None:
+        """Add a round of set-level scores of candidates that are there; `scores` in the same flat order.
 
         Raises:
             MissingIdError: a query is not in the table, or a candidate not in its pool.
@@ -239,7 +239,7 @@ class CandidateTable:
                     start, stop = added.offsets[row : row + 2].tolist()
                     found = np.flatnonzero(added.candidates[start:stop] == number).tolist()
                     if found:
-                        added.company[start + found[0]] = score
+                        added.set_level[start + found[0]] = score
                         break
                 else:
                     raise MissingIdError(f"candidate {candidate!r} of query {query_id!r} was not scored alone before")
@@ -272,7 +272,7 @@ class CandidateTable:
         count = len(pool.candidates)
         size = min(size, count)
         ends = max(1, min(ends, count // 2))
-        worth = pool.worth(self.company_weight)
+        worth = pool.worth(self.set_level_weight)
         order = np.argsort(-worth, kind="stable")
         if sampling == "contrastive":
             best = [int(rng.choice(order[:ends]))] if count else []
@@ -290,13 +290,19 @@ class CandidateTable:
         return [self._names[c] for c in pool.candidates[chosen].tolist()], worth[chosen].tolist()
 
     def rows(self) -> Iterator[tuple[str, str, float, int, int, float | None]]:
-        """Every pair as (query id, candidate id, score, retriever's place, round, score in company or None)."""
+        """Every pair as (query id, candidate id, score, retriever's place, round, set-level score or None)."""
         for query_id in self._rows:
             pool = self._pool(query_id)
             names = [self._names[c] for c in pool.candidates.tolist()]
-            columns = (names, pool.scores.tolist(), pool.places.tolist(), pool.rounds.tolist(), pool.company.tolist())
-            for candidate, score, place, round_, company in zip(*columns, strict=True):
-                yield query_id, candidate, score, place, round_, None if np.isnan(company) else company
+            columns = (
+                names,
+                pool.scores.tolist(),
+                pool.places.tolist(),
+                pool.rounds.tolist(),
+                pool.set_level.tolist(),
+            )
+            for candidate, score, place, round_, set_level in zip(*columns, strict=True):
+                yield query_id, candidate, score, place, round_, None if np.isnan(set_level) else set_level
 
     def _columns(self, start: int, stop: int) -> list[np.ndarray]:
         """Of the queries in rows `start` to `stop`: row and then the table's columns, in the order of `rows`."""
@@ -311,7 +317,7 @@ class CandidateTable:
                     added.scores[own],
                     added.places[own],
                     np.full(len(rows), number),
-                    added.company[own],
+                    added.set_level[own],
                 )
             )
         if not parts:
@@ -325,7 +331,7 @@ class CandidateTable:
 
         `scored pairs` so far; and of rounds of new pairs, in the mean, the gold response's probability (a token's, or
         that of the label) after one of the round's demonstrations, and after the best one so far of each query.
-        Rounds in company have None there.
+        Set-level rounds have None there.
         """
         best = np.full(len(self._rows), -np.inf)
         rows: list[dict[str, float | int | None]] = []
@@ -359,13 +365,13 @@ class CandidateTable:
                 for start in range(0, len(self._rows), _BLOCK):
                     rows, candidates, *rest = self._columns(start, min(start + _BLOCK, len(self._rows)))
                     columns = (queries.take(pa.array(rows)), names.take(pa.array(candidates)), *rest)
-                    # a missing score in company is NaN here and null in the file
+                    # a missing set-level score is NaN here and null in the file
                     arrays = [pa.array(c, t, from_pandas=True) for c, t in zip(columns, schema.types, strict=True)]
                     writer.write_table(pa.table(arrays, schema=schema))
             part.replace(path)
 
     @classmethod
-    def load(cls, path: str | Path, *, company_weight: float = COMPANY_WEIGHT) -> CandidateTable:
+    def load(cls, path: str | Path, *, set_level_weight: float = SET_LEVEL_WEIGHT) -> CandidateTable:
         """Read what `save` wrote.
 
         Raises:
@@ -385,18 +391,18 @@ class CandidateTable:
                 raise ColumnError(f"expected format {_FORMAT} with columns {_COLUMNS}; got {data.column_names}")
             if any(data[name].null_count for name in _COLUMNS[:-1]):
                 raise ValueError("a value is missing")
-            table = cls(_checked_ids(state["query_ids"]), company_weight=company_weight)
+            table = cls(_checked_ids(state["query_ids"]), set_level_weight=set_level_weight)
             asked, proposed = (data[name].dictionary_encode().combine_chunks() for name in _COLUMNS[:2])
             known = np.array([table._row(query_id) for query_id in asked.dictionary.to_pylist()], np.int64)
             rows = known[asked.indices.to_numpy()]
             numbers = np.array([table._number(c) for c in proposed.dictionary.to_pylist()], np.int64)
             candidates = numbers[proposed.indices.to_numpy()]
-            scores, places, rounds, company = (data[name].to_numpy() for name in _COLUMNS[2:])
+            scores, places, rounds, set_level = (data[name].to_numpy() for name in _COLUMNS[2:])
             table.bought = _checked_rounds(state, rounds)
-            _check_pairs(rows * (1 + len(numbers)) + candidates, scores, places, company)
+            _check_pairs(rows * (1 + len(numbers)) + candidates, scores, places, set_level)
             for number in np.unique(rounds).tolist():
                 own = rounds == number
-                table._add(number, rows[own], candidates[own], scores[own], places[own], company[own])
+                table._add(number, rows[own], candidates[own], scores[own], places[own], set_level[own])
             if table.bought and table.bought[-1] != len(table):
                 raise ValueError(f"{table.bought[-1]} scores were bought, and {len(table)} stand there")
         except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, RecursionError) as error:
@@ -436,15 +442,15 @@ def _checked_rounds(state: Mapping[str, object], rounds: np.ndarray) -> list[int
     return bought
 
 
-def _check_pairs(pairs: np.ndarray, scores: np.ndarray, places: np.ndarray, company: np.ndarray) -> None:
+def _check_pairs(pairs: np.ndarray, scores: np.ndarray, places: np.ndarray, set_level: np.ndarray) -> None:
     """Refuse what no round can have left: a pair twice, numbers that are none, a place before the first."""
     if len(np.unique(pairs)) < len(pairs):
         raise ValueError("a pair stands there twice")
-    if not np.isfinite(scores).all() or np.isinf(company).any() or (places < 0).any():
+    if not np.isfinite(scores).all() or np.isinf(set_level).any() or (places < 0).any():
         raise ValueError("a score is no number, or a place is below 0")
 
 
-def mine_company(
+def mine_set_level(
     retriever: DemoRetriever,
     table: CandidateTable,
     make_query: Callable[[str], Query],
@@ -452,7 +458,7 @@ def mine_company(
     count: int,
     batch_size: int = 512,
 ) -> dict[str, list[str]]:
-    """Choose up to `count` candidates of every query to be scored again, in the company of the one that served best.
+    """Choose up to `count` candidates of every query to be scored again, next to the one that served best.
 
     Those that the retriever ranks highest, since these are what a prompt will show together: of demonstrations that
     are worth nothing alone, some leave the answer as it is and others spoil it. Our choice, beyond the paper.

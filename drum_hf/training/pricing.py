@@ -116,7 +116,7 @@ class TrainingPlan:
     Attributes:
         first: the first round.
         later: at most so many new pairs in each later round, which proposes what the trained retriever likes.
-        company: how many of the last rounds score in company, two demonstrations at a time.
+        set_level: how many of the last rounds set-level score, two demonstrations at a time.
         images: different pictures of all that a later round may show.
         seconds, tokens, requests: of all rounds, as `ScorePlan` has them; of rounds after the first, at most.
     """
@@ -127,14 +127,16 @@ class TrainingPlan:
     seconds: float
     tokens: int
     requests: int
-    company: int = 0
+    set_level: int = 0
 
     def describe(self) -> str:
         """A few lines for a terminal."""
         lines = [f"round 1: {self.first.describe()}"]
-        alone = len(self.later) - self.company
+        alone = len(self.later) - self.set_level
         for done, pairs in enumerate(self.later):
-            lines.append(f"round {done + 2}: at most {pairs:,} {'new pairs' if done < alone else 'pairs in company'}")
+            lines.append(
+                f"round {done + 2}: at most {pairs:,} {'new pairs' if done < alone else 'pairs at set level'}"
+            )
         total = [f"at most {self.first.new + sum(self.later):,} new pairs"]
         if self.tokens:
             total.append(f"about {self.tokens:,} {'' if self.requests else 'prompt '}tokens")
@@ -385,20 +387,22 @@ def plan_scores(
     return plan
 
 
-def plan_training(first: ScorePlan, *, rounds: int, candidates: int, company_rounds: int = 0) -> TrainingPlan:
+def plan_training(first: ScorePlan, *, rounds: int, candidates: int, set_level_rounds: int = 0) -> TrainingPlan:
     """What the rounds of a training will cost, from the plan of its first one.
 
     Rounds after the first are priced as if none of their pairs were known and every image came anew, though not to a
-    round in company, whose candidates have all been seen. There a pair is taken for one and a half, since it shows two
+    set-level round, whose candidates have all been seen. There a pair is taken for one and a half, since it shows two
     demonstrations and a query where others show one and a query.
     """
     support, queries = first.feedback.support, first.feedback.queries
-    company = min(company_rounds, rounds - 1)
+    set_level = min(set_level_rounds, rounds - 1)
     # each query has so many demonstrations at most: all but itself, where it is one
     most = [len(support) - (query_id in support) for query_id in queries.ids]
-    alone = [sum(min(candidates, max(0, m - done * candidates)) for m in most) for done in range(1, rounds - company)]
-    pools = [min(m, candidates * (rounds - company)) - 1 for m in most]  # but for the companion
-    beside = [sum(min(candidates, max(0, pool - done * candidates)) for pool in pools) for done in range(company)]
+    alone = [
+        sum(min(candidates, max(0, m - done * candidates)) for m in most) for done in range(1, rounds - set_level)
+    ]
+    pools = [min(m, candidates * (rounds - set_level)) - 1 for m in most]  # but for the companion
+    beside = [sum(min(candidates, max(0, pool - done * candidates)) for pool in pools) for done in range(set_level)]
     images = len(({*support.image_keys} | {*queries.image_keys}) - {""})
     seconds, tokens, requests = first.seconds, first.tokens, first.requests
     seconds += first.draft_seconds
@@ -412,4 +416,4 @@ def plan_training(first: ScorePlan, *, rounds: int, candidates: int, company_rou
             more = _bill([work] * share, round(weight * pairs), first.rates)
             seconds, tokens = seconds + more[0], tokens + more[1]
             requests += _bill([(-(-pairs // share), 0)] * share, pairs, first.rates)[2]
-    return TrainingPlan(first, alone + beside, images, seconds, tokens, requests, company)
+    return TrainingPlan(first, alone + beside, images, seconds, tokens, requests, set_level)

@@ -28,7 +28,7 @@ from .checkpoints import WholeCheckpoints, in_steps_of_now, last_checkpoint
 from .collator import ListCollator, SampledLists
 from .losses import ContrastiveLVLMLoss, InBatch, ListwiseLVLMLoss, Weighting
 from .methods import Method
-from .mining import COMPANY_WEIGHT, FIRST_RANDOM_SHARE, CandidateTable, Sampling, mine_candidates, mine_company
+from .mining import FIRST_RANDOM_SHARE, SET_LEVEL_WEIGHT, CandidateTable, Sampling, mine_candidates, mine_set_level
 from .pricing import CALIBRATION, Pair, TrainingPlan, measure_drafts, plan_training, price
 
 __all__ = ["DrumTrainer", "DrumTrainingArguments"]
@@ -49,10 +49,10 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
         rounds: passes of mine -> score -> train; UDR's value 3.
         epochs_per_round: our choice.
         candidates_per_round: new pairs that each query buys in a round; our choice (UDR scores 50 in each).
-        company_rounds: last rounds in which a query buys, instead of new pairs, scores of candidates it has in the
-            company of the one that served it best, as a prompt of several will show them; at least one round scores
+        set_level_rounds: last rounds in which a query buys, instead of new pairs, scores of candidates it has in the
+            one next to the one that served it best, as a prompt of several will show them; at least one round scores
             them alone. Our choice, beyond the paper; 0 for a retriever that is to serve one demonstration at a time.
-        company_weight: what a demonstration is worth in company, beside what it is worth alone; our choice.
+        set_level_weight: what a demonstration is worth at set level, beside what it is worth alone; our choice.
         random_share: share of the first round's candidates drawn at random; our choice.
         list_size: candidates sampled for a query in a step, l; UDR's value 8.
         objective: "listwise" (DRUM) or "contrastive" (EPR's loss). What else sets an ancestor apart from DRUM stands
@@ -83,8 +83,8 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
     rounds: int = dataclasses.field(default=3, metadata={"help": "passes of mine -> score -> train"})
     epochs_per_round: int = dataclasses.field(default=3, metadata={"help": "epochs over the queries in each round"})
     candidates_per_round: int = dataclasses.field(default=10, metadata={"help": "new pairs a query buys in a round"})
-    company_rounds: int = dataclasses.field(default=1, metadata={"help": "last rounds, scored in company"})
-    company_weight: float = dataclasses.field(default=COMPANY_WEIGHT, metadata={"help": "of scores in company"})
+    set_level_rounds: int = dataclasses.field(default=1, metadata={"help": "last rounds, scored at set level"})
+    set_level_weight: float = dataclasses.field(default=SET_LEVEL_WEIGHT, metadata={"help": "of set-level scores"})
     random_share: float = dataclasses.field(default=FIRST_RANDOM_SHARE, metadata={"help": "random share of round one"})
     list_size: int = dataclasses.field(default=8, metadata={"help": "candidates sampled for a query in a step"})
     objective: Sampling = dataclasses.field(default="listwise", metadata={"help": "listwise (DRUM) or contrastive"})
@@ -106,10 +106,10 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
         for name in ("rounds", "epochs_per_round", "candidates_per_round", "list_size", "pool_ends"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1; got {getattr(self, name)}")
-        if self.company_rounds < 0:
-            raise ValueError(f"expected company_rounds of at least 0; got {self.company_rounds}")
-        if not 0.0 <= self.company_weight <= 1.0:
-            raise ValueError(f"expected company_weight between 0 and 1; got {self.company_weight}")
+        if self.set_level_rounds < 0:
+            raise ValueError(f"expected set_level_rounds of at least 0; got {self.set_level_rounds}")
+        if not 0.0 <= self.set_level_weight <= 1.0:
+            raise ValueError(f"expected set_level_weight between 0 and 1; got {self.set_level_weight}")
         if not 0.0 <= self.random_share <= 1.0:
             raise ValueError(f"expected random_share between 0 and 1; got {self.random_share}")
         if not 0.0 < self.cascade_keep <= 1.0:
@@ -230,7 +230,7 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
                 )
             cheap = Feedback(cheap_lvlm, retriever.support, self.queries, **common)
             self.cascade = Cascade(self.feedback, cheap, keep=args.cascade_keep, seed=args.seed)
-        self.table = CandidateTable(self.queries.ids, company_weight=args.company_weight)
+        self.table = CandidateTable(self.queries.ids, set_level_weight=args.set_level_weight)
         self.processes = Processes.current()
         several, batch = self.processes.count, args.train_batch_size
         if several > 1 and len(self.queries) < several * batch:
@@ -329,10 +329,10 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
                 rng=np.random.default_rng([self.args.seed, 77, self.table.rounds]),
             )
 
-    def propose_company(self) -> dict[str, list[str]]:
-        """The next round's candidates to be scored in company, as `mine_company` gives them."""
+    def propose_set_level(self) -> dict[str, list[str]]:
+        """The next round's candidates to be scored at set level, as `mine_set_level` gives them."""
         with self._fresh_index():
-            return mine_company(self.retriever, self.table, self.query, count=self.args.candidates_per_round)
+            return mine_set_level(self.retriever, self.table, self.query, count=self.args.candidates_per_round)
 
     def _refresh(self) -> None:
         if self.retriever.support_encoder is None:  # else the support set's embeddings are what they were
@@ -344,8 +344,8 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
         Raises:
             TooFewDemonstrationsError: no query has a demonstration that is not of its own group.
         """
-        if self.table.rounds and self.table.rounds >= self.args.rounds - self.args.company_rounds:
-            self._mine_company()
+        if self.table.rounds and self.table.rounds >= self.args.rounds - self.args.set_level_rounds:
+            self._mine_set_level()
             return
         # The main process alone: embeddings that differ in the last bit would make tables that differ, and encoding is
         # little beside scoring. The others' indexes are built when something asks for them.
@@ -368,8 +368,8 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
         )  # fmt: skip
         self.table.extend(mined, plan.run())
 
-    def _mine_company(self) -> None:
-        asked = self.processes.from_main(self.propose_company)
+    def _mine_set_level(self) -> None:
+        asked = self.processes.from_main(self.propose_set_level)
         if not self.processes.is_main:
             self.retriever.mark_stale()
         # the companion last, next to the query, where the most useful one is shown
@@ -378,17 +378,17 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
             companion = self.table.companion(query_id)
             pairs += [(query_id, (candidate, companion)) for candidate in candidates if companion is not None]
         self._say(
-            "round %d of %d: %d candidates in the company of the best", self.table.rounds + 1, self.args.rounds,
+            "round %d of %d: %d candidates next to the best", self.table.rounds + 1, self.args.rounds,
             len(pairs),
         )  # fmt: skip
         try:
             scores = self.feedback.score(pairs, processes=self.processes)
         except ContextOverflowError as error:
             raise ContextOverflowError(
-                f"{error}; or, where two demonstrations never fit, train with company_rounds=0 (--company-rounds 0): "
-                "what was scored is kept"
+                f"{error}; or, where two demonstrations never fit, train with set_level_rounds=0 "
+                "(--set-level-rounds 0): what was scored is kept"
             ) from error
-        self.table.extend_company(asked, scores)
+        self.table.extend_set_level(asked, scores)
 
     def _refuse_lonely(self, mined: dict[str, list[tuple[str, int]]]) -> None:
         lonely = [query_id for query_id, found in mined.items() if not found]
@@ -431,7 +431,7 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
             first,
             rounds=self.args.rounds - self.table.rounds,
             candidates=self.args.candidates_per_round,
-            company_rounds=self.args.company_rounds,
+            set_level_rounds=self.args.set_level_rounds,
         )
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -488,7 +488,7 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
                 "queries": len(self.queries),
                 "objective": self.args.objective,
                 "weighting": self.args.weighting if self.args.objective == "listwise" else None,
-                "company_rounds": min(self.args.company_rounds, self.args.rounds - 1),
+                "set_level_rounds": min(self.args.set_level_rounds, self.args.rounds - 1),
                 "seed": self.args.seed,
             },
             rounds=self.table.summary(),
@@ -514,7 +514,7 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
 
         super()._load_from_checkpoint(resume_from_checkpoint)
         folder = Path(resume_from_checkpoint)
-        table = CandidateTable.load(folder / _TABLE_FILE, company_weight=self.args.company_weight)
+        table = CandidateTable.load(folder / _TABLE_FILE, set_level_weight=self.args.set_level_weight)
         if table.query_ids != self.queries.ids:
             raise SavedFileError(
                 f"expected {folder / _TABLE_FILE} to hold the {len(self.queries)} training queries in order; it holds "

@@ -167,15 +167,15 @@ difficulty; got 'wieght'
             LeakError: what is held out is shown in training, too, such as a picture in instruction data.
             ColumnError, RowError, ImageError, …: a source can't be read or drawn from; see its reader, and `Mix`.
         """
-        train: list[data.Source] = []
-        held: list[data.Source] = []
+        train: list[data.MixSource] = []
+        held: list[data.MixSource] = []
         for number, source in enumerate(self.sources):
             try:
                 found = _READERS[source.reader](self._place(source), source)
             except TypeError as error:  # an option that `load_table` doesn't know, or of another type
                 raise ValueError(f"source {source.name!r}: {error}") from error
             if not isinstance(found, data.ConceptTable):
-                train.append(data.Source(source.name, found, source.weight))
+                train.append(data.MixSource(source.name, found, source.weight))
                 continue
             sides = [found]
             if self.evaluation is not None:
@@ -191,7 +191,7 @@ difficulty; got 'wieght'
                     seed=self.seed + number,
                     source=source.name,
                 )
-                mixed.append(data.Source(source.name, drawn, source.weight))
+                mixed.append(data.MixSource(source.name, drawn, source.weight))
         mix = data.Mix(train, self.curriculum, seed=self.seed)
         if self.evaluation is None:
             return mix, None

@@ -48,7 +48,7 @@ def test_an_experiment_writes_its_results_and_runs_again_for_nothing(tmp_path, c
     assert "<html" in (out / "report.html").read_text().lower()
     assert (results["task"], results["world_seed"], results["shots"]) == ("vqa", 5, 2)
     assert results["seconds"] > 0
-    assert results["scored_pairs"] == 16 * (3 + 2)  # three alone, two of them again in company
+    assert results["scored_pairs"] == 16 * (3 + 2)  # three alone, two of them again at set level
     names = {"zero-shot", "random", "fixed", "si", "st", "sit", "sit+draft", "bm25", "oracle", *METHODS}
     assert set(results["strategies"]) == names
     for name, row in results["strategies"].items():

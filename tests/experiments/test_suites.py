@@ -98,7 +98,7 @@ def test_a_suite_writes_every_number_and_pays_once(whole):
     assert len(task["strategies"]["random"]["1"]["seeds"]) == 2
     assert list(task["paired"]) == ["drum>sit", "drum>sit+draft", "drum>epr", "drum>drum+mmr"]
     assert all(set(row) == {"diff", "ci", "p"} for row in task["paired"].values())
-    assert [row["pairs"] for row in task["by_pairs"]] == [48, 80]  # in company two of three, without the companion
+    assert [row["pairs"] for row in task["by_pairs"]] == [48, 80]  # at set level two of three, without the companion
     last = task["by_pairs"][-1]
     assert (last["drum"], last["epr"]) == tuple(task["strategies"][n]["2"]["metric"] for n in ("drum", "epr"))
     assert {k: last[k] for k in ("diff", "ci", "p")} == task["paired"]["drum>epr"] == last["to_final"]
@@ -394,8 +394,8 @@ def test_options_of_a_suite_need_one(capsys):
 def test_a_trainings_key_holds_every_argument_of_ours():
     """A default that changes in a later version is another training."""
     drum, epr = (own_arguments(METHODS[name]) for name in ("drum", "epr"))
-    assert {"in_batch", "company_rounds", "company_weight", "random_share", "rank_weight"} <= set(drum)
-    assert (drum["company_rounds"], epr["company_rounds"]) == (1, 0)
+    assert {"in_batch", "set_level_rounds", "set_level_weight", "random_share", "rank_weight"} <= set(drum)
+    assert (drum["set_level_rounds"], epr["set_level_rounds"]) == (1, 0)
     assert "learning_rate" not in drum  # the platform's, which the suite file says
 
 

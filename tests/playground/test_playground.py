@@ -15,8 +15,8 @@ from drum_hf.lvlm.local.model import TransformersLVLM
 from drum_hf.playground import encoder_path, lvlm_path, make_world, resolve
 from drum_hf.playground.language import private_words, vocabulary
 from drum_hf.playground.scenes import ATTRIBUTES, FRAMES, digit_images, render_digit, render_scene
-from drum_hf.playground.worlds import DIFFICULTIES, TASKS
-from drum_hf.types import ICLRequest
+from drum_hf.playground.worlds import DIFFICULTIES
+from drum_hf.types import TASKS, ICLRequest
 
 # Development seeds; the figures in docs/benchmarks.md come from others.
 SEEDS = (11, 12)

@@ -29,7 +29,7 @@ from drum_hf.errors import (
     SavedFileError,
     TooFewDemonstrationsError,
 )
-from drum_hf.retriever.retriever import STRATEGIES, DemoRetriever
+from drum_hf.retriever.retriever import PART_WEIGHTS, DemoRetriever
 from drum_hf.types import Query
 from drum_hf.utils.model_card import render_card
 
@@ -67,7 +67,7 @@ def table():
 
 @pytest.fixture
 def retriever(encoder, table):
-    encoder[0].weights = STRATEGIES["sit+draft"]
+    encoder[0].weights = PART_WEIGHTS["sit+draft"]
     return DemoRetriever.from_encoder(encoder, table)
 
 
@@ -188,7 +188,7 @@ def test_drafts_are_written_where_they_are_missing_and_used(encoder, table):
             self.asked += [request.query.prompt for request in requests]
             return ["blue"] * len(requests)
 
-    encoder[0].weights = STRATEGIES["sit+draft"]
+    encoder[0].weights = PART_WEIGHTS["sit+draft"]
     lvlm = Drafts()
     drafting = DemoRetriever(encoder, table, draft_lvlm=lvlm)
     bare, given = Query(picture(50), PROMPTS[0]), Query(picture(51), PROMPTS[1], draft="red")
@@ -197,12 +197,12 @@ def test_drafts_are_written_where_they_are_missing_and_used(encoder, table):
     plain = DemoRetriever(encoder, table)
     assert same(found, plain.retrieve_ids([Query(picture(50), PROMPTS[0], draft="blue"), given], 4))
     try:
-        encoder[0].weights = STRATEGIES["sit"]
+        encoder[0].weights = PART_WEIGHTS["sit"]
         drafting.mark_stale()
         drafting(bare, k=1)
         assert lvlm.asked == [PROMPTS[0]]  # no use for it
     finally:
-        encoder[0].weights = STRATEGIES["sit+draft"]
+        encoder[0].weights = PART_WEIGHTS["sit+draft"]
 
 
 def test_threads_get_what_one_thread_gets(retriever, queries):
@@ -216,7 +216,7 @@ def test_threads_get_what_one_thread_gets(retriever, queries):
 # Strategies
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", PART_WEIGHTS)
 def test_strategies(encoder, table, strategy):
     retriever = DemoRetriever.from_encoder(encoder, table, strategy=strategy)
     used = [part for part, weight in retriever.weights.items() if weight]

@@ -17,7 +17,7 @@ from drum_hf import DemoRetriever, Query, TripletTable
 from drum_hf.cli import main
 from drum_hf.errors import DependencyError, EndpointError, RowError, TooFewDemonstrationsError
 from drum_hf.playground import make_world
-from drum_hf.serving.app import Comparer, Strategy, build_app, launch, similarity
+from drum_hf.serving.app import Comparer, RetrieverView, build_app, launch, similarity
 from drum_hf.serving.app.cards import answer_card, error_card, outcome_cards, thumbnail
 from drum_hf.serving.app.compare import retrieve_weighted
 
@@ -97,7 +97,7 @@ def test_weights_that_can_not_be_used_are_refused(retriever, query):
 
 def test_a_comparison_is_what_its_parts_say(retriever, query):
     lvlm = Echo()
-    compare = Comparer(lvlm, [Strategy(retriever, "all"), similarity(retriever, "st")])
+    compare = Comparer(lvlm, [RetrieverView(retriever, "all"), similarity(retriever, "st")])
     result = compare(query, 3)
     assert result.zero_shot == "red" == result.query.draft
     assert [outcome.name for outcome in result.outcomes] == ["all", "ST"]
@@ -116,13 +116,13 @@ def test_a_comparison_is_what_its_parts_say(retriever, query):
 def test_a_row_of_the_support_set_is_not_its_own_demonstration(retriever):
     id = retriever.support.ids[0]
     row = retriever.support[id]
-    outcome = Comparer(Echo(), [Strategy(retriever)])(retriever.support.query(id), 16).outcomes[0]
+    outcome = Comparer(Echo(), [RetrieverView(retriever)])(retriever.support.query(id), 16).outcomes[0]
     assert id not in outcome.retrieval.ids
     assert row.group not in {demonstration.group for demonstration in outcome.retrieval.demonstrations}
 
 
 def test_what_is_missing_is_said(retriever, query):
-    compare = Comparer(Echo(), [Strategy(retriever)])
+    compare = Comparer(Echo(), [RetrieverView(retriever)])
     with pytest.raises(RowError, match="expected an image"):
         compare(Query(None, "what colour?"), 1)
     with pytest.raises(RowError, match="expected a question"):
@@ -136,7 +136,7 @@ def test_what_is_missing_is_said(retriever, query):
 def test_captions_need_no_question(retriever):
     rows = [{"id": d.id, "image": d.image, "prompt": "", "response": d.response} for d in list(retriever.support)[:4]]
     captions = DemoRetriever.from_encoder("playground/clip", support=rows, device="cpu")
-    assert Comparer(Echo(), [Strategy(captions)])(Query(rows[0]["image"]), 2).outcomes[0].answer
+    assert Comparer(Echo(), [RetrieverView(captions)])(Query(rows[0]["image"]), 2).outcomes[0].answer
 
 
 def test_the_untrained_strategy_shares_vectors_only_with_an_untrained_retriever(retriever):
@@ -158,7 +158,7 @@ def test_cards_show_what_was_found_and_let_no_markup_through(query):
         for i, image in enumerate([query.image, Image.new("RGB", (640, 480), "red"), None])
     ]
     retriever = DemoRetriever.from_encoder("playground/clip", support=rows, device="cpu")
-    comparison = Comparer(Echo(), [Strategy(retriever, "<i>name</i>")])(query, 3)
+    comparison = Comparer(Echo(), [RetrieverView(retriever, "<i>name</i>")])(query, 3)
     (outcome,) = comparison.outcomes
     text = outcome_cards(outcome, ["x"])
     assert text.count("<li>") == 3 and text.count("data:image/png") == 1 == text.count("data:image/jpeg")
@@ -212,7 +212,7 @@ def test_the_page_answers(page, picture, query, retriever):
     client, _ = page
     error, zero_shot, first, second = ask(client, picture, query.prompt)
     assert error == "" and "red" in zero_shot and "Gold" not in zero_shot
-    expected = Comparer(Echo(), [Strategy(retriever), similarity(retriever, "si")])(query, 2)
+    expected = Comparer(Echo(), [RetrieverView(retriever), similarity(retriever, "si")])(query, 2)
     assert (first, second) == tuple(map(outcome_cards, expected.outcomes))
     more = ask(client, picture, query.prompt, shots=5, weights=(0, 1, 0, 0, 0, 1))
     assert more[2].count("<li>") == 5 and "ST: answer with 5" in more[2] and "draft: answer with 5" in more[3]

@@ -12,7 +12,7 @@ from tiny_training import StubLVLM, coloured_table
 
 from drum_hf.encoders.joint import build_encoder
 from drum_hf.errors import DimensionMismatchError, SavedFileError
-from drum_hf.retriever.retriever import STRATEGIES, DemoRetriever
+from drum_hf.retriever.retriever import PART_WEIGHTS, DemoRetriever
 from drum_hf.training import DrumTrainer, DrumTrainingArguments
 from drum_hf.training.methods import METHODS
 from drum_hf.training.mining import CandidateTable
@@ -69,8 +69,8 @@ def test_every_method_trains_with_as_many_pairs(make, name):
     before = weights(trainer.retriever.encoder)
     trainer.train()
     assert trainer.table.bought == [ROWS * 2, ROWS * 4, ROWS * 6]
-    in_company = sum(row[-1] is not None for row in trainer.table.rows())
-    assert in_company == (0 if METHODS[name].training.get("company_rounds") == 0 else ROWS * 2)
+    at_set_level = sum(row[-1] is not None for row in trainer.table.rows())
+    assert at_set_level == (0 if METHODS[name].training.get("set_level_rounds") == 0 else ROWS * 2)
     assert trainer.args.num_train_epochs == 3
     after = weights(trainer.retriever.encoder)
     assert any(not torch.equal(before[key], value) for key, value in after.items())
@@ -83,7 +83,7 @@ def test_a_method_names_arguments_that_there_are_and_ablations_change_one_thing(
     drum = METHODS["drum"]
     for name, method in METHODS.items():
         assert set(method.training) <= fields, name
-        assert method.query in STRATEGIES, name
+        assert method.query in PART_WEIGHTS, name
         if name.startswith("drum-") and name != "drum-rank":  # which is the paper's
             changed = {k for k, v in method.training.items() if drum.training.get(k) != v}
             assert len(changed) + (method.query != drum.query) == 1, name

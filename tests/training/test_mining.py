@@ -16,7 +16,7 @@ from tiny_training import forbidden, worded_table
 
 from drum_hf.errors import MissingIdError, SavedFileError
 from drum_hf.training import mining
-from drum_hf.training.mining import CandidateTable, mine_candidates, mine_company
+from drum_hf.training.mining import CandidateTable, mine_candidates, mine_set_level
 
 
 def pool_of(scores, places):
@@ -96,20 +96,20 @@ def test_extend_appends_in_the_flat_order_of_the_scores():
     assert (len(table), table.rounds, table.bought, table.query_ids) == (4, 2, [3, 4], ["a", "b"])
 
 
-# In company
+# Set-level scoring
 
 
-def in_company(weight=0.5):
-    table = CandidateTable(["q", "other"], company_weight=weight)
+def at_set_level(weight=0.5):
+    table = CandidateTable(["q", "other"], set_level_weight=weight)
     table.extend({"q": [(i, 0) for i in "abcd"]}, np.log([0.1, 0.8, 0.2, 0.1]))
-    table.extend_company({"q": ["a", "c"], "other": []}, np.log([0.7, 0.3]))
+    table.extend_set_level({"q": ["a", "c"], "other": []}, np.log([0.7, 0.3]))
     return table
 
 
-def test_worth_is_the_mean_of_what_a_demonstration_does_alone_and_in_company():
-    # b is the companion, better alone than the others in company (0.5 in the mean, which is also d's)
+def test_worth_is_the_mean_of_what_a_demonstration_does_alone_and_at_set_level():
+    # b is the companion, better alone than the others at set level (0.5 in the mean, which is also d's)
     for weight in (0.5, 0.25):
-        worth = in_company(weight).candidates("q")
+        worth = at_set_level(weight).candidates("q")
         expected = [
             (1 - weight) * alone + weight * beside
             for alone, beside in ((0.1, 0.7), (0.8, 0.8), (0.2, 0.3), (0.1, 0.5))
@@ -117,22 +117,22 @@ def test_worth_is_the_mean_of_what_a_demonstration_does_alone_and_in_company():
         np.testing.assert_allclose([math.exp(worth[i]) for i in "abcd"], expected, atol=1e-12)
 
 
-def test_scores_in_company_are_of_candidates_that_are_there():
+def test_scores_at_set_level_are_of_candidates_that_are_there():
     with pytest.raises(MissingIdError, match="candidate 'z' of query 'q' was not scored alone"):
-        in_company().extend_company({"q": ["z"]}, [-1.0])
+        at_set_level().extend_set_level({"q": ["z"]}, [-1.0])
     with pytest.raises(ValueError, match="each of 1 candidates, got 2"):
-        in_company().extend_company({"q": ["d"]}, [-1.0, -2.0])
+        at_set_level().extend_set_level({"q": ["d"]}, [-1.0, -2.0])
 
 
 def test_a_companion_counts_as_the_others_where_they_do_better_with_it_than_it_does_alone():
-    table = CandidateTable(["q"], company_weight=0.5)
+    table = CandidateTable(["q"], set_level_weight=0.5)
     table.extend({"q": [("a", 0), ("b", 0)]}, np.log([0.1, 0.3]))
-    table.extend_company({"q": ["a"]}, [math.log(0.9)])
+    table.extend_set_level({"q": ["a"]}, [math.log(0.9)])
     assert math.exp(table.candidates("q")["b"]) == pytest.approx((0.3 + 0.9) / 2)
 
 
-def test_scores_in_company_are_kept_beside_those_alone():
-    table = in_company()
+def test_scores_at_set_level_are_kept_beside_those_alone():
+    table = at_set_level()
     assert (table.companion("q"), table.alone("q")) == ("b", ["d"])
     assert (table.companion("other"), table.alone("other"), table.candidates("other")) == (None, [], {})
     assert len(table) == 6 and table.bought == [4, 6]
@@ -147,7 +147,7 @@ def test_scores_in_company_are_kept_beside_those_alone():
 
 
 def test_scored_are_the_candidates_in_their_order():
-    table = in_company()
+    table = at_set_level()
     for query_id in table.query_ids:
         assert table.scored(query_id) == list(table.candidates(query_id))
     with pytest.raises(MissingIdError):
@@ -157,7 +157,7 @@ def test_scored_are_the_candidates_in_their_order():
 def test_impossible_answers_are_worth_little_and_no_infinity():
     table = CandidateTable(["q"])
     table.extend({"q": [("a", 0), ("b", 0)]}, [-1e4, -1e4])
-    table.extend_company({"q": ["b"]}, [-1e4])
+    table.extend_set_level({"q": ["b"]}, [-1e4])
     assert np.isfinite(list(table.candidates("q").values())).all()
 
 
@@ -174,15 +174,15 @@ class Placed:
         return np.array([[1.0, 0.0]] * len(queries))
 
 
-def test_the_best_ranked_are_asked_for_in_company_but_never_the_companion():
+def test_the_best_ranked_are_asked_for_at_set_level_but_never_the_companion():
     table = CandidateTable(["q", "r", "s"])
     table.extend({"q": [(i, 0) for i in "abcd"], "r": [("a", 0)], "s": []}, [-3.0, -0.1, -2.0, -1.0, -1.0])
     retriever = Placed({"a": 0.3, "b": 0.0, "c": 0.1, "d": 0.2})
     for batch_size in (1, 512):
-        asked = mine_company(retriever, table, lambda q: None, count=2, batch_size=batch_size)
+        asked = mine_set_level(retriever, table, lambda q: None, count=2, batch_size=batch_size)
         assert asked == {"q": ["c", "d"], "r": [], "s": []}
-    table.extend_company(asked, [-1.0, -2.0])
-    assert mine_company(retriever, table, lambda q: None, count=2) == {"q": ["a"], "r": [], "s": []}
+    table.extend_set_level(asked, [-1.0, -2.0])
+    assert mine_set_level(retriever, table, lambda q: None, count=2) == {"q": ["a"], "r": [], "s": []}
 
 
 # Mining
@@ -304,7 +304,7 @@ def grown():
     table = CandidateTable(["a", "b", "ü"])
     table.extend({"a": [("x", 0), ("y", 18)], "b": [("x", 4)]}, [-0.1, -1 / 3, -3.0])
     table.extend({"a": [("z", 2)]}, [-4.5e-7])
-    table.extend_company({"a": ["y"]}, [-0.25])
+    table.extend_set_level({"a": ["y"]}, [-0.25])
     return table
 
 
@@ -320,11 +320,11 @@ def test_a_file_gives_back_the_same_table(tmp_path, table):
         assert drawn[0] == drawn[1]
 
 
-def test_a_table_of_the_first_format_has_no_scores_in_company(tmp_path):
+def test_a_table_of_the_first_format_has_no_scores_at_set_level(tmp_path):
     path = tmp_path / "candidates.parquet"
     grown().save(path)
     with_state(format_version=1, rounds=3, bought=None)(path)
-    pq.write_table(pq.read_table(path).drop_columns(["company"]), path)
+    pq.write_table(pq.read_table(path).drop_columns(["set_level"]), path)
     loaded = CandidateTable.load(path)
     assert loaded.bought == [3, 4, 4]
     assert [row[:-1] for row in loaded.rows()] == [row[:-1] for row in grown().rows()]
@@ -380,7 +380,7 @@ def test_a_summary_says_what_each_round_bought():
     table = CandidateTable(["q0", "q1"])
     table.extend({"q0": [("a", 0), ("b", 1)], "q1": [("a", 0)]}, np.log([0.1, 0.3, 0.2]))
     table.extend({"q0": [("c", 0)]}, np.log([0.2]))
-    table.extend_company({"q0": ["a"], "q1": ["a"]}, np.log([0.5, 0.5]))
+    table.extend_set_level({"q0": ["a"], "q1": ["a"]}, np.log([0.5, 0.5]))
     told = {"gold probability": pytest.approx(0.2), "after the best so far": pytest.approx(0.25)}
     assert table.summary() == [
         {"round": 1, "scored pairs": 3, **told},

@@ -237,7 +237,7 @@ def make_trainer(clip, lvlm, out, **arguments):
 
 def test_a_training_is_priced_over_all_its_rounds(tmp_path, clip, clock):
     lvlm = clock(Clocked())
-    trainer = make_trainer(clip, lvlm, tmp_path, rounds=4, candidates_per_round=9, company_rounds=0)
+    trainer = make_trainer(clip, lvlm, tmp_path, rounds=4, candidates_per_round=9, set_level_rounds=0)
     plan = trainer.plan()
     # 24 rows, 23 others each, less the one of its group: two rounds of 9, then what is left
     assert (plan.first.new, plan.later, plan.images) == (24 * 9, [24 * 9, 24 * 5, 0], 24)
@@ -253,16 +253,16 @@ def test_a_training_is_priced_over_all_its_rounds(tmp_path, clip, clock):
     assert spent <= plan.seconds * 1.1  # later rounds see no image anew
 
 
-def test_a_round_in_company_is_priced_as_pairs_half_as_long_again(tmp_path, clip, clock):
+def test_a_round_at_set_level_is_priced_as_pairs_half_as_long_again(tmp_path, clip, clock):
     lvlm = clock(Clocked())
     trainer = make_trainer(clip, lvlm, tmp_path, rounds=3, candidates_per_round=9)
     plan = trainer.plan()
-    assert (plan.later, plan.company) == ([24 * 9, 24 * 9], 1)
+    assert (plan.later, plan.set_level) == ([24 * 9, 24 * 9], 1)
     assert plan.tokens == 138 * (24 * 9 * 2 + 24 * 9 * 3 // 2)
-    assert "round 3: at most 216 pairs in company" in plan.describe()
+    assert "round 3: at most 216 pairs at set level" in plan.describe()
     trainer.train()
     assert len(trainer.table) == plan.first.new + sum(plan.later)
-    small = make_trainer(clip, lvlm, tmp_path / "small", rounds=4, candidates_per_round=4, company_rounds=3)
+    small = make_trainer(clip, lvlm, tmp_path / "small", rounds=4, candidates_per_round=4, set_level_rounds=3)
     assert small.plan().later == [24 * 3, 0, 0]  # a pool of four, one of them the companion
 
 
@@ -277,7 +277,7 @@ def test_a_plan_whose_first_round_is_known_says_that_it_can_not_tell_the_time(cl
 
 def test_a_round_is_counted_before_it_is_scored_and_not_calibrated(tmp_path, clip, caplog, clock):
     lvlm = clock(Clocked())
-    trainer = make_trainer(clip, lvlm, tmp_path, rounds=2, candidates_per_round=5, company_rounds=0)
+    trainer = make_trainer(clip, lvlm, tmp_path, rounds=2, candidates_per_round=5, set_level_rounds=0)
     with caplog.at_level("INFO", logger="drum_hf"):
         trainer.train()
     said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("round ")]
@@ -320,7 +320,7 @@ def test_both_verbs_have_a_dry_run(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["-q", "train", "--data", str(folder), "--out", str(out), "--candidates", "3", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "round 1: 72 new pairs, 0 already in the store" in said and "round 3: at most 72 pairs in company" in said
+    assert "round 1: 72 new pairs, 0 already in the store" in said and "round 3: at most 72 pairs at set level" in said
     assert "in all: at most 216 new pairs" in said and "24 drafts to be written first" in said
     paid = int(re.search(r"(\d+) of the pairs were scored to find this out", said).group(1))
     assert not (out / "retriever").exists()

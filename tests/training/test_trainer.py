@@ -95,37 +95,37 @@ def test_training_brings_the_lvlms_favourites_up(make, arguments):
 def test_only_new_pairs_are_scored_and_a_store_pays_for_all(make, support, tmp_path):
     store = str(tmp_path / "shared.sqlite")
     lvlm, again = StubLVLM(), StubLVLM()
-    trainer = make(lvlm, score_store=store, company_rounds=0)
+    trainer = make(lvlm, score_store=store, set_level_rounds=0)
     trainer.train()
     assert len(lvlm.scored) == len(set(lvlm.scored)) == len(trainer.table) == ROWS * 10
-    for query_id, candidate, score, _, round_, company in trainer.table.rows():
-        assert company is None
+    for query_id, candidate, score, _, round_, set_level in trainer.table.rows():
+        assert set_level is None
         assert candidate not in forbidden(support, query_id)
         assert score == StubLVLM.taste(trainer.feedback.request(query_id, [candidate]))
         assert round_ in (0, 1)
     for query_id in support.ids:
         rounds = [r for q, _, _, _, r, _ in trainer.table.rows() if q == query_id]
         assert rounds == [0] * 5 + [1] * 5
-    second = make(again, score_store=store, out="again", company_rounds=0)
+    second = make(again, score_store=store, out="again", set_level_rounds=0)
     second.train()
     assert again.scored == []
     assert list(second.table.rows()) == list(trainer.table.rows())
 
 
-def test_the_last_round_scores_in_the_company_of_the_best(make, support):
+def test_the_last_round_scores_in_next_to_the_best(make, support):
     lvlm = StubLVLM()
     trainer = make(lvlm)
     trainer.train()
     rows = list(trainer.table.rows())
     assert len(lvlm.scored) == len(trainer.table) == len(rows) + ROWS * 4  # of five candidates, all but the companion
     for query_id in support.ids:
-        own = {c: (score, company) for q, c, score, _, _, company in rows if q == query_id}
+        own = {c: (score, set_level) for q, c, score, _, _, set_level in rows if q == query_id}
         companion = max(own, key=lambda c: own[c][0])
         assert trainer.table.companion(query_id) == companion and own[companion][1] is None
         for candidate in own.keys() - {companion}:
             shown = trainer.feedback.request(query_id, [candidate, companion])
             assert own[candidate][1] == StubLVLM.taste(shown)
-    assert trainer.retriever.card_data["training"]["company_rounds"] == 1
+    assert trainer.retriever.card_data["training"]["set_level_rounds"] == 1
 
 
 def test_two_that_do_not_fit_say_how_to_score_alone(make):
@@ -135,14 +135,14 @@ def test_two_that_do_not_fit_say_how_to_score_alone(make):
                 raise ContextOverflowError("too long")
             return super().score(requests, **options)
 
-    with pytest.raises(ContextOverflowError, match=r"too long; or, .*company_rounds=0"):
+    with pytest.raises(ContextOverflowError, match=r"too long; or, .*set_level_rounds=0"):
         make(Narrow()).train()
 
 
 def test_a_single_round_scores_alone_whatever_company_is_asked_for(make):
-    trainer = make(rounds=1, company_rounds=3)
+    trainer = make(rounds=1, set_level_rounds=3)
     trainer.train()
-    assert {company for *_, company in trainer.table.rows()} == {None}
+    assert {set_level for *_, set_level in trainer.table.rows()} == {None}
 
 
 def test_drafts_are_asked_for_only_where_they_are_used(make, support):
@@ -307,10 +307,10 @@ def weights(trainer):
     return {n: p.detach().clone() for n, p in trainer.loss.named_parameters()}
 
 
-@pytest.mark.parametrize(("lora", "company"), [(False, 0), (True, 0), (False, 1)], ids=["full", "lora", "company"])
-def test_a_resumed_run_is_the_uninterrupted_one(make, tmp_path, lora, company):
+@pytest.mark.parametrize(("lora", "set_level"), [(False, 0), (True, 0), (False, 1)], ids=["full", "lora", "set_level"])
+def test_a_resumed_run_is_the_uninterrupted_one(make, tmp_path, lora, set_level):
     """24 rows in batches of 8: an epoch has three steps, a round six. Step 5 is within an epoch and a round."""
-    settings = {"lora": lora, "strategy": "sit+draft", "company_rounds": company}
+    settings = {"lora": lora, "strategy": "sit+draft", "set_level_rounds": set_level}
     whole = make(out="whole", **settings)
     whole.train()
     struck = make(out="run", trainer={"callbacks": [Checkpoints(5, 6, 8, die_at=9)]}, **settings)
@@ -321,7 +321,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, tmp_path, lora, company):
         # a store of its own, so that what is scored again would show
         resumed = make(lvlm, out="run", score_store=str(tmp_path / f"again{step}.sqlite"), **settings)
         resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
-        assert len(lvlm.scored) == rounds_left * ROWS * (4 if company else 5), step
+        assert len(lvlm.scored) == rounds_left * ROWS * (4 if set_level else 5), step
         assert list(resumed.table.rows()) == list(whole.table.rows()), step
         assert resumed.table.rounds == 2
         assert resumed.loss.temperature.item() == pytest.approx(whole.loss.temperature.item(), abs=1e-7)

@@ -14,7 +14,7 @@ from drum_hf.training import CandidateTable
 
 
 def first_round(rows):
-    """Without scores in company, which the second round adds."""
+    """Without set-level scores, which the second round adds."""
     return [tuple(row[:5]) for row in rows]
 
 
@@ -74,8 +74,8 @@ def test_three_processes_go_on(begun, copied):
 def test_with_batches_of_both_one_process_ends_where_two_do(begun, copied):
     result, before = world_processes.run(copied, "resume", per_device_train_batch_size=8), begun[1][0]
     check_went_on(begun, [result], 3)
-    company = [np.array([row[-1] for row in rows["rows"]], float) for rows in (result, before)]
-    np.testing.assert_allclose(*company, atol=1e-6)
+    set_level = [np.array([row[-1] for row in rows["rows"]], float) for rows in (result, before)]
+    np.testing.assert_allclose(*set_level, atol=1e-6)
     assert result["temperature"] == pytest.approx(before["temperature"], rel=1e-5)
     for name, value in before["weights"].items():
         assert result["weights"][name] == pytest.approx(value, abs=1e-3), name

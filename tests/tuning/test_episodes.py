@@ -38,7 +38,7 @@ from drum_hf.tuning.episodes import (
     EpisodeSettings,
     Mix,
     MixReport,
-    Source,
+    MixSource,
     Stage,
     Turn,
     check_disjoint,
@@ -458,7 +458,7 @@ def test_overlap_is_an_error_wherever_it_hides(caplog):
     train = Episodes(table, EpisodeSettings(shots=1), seed=1)
     chat = read_llava([talk_row("<image>\nWhat?", "This.", images=[picture(3)])])
     key = image_key(picture(3))
-    for one in (table, train, Mix([Source("t", train)]), [train[i] for i in range(40)]):
+    for one in (table, train, Mix([MixSource("t", train)]), [train[i] for i in range(40)]):
         with pytest.raises(LeakError, match="share 1 images"):
             check_disjoint(one, chat)
         assert check_disjoint(one, chat, on_leak="ignore") == [("image", key)]
@@ -679,7 +679,7 @@ def chat(count: int = 3) -> list[Conversation]:
 def small_mix(seed: int = 0, curriculum: Curriculum | None = None) -> Mix:
     episodes = Episodes(labelled(200, 5, 8), EpisodeSettings(shots=(0, 4)), seed=seed)
     other = Episodes(labelled(60), EpisodeSettings(shots=2, forms="open"), seed=seed)
-    sources = [Source("a", episodes, weight=3), Source("b", other), Source("chat", chat())]
+    sources = [MixSource("a", episodes, weight=3), MixSource("b", other), MixSource("chat", chat())]
     return Mix(sources, curriculum, seed=seed)
 
 
@@ -736,7 +736,7 @@ def test_the_report_reads_as_a_table():
 
 def test_a_mix_gives_pictures_unless_told_not_to():
     chats = read_llava([talk_row("<image>What?", "This.", images=[picture(99)])])
-    mix = Mix([Source("pictures", Episodes(pictured(), EpisodeSettings(shots=1))), Source("chat", chats)])
+    mix = Mix([MixSource("pictures", Episodes(pictured(), EpisodeSettings(shots=1))), MixSource("chat", chats)])
     for index in range(6):
         talk = mix.draw(index)
         assert talk.images and talk.without_images() == mix.draw(index, images=False)
@@ -760,14 +760,14 @@ def test_a_curriculum_is_data(text):
     ("make", "error", "message"),
     [
         (lambda: Mix([]), EmptySupportError, "at least one source"),
-        (lambda: Source("a", []), EmptySupportError, "source 'a', got none"),
-        (lambda: Source("a", chat(), weight=0), ValueError, "weight above 0"),
-        (lambda: Source("a", 3), TypeError, "got int"),
-        (lambda: Source("a", chat(), kind="rerun"), ValueError, "kind one of"),
-        (lambda: Mix([Source("a", chat()), Source("a", chat())]), ValueError, "'a' twice"),
-        (lambda: Mix([Source("a", chat())], DEFAULT_CURRICULUM), ValueError, "stage 0: .* kind 'episode'"),
+        (lambda: MixSource("a", []), EmptySupportError, "source 'a', got none"),
+        (lambda: MixSource("a", chat(), weight=0), ValueError, "weight above 0"),
+        (lambda: MixSource("a", 3), TypeError, "got int"),
+        (lambda: MixSource("a", chat(), kind="rerun"), ValueError, "kind one of"),
+        (lambda: Mix([MixSource("a", chat()), MixSource("a", chat())]), ValueError, "'a' twice"),
+        (lambda: Mix([MixSource("a", chat())], DEFAULT_CURRICULUM), ValueError, "stage 0: .* kind 'episode'"),
         (
-            lambda: Mix([Source("a", Episodes(labelled()))], DEFAULT_CURRICULUM),
+            lambda: Mix([MixSource("a", Episodes(labelled()))], DEFAULT_CURRICULUM),
             ValueError,
             "stage 0: .* kind 'replay' for replay=0.3",
         ),
@@ -791,7 +791,7 @@ def test_mixes_that_cannot_be_drawn_are_refused(make, error, message):
 
 def test_a_finite_source_that_is_used_up_is_named():
     talks = [dataclasses.replace(talk, kind="episode") for talk in chat(3)]
-    mix = Mix([Source("three", talks)])
+    mix = Mix([MixSource("three", talks)])
     assert len(list(mix.stream(3))) == 3
     with pytest.raises(TooFewDemonstrationsError, match="source 'three' has no more after 3"):
         list(mix.stream(4))

@@ -40,7 +40,7 @@ from drum_hf.tuning import (
 )
 from drum_hf.tuning.collator import MASKED
 from drum_hf.tuning.config import TuningConfig
-from drum_hf.tuning.episodes import Conversation, Curriculum, Mix, Source, Stage, Turn, to_dataset
+from drum_hf.tuning.episodes import Conversation, Curriculum, Mix, MixSource, Stage, Turn, to_dataset
 from drum_hf.tuning.modules import add_lora, freeze_vision, lora_targets, part_of
 from drum_hf.types import Demonstration, ICLRequest, Query
 
@@ -250,7 +250,7 @@ def test_what_cannot_be_trained_on_is_an_error_that_names_it_before_training(ide
     with pytest.raises(TypeError, match="put Episodes into a Mix"):
         tuner(idefics, tmp_path, iter(TALKS))
     with pytest.raises(ValueError, match="set conversations= or max_steps="):
-        tuner(idefics, tmp_path, Mix([Source("copies", copies(2, 1))]), max_steps=-1)
+        tuner(idefics, tmp_path, Mix([MixSource("copies", copies(2, 1))]), max_steps=-1)
     rows = [{"messages": [{"role": "user", "content": "<image> what?"}, {"role": "assistant", "content": "red"}]}]
     with pytest.raises(RowError, match="1 slots for 0 images"):
         tuner(idefics, tmp_path, rows)
@@ -367,7 +367,7 @@ def test_it_learns_to_copy_what_its_context_shows(idefics, tmp_path):
 def curriculum_mix() -> Mix:
     stages = (Stage(share=1, replay=0.2), Stage(share=1, replay=0.6))
     chat = [talk((None, "which word?", word), kind="replay") for word in COPIED]
-    return Mix([Source("copies", copies(12, 3)), Source("chat", chat)], Curriculum(stages), seed=4)
+    return Mix([MixSource("copies", copies(12, 3)), MixSource("chat", chat)], Curriculum(stages), seed=4)
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -14,7 +14,7 @@ from ...scores.cached import CachedLVLM
 from ...scores.store import ScoreStore
 from ...types import LVLM, ICLRequest
 from ..answers import exact_match
-from ..likelihood import likeliest, option_probabilities
+from ..likelihood import Scoring, likeliest, option_probabilities
 from ..statistics import bootstrap_interval
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "BenchmarkItem",
     "BenchmarkResult",
     "Scorer",
-    "Scoring",
     "Shots",
     "ShotsResult",
     "letter_match",
@@ -32,7 +31,6 @@ __all__ = [
 ]
 
 Shots = int | Literal["all"]
-Scoring = Literal["likelihood", "generation"]
 #: (answer given, gold answer) -> 1.0 or 0.0
 Scorer = Callable[[str, str], float]
 

@@ -17,10 +17,10 @@ from ...encoders.joint import JointEncoder, build_encoder, encode_items
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-__all__ = ["SHAPES", "compare", "measure_encode", "shaped_encoder"]
+__all__ = ["ENCODER_SHAPES", "compare", "measure_encode", "shaped_encoder"]
 
 #: Encoders that can be measured: the playground's, and CLIP-B/32 (224 pixels, 512 dimensions) with random weights.
-SHAPES = ("playground", "clip-vit-b-32")
+ENCODER_SHAPES = ("playground", "clip-vit-b-32")
 
 
 def measure_encode(
@@ -37,7 +37,7 @@ def measure_encode(
     does other work, too, these waits count for more than what is measured.
 
     Args:
-        shape: one of `SHAPES`.
+        shape: one of `ENCODER_SHAPES`.
         items: with image, prompt and response each.
         batch_size: items that pass through the towers at once.
         repeats: pairs of timings, after one to warm up; the ratio is the median of theirs.
@@ -94,10 +94,10 @@ def shaped_encoder(shape: str, device: str | None, stack: ExitStack) -> Sentence
     """An encoder of a named shape; its files, where it needs any, live as long as the stack.
 
     Raises:
-        ValueError: not one of `SHAPES`.
+        ValueError: not one of `ENCODER_SHAPES`.
     """
-    if shape not in SHAPES:
-        raise ValueError(f"expected a shape of {', '.join(SHAPES)}; got {shape!r}")
+    if shape not in ENCODER_SHAPES:
+        raise ValueError(f"expected a shape of {', '.join(ENCODER_SHAPES)}; got {shape!r}")
     if shape == "playground":
         return build_encoder("playground/clip", device=device)
     from transformers import CLIPConfig, CLIPModel, CLIPProcessor

@@ -86,7 +86,7 @@ def train_retriever(
         "rounds": rounds,
         "candidates_per_round": candidates,
         "epochs_per_round": training.epochs,
-        "company_rounds": training.company_rounds,
+        "set_level_rounds": training.set_level_rounds,
         "learning_rate": training.learning_rate,
         "per_device_train_batch_size": training.batch_size,
         "list_size": training.list_size,

@@ -20,6 +20,7 @@ from ...evaluation.metrics import METRICS
 from ...evaluation.registry import STRATEGIES, takes_selector
 from ...selection import SELECTORS
 from ...training.methods import METHODS
+from ...types import TASKS
 from ...utils.files import read_yaml
 
 __all__ = ["SUITES", "DataSpec", "LVLMSpec", "SuiteSpec", "TrainingSpec", "load_suite", "split_name"]
@@ -27,7 +28,6 @@ __all__ = ["SUITES", "DataSpec", "LVLMSpec", "SuiteSpec", "TrainingSpec", "load_
 #: Suites that ship with the package, by name.
 SUITES: dict[str, Path] = {path.stem: path for path in sorted((Path(__file__).parent / "specs").glob("*.yaml"))}
 
-_TASKS = ("vqa", "classification", "captioning")
 #: "adaptive" needs a calibration, which a name alone can't give.
 _SELECTORS = tuple(name for name in SELECTORS if name != "adaptive")
 _WORLDS = ("easy", "standard", "hard")
@@ -107,7 +107,7 @@ class TrainingSpec:
         pairs: instead of both: the scored pairs in all after each round, in equal steps, such as [6000, 12000, 18000];
             what a query buys follows from the size of the support set, whose rows are the training queries.
         epochs: in each round.
-        company_rounds: of DRUM, how many of the last rounds score in company; its ancestors score alone.
+        set_level_rounds: of DRUM, how many of the last rounds set-level score; its ancestors score alone.
         learning_rate, batch_size, list_size, lora: as `drum_hf.experiments.demo.Settings` has them.
     """
 
@@ -115,7 +115,7 @@ class TrainingSpec:
     candidates: int = 10
     pairs: tuple[int, ...] = ()
     epochs: int = 3
-    company_rounds: int = 1
+    set_level_rounds: int = 1
     learning_rate: float = 3e-4
     batch_size: int = 64
     list_size: int = 8
@@ -329,8 +329,8 @@ def _check(spec: SuiteSpec) -> None:
     for name in ("rounds", "candidates", "epochs", "batch_size"):
         if getattr(budget, name) < 1:
             refuse(f"training.{name}", "at least 1", getattr(budget, name))
-    if budget.company_rounds < 0:
-        refuse("training.company_rounds", "at least 0", budget.company_rounds)
+    if budget.set_level_rounds < 0:
+        refuse("training.set_level_rounds", "at least 0", budget.set_level_rounds)
     if budget.list_size < 2:
         refuse("training.list_size", "at least 2, something to rank", budget.list_size)
     if budget.pairs and any(total != budget.pairs[0] * (i + 1) for i, total in enumerate(budget.pairs)):
@@ -385,8 +385,8 @@ def _data(name: str, entry: Any, where: str, folder: Path) -> DataSpec:
             raise SuiteError(f"{where}.seeds: a public data set has its own split; drop the key (seeds: of training)")
     if data.world and data.world not in _WORLDS:
         raise SuiteError(f"{where}.world: expected one of {', '.join(_WORLDS)}, got {data.world!r}")
-    if data.task not in _TASKS:
-        raise SuiteError(f"{where}.task: expected one of {', '.join(_TASKS)}, got {data.task!r}")
+    if data.task not in TASKS:
+        raise SuiteError(f"{where}.task: expected one of {', '.join(TASKS)}, got {data.task!r}")
     paths = {key: str(folder / value) for key in ("table", "queries", "data_dir") if (value := getattr(data, key))}
     return dataclasses.replace(data, **paths)
 

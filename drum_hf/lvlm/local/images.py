@@ -36,7 +36,7 @@ _PIXELS_AT_ONCE = {"cpu": 2 * 3 * 512 * 512, "other": 8 * 3 * 512 * 512}
 _FEWEST_AT_ONCE = 4
 
 #: Ends the key of an image that is one of several of its conversation, in families to which that matters.
-_IN_COMPANY = "+"
+_PAIRED = "+"
 
 _NOBODY = ICLRequest(Query(None, "nobody"))
 
@@ -169,7 +169,7 @@ class ImageInputs:
                     known[id(image)] = image_key(image)
                 key = known[id(image)]
                 if self._counts and len(row.images) > 1:
-                    key += _IN_COMPANY
+                    key += _PAIRED
                 images.setdefault(key, image)
                 own.append(key)
             keys.append(own)
@@ -222,13 +222,13 @@ class ImageInputs:
         start = 0
         while start < len(missing):
             batch = missing[start : start + self._at_once]
-            company = batch[0].endswith(_IN_COMPANY)
+            paired = batch[0].endswith(_PAIRED)
             if not self._pixels:  # how many go at once is known from the first
-                self._encode([images[batch[0]]], company=company)
+                self._encode([images[batch[0]]], paired=paired)
             # A few pictures are multiplied otherwise than many, and round otherwise; an image's features must not
             # depend on which others were known already, or a run that was taken up again would not be the same.
             fill = max(0, min(self._at_once, _FEWEST_AT_ONCE) - len(batch))
-            made = self._encode([images[key] for key in batch + batch[-1:] * fill], company=company)
+            made = self._encode([images[key] for key in batch + batch[-1:] * fill], paired=paired)
             made = made if made is None else made[: len(batch)]
             if made is None:
                 self._one_by_one = True  # what comes of several can't be told apart
@@ -246,14 +246,14 @@ class ImageInputs:
         most = _PIXELS_AT_ONCE.get(self.model.device.type, _PIXELS_AT_ONCE["other"])
         return max(1, min(self.batch_size, most // self._pixels))
 
-    def _encode(self, images: list[Image], company: bool) -> list[KeptImage] | None:
+    def _encode(self, images: list[Image], paired: bool) -> list[KeptImage] | None:
         """Several images at once through processor and vision tower; None where they come out as one.
 
-        With `company`, an image is shown beside another (itself), and the first of the two is kept.
+        With `paired`, an image is shown beside another (itself), and the first of the two is kept.
         """
         import torch
 
-        times = 2 if company else 1
+        times = 2 if paired else 1
         out = self.processor(
             text=[self.processor.image_token * times] * len(images),
             images=[[image] * times for image in images],
@@ -272,7 +272,7 @@ class ImageInputs:
         features = result.pooler_output
         self._stacked = isinstance(features, torch.Tensor)
         deep = list(getattr(result, "deepstack_features", None) or [])
-        if company:
+        if paired:
             parts = [[_flat(layer[0])] for layer in (features, *deep)]
         elif len(images) == 1:
             parts = [[_flat(features)], *([_flat(layer)] for layer in deep)]

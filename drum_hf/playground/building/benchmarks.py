@@ -30,7 +30,7 @@ from ...types import LVLM
 from ..language import CLASSIFY_PROMPTS, QUESTIONS, RESULT_PROMPT, private_words
 from ..scenes import ATTRIBUTES, CELLS, DIGITS, FRAMES, digit_images, render_digit, render_group, render_scene
 from .conversations import HELD_OUT, Album, Chat
-from .pretraining import TRAINING_DIGITS, Pool, render_pool
+from .pretraining import TRAINING_DIGITS, PicturePool, render_pool
 from .tower import random_digit, render_groups, render_pairs
 
 __all__ = ["SHOTS", "compare_lvlms", "format_comparison", "make_benchmarks", "ordinary_questions"]
@@ -112,7 +112,7 @@ def ordinary_questions(seed: int, count: int = 600) -> Benchmark:
     return Chat(album, turns=(1, 1), seed=seed).benchmark(count)
 
 
-def _new_pools(seed: int, count: int) -> list[Pool]:
+def _new_pools(seed: int, count: int) -> list[PicturePool]:
     made = [seed, 32]
     return [
         render_pool(made, count, count // 2, digits_from=NEW_DIGITS),

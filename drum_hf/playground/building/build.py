@@ -21,7 +21,7 @@ from ...tuning.episodes import Conversation
 from .conversations import DEMANDING, EVERYDAY, ORDINARY, Album, Chat
 from .curriculum import Encoder, train_chat, train_induction, train_pairs, train_widening
 from .lvlms import BLUEPRINTS, TinyLVLM
-from .pretraining import Pool, build_clip, probe, render_pool, train_clip, train_vision
+from .pretraining import PicturePool, build_clip, probe, render_pool, train_clip, train_vision
 from .tower import patch_states, render_groups, render_pairs, start_tower, train_tower
 from .tuning import VARIANTS, tune, tuning_folder
 
@@ -65,21 +65,21 @@ CHATS: dict[str, tuple[dict[str, float], int, dict[str, Any]]] = {
 }
 
 
-def _kept(work: Path, name: str, render: Callable[[], Pool]) -> Pool:
+def _kept(work: Path, name: str, render: Callable[[], PicturePool]) -> PicturePool:
     """A pool from the work directory, where it was rendered before."""
     from safetensors.torch import load_file, save_file
 
     pixels, facts = work / f"{name}.safetensors", work / f"{name}.json"
     if pixels.exists() and facts.exists():
         shown = json.loads(facts.read_text())
-        return Pool(load_file(pixels)["pixels"], shown["values"], shown["frames"])
+        return PicturePool(load_file(pixels)["pixels"], shown["values"], shown["frames"])
     pool = render()
     save_file({"pixels": pool.pixels}, pixels)
     facts.write_text(json.dumps({"values": pool.values, "frames": pool.frames}))
     return pool
 
 
-def render_all(work: Path, *, seed: int, steps: dict[str, int]) -> tuple[Pool, Pool, Pool]:
+def render_all(work: Path, *, seed: int, steps: dict[str, int]) -> tuple[PicturePool, PicturePool, PicturePool]:
     """Scenes and digits, pairs of digits, groups of objects."""
     work.mkdir(parents=True, exist_ok=True)
     return (
@@ -94,11 +94,13 @@ def render_all(work: Path, *, seed: int, steps: dict[str, int]) -> tuple[Pool, P
 
 
 @torch.no_grad()
-def _in_chunks(function: Callable[[torch.Tensor], torch.Tensor], pool: Pool, size: int = 500) -> torch.Tensor:
+def _in_chunks(function: Callable[[torch.Tensor], torch.Tensor], pool: PicturePool, size: int = 500) -> torch.Tensor:
     return torch.cat([function(pool.normalised(slice(i, i + size))) for i in range(0, len(pool), size)])
 
 
-def train_encoder(work: Path, *, seed: int, steps: dict[str, int], pool: Pool) -> tuple[Any, Any, Any, dict[str, Any]]:
+def train_encoder(
+    work: Path, *, seed: int, steps: dict[str, int], pool: PicturePool
+) -> tuple[Any, Any, Any, dict[str, Any]]:
     """The CLIP: its image tower by names first, then both towers by contrast.
 
     Returns:
@@ -131,7 +133,7 @@ def train_base(
     work: Path,
     lvlm: TinyLVLM,
     album: Album,
-    pools: Sequence[Pool],
+    pools: Sequence[PicturePool],
     *,
     seed: int,
     steps: dict[str, int],

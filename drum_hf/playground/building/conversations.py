@@ -40,7 +40,7 @@ from ..language import (
     private_words,
 )
 from ..scenes import ATTRIBUTES
-from .pretraining import Pool
+from .pretraining import PicturePool
 
 __all__ = ["HELD_OUT", "OPERATORS", "Album", "Chat", "PlaygroundEpisodes"]
 
@@ -57,7 +57,7 @@ OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": opera
 ASKED = QUESTIONS | {"digit": CLASSIFY_PROMPTS}
 #: What a number may count: the things that have a value, or all of them.
 COUNTED = ("with", "all")
-LETTERS = "ABCD"
+CHOICE_LETTERS = "ABCD"
 #: A draw that runs out of pictures on its way is begun again so many times.
 _TRIES = 50
 #: What ordinary chat is about at first; once naming is learnt; and at last. The tiny LVLM hardly learns to choose.
@@ -78,7 +78,7 @@ class Album:
         keys: hash of each.
     """
 
-    def __init__(self, pools: Sequence[Pool]) -> None:
+    def __init__(self, pools: Sequence[PicturePool]) -> None:
         self.pixels = np.concatenate([pool.pixels.numpy() for pool in pools])
         self.values = [values for pool in pools for values in pool.values]
         self.frames = [frame for pool in pools for frame in pool.frames]
@@ -226,7 +226,7 @@ class Chat:
         others = [others[i] for i in draw.rng.permutation(len(others))[: draw.rng.integers(1, 4)]]
         options = [value, *others]
         options = [options[i] for i in draw.rng.permutation(len(options))]
-        draw.say(row, choice_prompt(draw.ask(name), options), LETTERS[options.index(value)])
+        draw.say(row, choice_prompt(draw.ask(name), options), CHOICE_LETTERS[options.index(value)])
 
     def reckon(self, draw: _Draw) -> None:
         row = draw.row(self.album.pairs)
@@ -424,7 +424,7 @@ class PlaygroundEpisodes:
                 which = fitting[int(rng.integers(len(fitting)))] if fitting else which
             told.append(which)
             row = draw.row(self.cells[name, chosen[which], ""])
-            word = LETTERS[which] if listed else words[which]
+            word = CHOICE_LETTERS[which] if listed else words[which]
             draw.say(row, prompt, f"{chosen[which]} {word}", name, chosen[which])
 
     def _operators(self, draw: _Draw, turns: int, settings: EpisodeSettings) -> None:

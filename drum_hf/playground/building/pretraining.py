@@ -31,7 +31,7 @@ TRAINING_DIGITS = slice(0, None, 2)
 
 
 @dataclasses.dataclass(frozen=True)
-class Pool:
+class PicturePool:
     """Pictures to train on: pixels (N, 3, 32, 32) uint8, and what each shows."""
 
     pixels: torch.Tensor
@@ -54,7 +54,9 @@ def shrink(image: Image.Image) -> np.ndarray:
     return np.asarray(image.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
-def render_pool(seed: int | Sequence[int], scenes: int, digits: int, digits_from: np.ndarray | None = None) -> Pool:
+def render_pool(
+    seed: int | Sequence[int], scenes: int, digits: int, digits_from: np.ndarray | None = None
+) -> PicturePool:
     """Render scenes and digits (of the training rows, unless others are given): 1.3 ms a picture on one core."""
     rng = np.random.default_rng([*np.atleast_1d(seed), 1])
     pixels = np.empty((scenes + digits, 3, PIXELS, PIXELS), dtype=np.uint8)
@@ -72,7 +74,7 @@ def render_pool(seed: int | Sequence[int], scenes: int, digits: int, digits_from
             picture = render_digit(row, shown["colour"], shown["background"], frames[i], rng)
         values.append(shown)
         pixels[i] = shrink(picture)
-    return Pool(torch.from_numpy(pixels), values, frames)
+    return PicturePool(torch.from_numpy(pixels), values, frames)
 
 
 def build_tokenizer(
@@ -216,7 +218,7 @@ def _unique(texts: list[str]) -> Iterator[int]:
             yield i
 
 
-def _class_prompts(pool: Pool) -> list[tuple[str, list[str], np.ndarray]]:
+def _class_prompts(pool: PicturePool) -> list[tuple[str, list[str], np.ndarray]]:
     """For each attribute: its name, its values, and each row's value number (-1 where it has none)."""
     table = []
     for name, options in (*ATTRIBUTES.items(), ("digit", DIGITS), ("frame", tuple(sorted(FRAMES)))):
@@ -226,7 +228,7 @@ def _class_prompts(pool: Pool) -> list[tuple[str, list[str], np.ndarray]]:
     return table
 
 
-def train_vision(model, pool: Pool, *, seed: int, steps: int, checkpoint: Path, batch: int = 128):
+def train_vision(model, pool: PicturePool, *, seed: int, steps: int, checkpoint: Path, batch: int = 128):
     """Teach the CLIP's image tower to name every attribute through linear heads, which are then thrown away.
 
     Contrastive training alone reaches colours in 200 steps but shapes and digits only in many thousands.
@@ -252,7 +254,7 @@ def train_vision(model, pool: Pool, *, seed: int, steps: int, checkpoint: Path, 
     return train_steps("image tower", module, step_loss, steps, learning_rate=2e-3, checkpoint=checkpoint)
 
 
-def train_clip(model, processor, pool: Pool, *, seed: int, steps: int, checkpoint: Path, batch: int = 192):
+def train_clip(model, processor, pool: PicturePool, *, seed: int, steps: int, checkpoint: Path, batch: int = 192):
     """Contrastive training on captions, and on single values against their attribute's other values.
 
     Captions of which a batch holds two alike count once. The second term is what a web of short captions gives a
@@ -296,7 +298,7 @@ def train_clip(model, processor, pool: Pool, *, seed: int, steps: int, checkpoin
 
 
 @torch.no_grad()
-def probe(features: torch.Tensor, pool: Pool, seed: int = 0) -> dict[str, float]:
+def probe(features: torch.Tensor, pool: PicturePool, seed: int = 0) -> dict[str, float]:
     """Accuracy of a linear probe for each attribute on held-out rows of the pool; features (N, D)."""
     import warnings
 

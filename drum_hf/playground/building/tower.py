@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ...evaluation.benchmarks.benchmarks import side_by_side
 from ..scenes import ATTRIBUTES, CELLS, DIGITS, FRAMES, digit_images, render_digit, render_group
 from .lvlms import TinyLVLM
-from .pretraining import PATCH, PIXELS, TRAINING_DIGITS, WIDTH, Pool, shifted, shrink, train_steps
+from .pretraining import PATCH, PIXELS, TRAINING_DIGITS, WIDTH, PicturePool, shifted, shrink, train_steps
 
 __all__ = ["patch_states", "render_groups", "render_pairs", "start_tower", "train_tower"]
 
@@ -43,7 +43,7 @@ def random_group(rng: np.random.Generator) -> tuple[list[dict[str, str] | None],
     return things, str(rng.choice(ATTRIBUTES["background"]))
 
 
-def render_pairs(seed: int | Sequence[int], count: int, digits_from: np.ndarray | None = None) -> Pool:
+def render_pairs(seed: int | Sequence[int], count: int, digits_from: np.ndarray | None = None) -> PicturePool:
     """Two digits side by side: values "left" and "right"; of the training rows, unless others are given."""
     rng = np.random.default_rng([*np.atleast_1d(seed), 11])
     labels = digit_images()[1]
@@ -53,10 +53,10 @@ def render_pairs(seed: int | Sequence[int], count: int, digits_from: np.ndarray 
         left, right = (int(row) for row in rng.choice(rows, 2, replace=False))
         pixels[i] = shrink(side_by_side([random_digit(left, rng), random_digit(right, rng)]))
         values.append({"left": DIGITS[labels[left]], "right": DIGITS[labels[right]]})
-    return Pool(torch.from_numpy(pixels), values, [""] * count)
+    return PicturePool(torch.from_numpy(pixels), values, [""] * count)
 
 
-def render_groups(seed: int | Sequence[int], count: int) -> Pool:
+def render_groups(seed: int | Sequence[int], count: int) -> PicturePool:
     """Groups of objects: values "0 shape", "0 colour", … of the filled cells, and the background."""
     rng = np.random.default_rng([*np.atleast_1d(seed), 12])
     pixels, values = np.empty((count, 3, PIXELS, PIXELS), dtype=np.uint8), []
@@ -67,7 +67,7 @@ def render_groups(seed: int | Sequence[int], count: int) -> Pool:
             f"{place} {name}": value for place, thing in enumerate(things) for name, value in (thing or {}).items()
         }
         values.append(shown | {"background": background})
-    return Pool(torch.from_numpy(pixels), values, [""] * count)
+    return PicturePool(torch.from_numpy(pixels), values, [""] * count)
 
 
 def start_tower(tower: nn.Module, image_tower: nn.Module) -> None:
@@ -94,7 +94,7 @@ def _means(states: torch.Tensor) -> dict[str, torch.Tensor]:
     return found
 
 
-def _targets(pool: Pool) -> list[tuple[str, str, torch.Tensor]]:
+def _targets(pool: PicturePool) -> list[tuple[str, str, torch.Tensor]]:
     """(place, attribute, number of its value or -1 where it shows none) of everything a pool's pictures show."""
     options = {name: (*values, EMPTY) for name, values in ATTRIBUTES.items()} | {"digit": DIGITS}
     options |= {"frame": tuple(sorted(FRAMES))}
@@ -110,7 +110,7 @@ def _targets(pool: Pool) -> list[tuple[str, str, torch.Tensor]]:
 
 
 def train_tower(
-    lvlm: TinyLVLM, pools: Sequence[Pool], *, seed: int, steps: int, checkpoint: Path, batch: int = 64
+    lvlm: TinyLVLM, pools: Sequence[PicturePool], *, seed: int, steps: int, checkpoint: Path, batch: int = 64
 ) -> dict[str, float]:
     """Teach the tower to name what the pools' pictures show, `batch` of each in a step."""
     sizes = {name: len(values) + 1 for name, values in ATTRIBUTES.items()} | {"digit": 10, "frame": len(FRAMES)}
@@ -141,6 +141,6 @@ def train_tower(
 
 
 @torch.no_grad()
-def patch_states(lvlm: TinyLVLM, pool: Pool, size: int = 500) -> torch.Tensor:
+def patch_states(lvlm: TinyLVLM, pool: PicturePool, size: int = 500) -> torch.Tensor:
     """What the tower makes of a pool's pictures: (N, patches, width), half precision."""
     return torch.cat([lvlm.see(pool.normalised(slice(i, i + size))).half() for i in range(0, len(pool), size)])

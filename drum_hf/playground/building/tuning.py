@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...tuning import ICLTuner, ICLTuningArguments
-from ...tuning.episodes import Curriculum, Mix, Source, Stage
+from ...tuning.episodes import Curriculum, Mix, MixSource, Stage
 from .conversations import Album, Chat, PlaygroundEpisodes
 
 __all__ = ["CURRICULUM", "RULES", "VARIANTS", "Variant", "make_mix", "tune", "tuning_folder"]
@@ -72,12 +72,12 @@ def make_mix(album: Album, variant: Variant, *, seed: int = 7) -> Mix:
     """The conversations that a variant is tuned on."""
     sources = []
     if variant.replay or not variant.episodes:
-        sources.append(Source("chat", Chat(album, turns=(1, 6), seed=seed), kind="replay"))
+        sources.append(MixSource("chat", Chat(album, turns=(1, 6), seed=seed), kind="replay"))
     if not variant.episodes:
         return Mix(sources, seed=seed)
     for number, (rule, weight) in enumerate(RULES.items()):
         drawn = PlaygroundEpisodes(album, rule, coherent=variant.coherent, seed=seed + number)
-        sources.append(Source(rule, drawn, weight))
+        sources.append(MixSource(rule, drawn, weight))
     stages = CURRICULUM.stages if variant.curriculum else CURRICULUM.stages[-1:]
     if not variant.replay:
         stages = tuple(dataclasses.replace(stage, replay=None) for stage in stages)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from .compare import Comparer, Comparison, Outcome, Strategy, similarity
+from .compare import Comparer, Outcome, RetrieverView, SideBySide, similarity
 from .page import build_app, launch
 
-__all__ = ["Comparer", "Comparison", "Outcome", "Strategy", "build_app", "launch", "similarity"]
+__all__ = ["Comparer", "SideBySide", "Outcome", "RetrieverView", "build_app", "launch", "similarity"]

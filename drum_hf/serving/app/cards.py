@@ -8,7 +8,7 @@ import io
 from typing import TYPE_CHECKING
 
 from ...evaluation.metrics import exact_match
-from .compare import Comparison, Outcome
+from .compare import Outcome, SideBySide
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,7 +83,7 @@ def error_card(message: str) -> str:
     return f'<div class="drum-error" role="alert">{html.escape(message)}</div>'
 
 
-def answer_card(comparison: Comparison, gold: Sequence[str] = ()) -> str:
+def answer_card(comparison: SideBySide, gold: Sequence[str] = ()) -> str:
     """The answer without demonstrations, and the gold response where it is known."""
     known = f'<div class="drum-quiet">Gold response: {html.escape(" / ".join(gold))}</div>' if gold else ""
     title = "Zero-shot answer, also the draft for retrieval"

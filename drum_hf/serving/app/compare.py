@@ -12,7 +12,7 @@ import numpy as np
 
 from ...encoders.joint import PARTS
 from ...errors import RowError
-from ...retriever.retriever import STRATEGIES
+from ...retriever.retriever import PART_WEIGHTS
 from ...scores.cached import CachedLVLM
 from ...scores.store import ScoreStore
 from ...types import LVLM, ICLRequest, Query, Retrieval
@@ -20,7 +20,7 @@ from ...types import LVLM, ICLRequest, Query, Retrieval
 if TYPE_CHECKING:
     from ...retriever.retriever import DemoRetriever
 
-__all__ = ["Comparer", "Comparison", "Outcome", "Strategy", "retrieve_weighted", "similarity", "strategy_name"]
+__all__ = ["Comparer", "SideBySide", "Outcome", "RetrieverView", "retrieve_weighted", "similarity", "strategy_name"]
 
 _NAMES = {
     "si": "SI",
@@ -41,7 +41,7 @@ def strategy_name(weights: Mapping[str, float]) -> str:
     'draft'
     """
     used = [weights[part] > 0 for part in PARTS]
-    for key, parts in STRATEGIES.items():
+    for key, parts in PART_WEIGHTS.items():
         if used == [weight > 0 for weight in parts]:
             return _NAMES[key]
     parts_used = (part for part, there in zip(PARTS, used, strict=True) if there)
@@ -49,7 +49,7 @@ def strategy_name(weights: Mapping[str, float]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Strategy:
+class RetrieverView:
     """One of the strategies that are compared.
 
     Attributes:
@@ -75,7 +75,7 @@ def similarity(
     *,
     encoder: str | os.PathLike[str] | None = None,
     device: str | None = None,
-) -> Strategy:
+) -> RetrieverView:
     """A strategy without training over the same support set, to compare a retriever with.
 
     Args:
@@ -87,11 +87,11 @@ def similarity(
     Raises:
         ValueError: an unknown strategy.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"expected one of the strategies {', '.join(STRATEGIES)}, got {strategy!r}")
-    weights = dict(zip(PARTS, STRATEGIES[strategy], strict=True))
+    if strategy not in PART_WEIGHTS:
+        raise ValueError(f"expected one of the strategies {', '.join(PART_WEIGHTS)}, got {strategy!r}")
+    weights = dict(zip(PARTS, PART_WEIGHTS[strategy], strict=True))
     if retriever.teacher is None and encoder is None and all(retriever.weights.values()):
-        return Strategy(retriever, weights=weights)
+        return RetrieverView(retriever, weights=weights)
     untrained = type(retriever).from_encoder(
         encoder or retriever.base_model,
         support=retriever.support,
@@ -101,7 +101,7 @@ def similarity(
         revision=None if encoder else retriever.base_revision,
         device=device,
     )
-    return Strategy(untrained, weights=weights)
+    return RetrieverView(untrained, weights=weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Outcome:
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class SideBySide:
     """A query, the LVLM's answer without demonstrations, and what each strategy came to.
 
     Attributes:
@@ -218,7 +218,7 @@ class Comparer:
         ValueError: no strategy, or weights that its retriever has no vectors for.
     """
 
-    def __init__(self, lvlm: LVLM, strategies: Sequence[Strategy], *, max_new_tokens: int = 32) -> None:
+    def __init__(self, lvlm: LVLM, strategies: Sequence[RetrieverView], *, max_new_tokens: int = 32) -> None:
         if not strategies:
             raise ValueError("expected at least one strategy to compare, got none")
         self.lvlm = CachedLVLM(lvlm, ScoreStore())
@@ -228,7 +228,7 @@ class Comparer:
 
     def __call__(
         self, query: Query, shots: int, weights: Sequence[Mapping[str, float] | None] | None = None
-    ) -> Comparison:
+    ) -> SideBySide:
         """Carry it out for one query.
 
         Args:
@@ -262,4 +262,4 @@ class Comparer:
             Outcome(strategy.name or strategy_name(given), given, *seen, answer)
             for strategy, given, seen, answer in zip(self.strategies, by_strategy, found, answers, strict=True)
         )
-        return Comparison(query, tuple(outcomes))
+        return SideBySide(query, tuple(outcomes))

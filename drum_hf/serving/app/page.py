@@ -12,7 +12,7 @@ from ...errors import DrumError, ImageError
 from ...types import LVLM, Demonstration, Query
 from ...utils.optional import require
 from .cards import CSS, answer_card, error_card, outcome_cards, thumbnail
-from .compare import Comparer, Strategy, strategy_name
+from .compare import Comparer, RetrieverView, strategy_name
 
 if TYPE_CHECKING:
     import gradio
@@ -32,10 +32,10 @@ _SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif
 
 
 def build_app(
-    retriever: DemoRetriever | Strategy,
+    retriever: DemoRetriever | RetrieverView,
     lvlm: LVLM,
     *,
-    second: DemoRetriever | Strategy | None = None,
+    second: DemoRetriever | RetrieverView | None = None,
     examples: TripletTable | None = None,
     max_new_tokens: int = 32,
     concurrency: int = 1,
@@ -62,7 +62,8 @@ def build_app(
     gr: Any = require("gradio", "the app")
     given = [retriever] if second is None else [retriever, second]
     strategies = [
-        s if isinstance(s, Strategy) else Strategy(s, "Trained retriever" if s.teacher else "") for s in given
+        s if isinstance(s, RetrieverView) else RetrieverView(s, "Trained retriever" if s.teacher else "")
+        for s in given
     ]
     compare = Comparer(lvlm, strategies, max_new_tokens=max_new_tokens)
     for strategy in strategies:
@@ -214,7 +215,7 @@ def launch(
     return url
 
 
-def _about(strategy: Strategy) -> str:
+def _about(strategy: RetrieverView) -> str:
     retriever = strategy.retriever
     if retriever.teacher:
         return f"{retriever.base_model}, trained on the feedback of {retriever.teacher.get('name')}. Part weights:"
@@ -236,11 +237,11 @@ def _spread(table: TripletTable) -> list[Demonstration]:
     return [table[table.ids[at]] for at in rows[::step][:_EXAMPLES]]
 
 
-def _rounded(strategy: Strategy) -> list[float]:
+def _rounded(strategy: RetrieverView) -> list[float]:
     return [round(strategy.start[part], 2) for part in PARTS]
 
 
-def _read(weights: Sequence[float], strategies: Sequence[Strategy]) -> list[dict[str, float] | None]:
+def _read(weights: Sequence[float], strategies: Sequence[RetrieverView]) -> list[dict[str, float] | None]:
     """Weights by strategy; None where the sliders stand as they did, since they show learned weights rounded."""
     triples = [list(weights[at : at + len(PARTS)]) for at in range(0, len(weights), len(PARTS))]
     return [
@@ -249,7 +250,7 @@ def _read(weights: Sequence[float], strategies: Sequence[Strategy]) -> list[dict
     ]
 
 
-def _sliders(gr: Any, strategy: Strategy) -> list[Any]:
+def _sliders(gr: Any, strategy: RetrieverView) -> list[Any]:
     sliders = []
     with gr.Row():
         for part, start in zip(PARTS, _rounded(strategy), strict=True):

@@ -9,7 +9,7 @@ Doveh et al., 2024).
   from public formats, `split_concepts` makes train and test of it, and `check_disjoint` says whether they are apart;
 - `Episodes` draws conversations from a table as `EpisodeSettings` say;
 - `read_llava` and `read_messages` read conversations that exist already, such as instruction data to replay;
-- `Mix` draws from several `Source`s as a `Curriculum` says and reports what came of it.
+- `Mix` draws from several `MixSource`s as a `Curriculum` says and reports what came of it.
 
 Everything is drawn with generators seeded by (seed, number), so that any worker can draw any conversation again.
 """
@@ -20,7 +20,7 @@ from .curriculum import DEFAULT_CURRICULUM, Curriculum, Stage
 from .draw import choice_prompt
 from .episode_list import ConversationList, read_llava, read_messages, to_dataset
 from .maker import Episodes
-from .mix import Mix, MixReport, Source
+from .mix import Mix, MixReport, MixSource
 from .readers import (
     SEED_HELD_OUT,
     SEED_TRAINED,
@@ -52,7 +52,7 @@ __all__ = [
     "SEED_TRAINED",
     "SEED_TYPES",
     "SEED_UNSEEN",
-    "Source",
+    "MixSource",
     "Stage",
     "Turn",
     "check_disjoint",

@@ -11,7 +11,7 @@ from ...data.columns import LETTERS, NamedClasses
 from ...data.table import TripletTable
 from ...errors import ColumnError, EmptySupportError, RowError
 
-COLUMNS = ("image", "concepts", "question", "answer", "options", "caption")
+CONCEPT_COLUMNS = ("image", "concepts", "question", "answer", "options", "caption")
 
 
 def match_columns(data: Any, columns: Mapping[str, str], concepts: Mapping[str, str] | None) -> dict[str, str]:
@@ -27,10 +27,10 @@ def match_columns(data: Any, columns: Mapping[str, str], concepts: Mapping[str, 
         found = data.column_names
     else:
         found = list(dict.fromkeys(name for row in data if isinstance(row, Mapping) for name in row))
-    unknown = [ours for ours in columns if ours not in COLUMNS]
+    unknown = [ours for ours in columns if ours not in CONCEPT_COLUMNS]
     if unknown:
-        raise ColumnError(f"columns= names {unknown[0]!r}, which is none of ours: {', '.join(COLUMNS)}")
-    names = {ours: columns.get(ours, ours) for ours in COLUMNS}
+        raise ColumnError(f"columns= names {unknown[0]!r}, which is none of ours: {', '.join(CONCEPT_COLUMNS)}")
+    names = {ours: columns.get(ours, ours) for ours in CONCEPT_COLUMNS}
     needed = {"image", *columns} | (set() if concepts else {"concepts"})
     for ours, theirs in [*((o, n) for o, n in names.items() if o in needed), *(concepts or {}).items()]:
         if theirs not in found:
@@ -75,7 +75,7 @@ def triplet_texts(table: TripletTable) -> list[dict[str, Any]]:
 def row_check(
     columns: Mapping[str, str], concepts: Mapping[str, str] | None
 ) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    names = {ours: columns.get(ours, ours) for ours in COLUMNS}
+    names = {ours: columns.get(ours, ours) for ours in CONCEPT_COLUMNS}
 
     def check(row: Mapping[str, Any]) -> dict[str, Any]:
         if concepts:

@@ -16,7 +16,7 @@ from ...data.table import MAX_PIXELS
 from ...errors import EmptySupportError, RowError
 from .files import OnBadRows, read_each, read_json, undecoded
 from .tables import Contents, contents_of
-from .types import FORMS, IMAGE_SLOT, Conversation, Kind, Turn
+from .types import FORMS, IMAGE_SLOT, Conversation, ConversationKind, Turn
 
 if TYPE_CHECKING:
     import datasets
@@ -151,7 +151,7 @@ def read_parts(content: Any) -> tuple[str, list[Any]]:
 def read_llava(
     data: str | os.PathLike[str] | Sequence[Mapping[str, Any]],
     *,
-    kind: Kind = "replay",
+    kind: ConversationKind = "replay",
     source: str = "",
     image_root: str | os.PathLike[str] | None = None,
     on_bad_rows: OnBadRows = "raise",
@@ -204,7 +204,7 @@ def read_llava(
 def read_messages(
     data: datasets.Dataset | Sequence[Mapping[str, Any]],
     *,
-    kind: Kind = "replay",
+    kind: ConversationKind = "replay",
     source: str = "",
     image_root: str | os.PathLike[str] | None = None,
     on_bad_rows: OnBadRows = "raise",

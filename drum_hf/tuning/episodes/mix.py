@@ -18,7 +18,7 @@ from .draw import REPEATS, no_more
 from .episode_list import ConversationList, to_dataset
 from .settings import EpisodeSettings
 from .tables import Contents, contents_of
-from .types import KINDS, Conversation, Kind
+from .types import CONVERSATION_KINDS, Conversation, ConversationKind
 
 if TYPE_CHECKING:
     import datasets
@@ -34,7 +34,7 @@ class Drawable(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class MixSource:
     """One ingredient of a mix.
 
     Attributes:
@@ -51,7 +51,7 @@ class Source:
     name: str
     conversations: Drawable | Sequence[Conversation] = dataclasses.field(repr=False)
     weight: float = 1.0
-    kind: Kind | None = None
+    kind: ConversationKind | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
@@ -65,8 +65,8 @@ class Source:
             raise EmptySupportError(f"expected conversations in source {self.name!r}, got none; leave it out")
         else:
             kind = self.kind or self._peek(0).kind
-        if kind not in KINDS:
-            raise ValueError(f"expected kind one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+        if kind not in CONVERSATION_KINDS:
+            raise ValueError(f"expected kind one of {', '.join(map(repr, CONVERSATION_KINDS))}, got {kind!r}")
         object.__setattr__(self, "kind", kind)
 
     def _peek(self, index: int) -> Conversation:
@@ -107,12 +107,12 @@ class Mix:
         >>> from drum_hf.tuning.episodes import Turn
         >>> talks = [Conversation((Turn(None, f"{n} + 1 is", str(n + 1)),), "sum", "", "open") for n in range(9)]
         >>> chat = [Conversation((Turn(None, "Hello!", "Hello."),), "", "", "open", kind="replay")]
-        >>> mix = Mix([Source("sums", talks, weight=3), Source("chat", chat)], seed=5)
+        >>> mix = Mix([MixSource("sums", talks, weight=3), MixSource("chat", chat)], seed=5)
         >>> mix.report(8).counts["kind"]
         {'episode': 6, 'replay': 2}
     """
 
-    def __init__(self, sources: Iterable[Source], curriculum: Curriculum | None = None, *, seed: int = 0) -> None:
+    def __init__(self, sources: Iterable[MixSource], curriculum: Curriculum | None = None, *, seed: int = 0) -> None:
         self.sources = list(sources)
         self.curriculum = curriculum
         self.seed = seed

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Form = Literal["open", "choice", "caption"]
-Kind = Literal["episode", "replay"]
+ConversationKind = Literal["episode", "replay"]
 FORMS: tuple[Form, ...] = get_args(Form)
-KINDS: tuple[Kind, ...] = get_args(Kind)
+CONVERSATION_KINDS: tuple[ConversationKind, ...] = get_args(ConversationKind)
 
 #: What stands for an image in texts of LLaVA's format, and in many chat templates.
 IMAGE_SLOT = "<image>"
@@ -89,13 +89,13 @@ class Conversation:
     value: str
     form: Form
     source: str = ""
-    kind: Kind = "episode"
+    kind: ConversationKind = "episode"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "turns", tuple(self.turns))
         if not self.turns:
             raise RowError("expected at least one turn in a conversation, got none; leave it out")
-        for name, value, known in (("form", self.form, FORMS), ("kind", self.kind, KINDS)):
+        for name, value, known in (("form", self.form, FORMS), ("kind", self.kind, CONVERSATION_KINDS)):
             if value not in known:
                 raise ValueError(f"expected {name} one of {', '.join(map(repr, known))}, got {value!r}")
         keys = [turn.image_key for turn in self.turns if turn.image_key]
