@@ -68,6 +68,7 @@ setup(
         "Pillow>=10",
         "PyYAML>=6",
         "pyarrow>=15",
+        "regex>=2023.8",
         "requests>=2.28",
         "safetensors>=0.4.5",
         "scikit-learn>=1.3",
