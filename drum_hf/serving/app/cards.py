@@ -58,7 +58,7 @@ def thumbnail(image: Image) -> Image:
     """RGB, at most 256 pixels a side; tiny pictures are enlarged with their pixels as squares, by a whole factor."""
     from PIL.Image import Resampling
 
-    small = image.convert("RGB")
+    small = image.copy()
     longer = max(small.size)
     if longer <= _TINY:
         factor = _SIDE // longer
@@ -71,7 +71,7 @@ def _picture(image: Image | None, alt: str) -> str:
     if image is None:
         return '<div class="drum-none drum-quiet">no image</div>'
     tiny = max(image.size) <= _TINY
-    small, kind = (image.convert("RGB"), "PNG") if tiny else (thumbnail(image), "JPEG")
+    small, kind = (image, "PNG") if tiny else (thumbnail(image), "JPEG")
     data = io.BytesIO()
     small.save(data, kind)
     source = f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
