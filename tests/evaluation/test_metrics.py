@@ -19,7 +19,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from drum_hf.errors import RowError
-from drum_hf.evaluation import answers, metrics
+from drum_hf.evaluation import answers, hf_metrics, metrics
 from drum_hf.evaluation.cider import cider_d, ptb_tokenize
 from drum_hf.evaluation.metrics import (
     METRICS,
@@ -398,7 +398,7 @@ def test_evaluate_metrics_equal_the_functions(name, key, tmp_path):
 
     cls = getattr(metrics, name)
     metric = cls(cache_dir=str(tmp_path))
-    assert isinstance(metric, evaluate.Metric) and cls.__module__ == "drum_hf.evaluation.metrics"
+    assert isinstance(metric, evaluate.Metric) and cls.__module__ == "drum_hf.evaluation.hf_metrics"
     result = metric.compute(predictions=PREDICTIONS, references=REFERENCES[key])
     values = METRICS[key](PREDICTIONS, REFERENCES[key])
     assert result == {key: pytest.approx(values.mean()), "per_item": values.tolist()}
@@ -407,15 +407,15 @@ def test_evaluate_metrics_equal_the_functions(name, key, tmp_path):
         metric.add(prediction=prediction, reference=references)
     assert metric.compute() == result
     assert pickle.loads(pickle.dumps(cls)) is cls
-    assert name in metrics.__all__
+    assert name in hf_metrics.__all__
 
 
 def test_evaluate_metrics_pass_options_and_name_the_item(tmp_path):
-    metric = metrics.VQAAccuracy(cache_dir=str(tmp_path))
+    metric = hf_metrics.VQAAccuracy(cache_dir=str(tmp_path))
     result = metric.compute(predictions=["Yes"], references=[["yes"] * 10], always_normalize=True)
     assert result["vqa_accuracy"] == 1.0
     with pytest.raises(RowError, match="item 1"):
-        metrics.ExactMatch(cache_dir=str(tmp_path)).compute(predictions=["a", "b"], references=[["a"], []])
+        hf_metrics.ExactMatch(cache_dir=str(tmp_path)).compute(predictions=["a", "b"], references=[["a"], []])
 
 
 def test_vqa_accuracy_by_answer_and_question_type():
@@ -424,7 +424,7 @@ def test_vqa_accuracy_by_answer_and_question_type():
     references = [[vqa_rule.variants(text, rng) for _ in range(10)] for text in answers_]
     kinds = [rng.choice(["yes/no", "number", "other"]) for _ in answers_]
     questions = [rng.choice(["how many", "what is the", "is this"]) for _ in answers_]
-    metric = metrics.VQAAccuracy()
+    metric = hf_metrics.VQAAccuracy()
     result = metric.compute(predictions=answers_, references=references, answer_types=kinds, question_types=questions)
     by_hand = [vqa_rule.accuracy(*pair) for pair in zip(answers_, references, strict=True)]
     assert result["vqa_accuracy"] == pytest.approx(np.mean(by_hand))
@@ -467,7 +467,7 @@ def test_evaluate_metrics_write_nothing_and_need_no_hub(tmp_path):
     (tmp_path / "here").mkdir()
     code = """
 from drum_hf.evaluation import metrics
-print(metrics.VQAAccuracy().compute(predictions=["2"], references=[["2"] * 10])["vqa_accuracy"])
+print(hf_metrics.VQAAccuracy().compute(predictions=["2"], references=[["2"] * 10])["vqa_accuracy"])
 for name in ("ExactMatch", "Top1Accuracy", "CIDErD"):
     getattr(metrics, name)().compute(predictions=["a"], references=[["a"]])
 metrics.ROCAUC().compute(prediction_scores=[0.0, 1.0], references=[0, 1])
@@ -490,9 +490,9 @@ for name in ("NDCG", "RecallAtK"):
 
 
 def test_evaluate_metrics_of_several_processes_meet_in_a_folder(tmp_path):
-    together = metrics.ExactMatch(cache_dir=str(tmp_path), num_process=2, process_id=0)
+    together = hf_metrics.ExactMatch(cache_dir=str(tmp_path), num_process=2, process_id=0)
     assert not together.keep_in_memory and Path(together.data_dir).is_dir()
-    kept = metrics.ExactMatch(cache_dir=str(tmp_path / "none"), keep_in_memory=False)
+    kept = hf_metrics.ExactMatch(cache_dir=str(tmp_path / "none"), keep_in_memory=False)
     assert kept.compute(predictions=["a"], references=[["a"]])["exact_match"] == 1.0
 
 
