@@ -78,7 +78,12 @@ def as_query(
     elif isinstance(given, Demonstration):
         query = trusted(Query, image=given.image, prompt=given.prompt, id=given.id, group=given.group)
     else:
-        row = given if isinstance(given, Mapping) else {"image": given}
+        if not isinstance(given, Mapping) and not is_image(given):
+            raise ColumnError(
+                f"{name}: expected a Query, a dict with 'image' and 'prompt', or an image, got {type(given).__name__}"
+            )
+        image_alone = not isinstance(given, Mapping) or (given and given.keys() <= {"bytes", "path"})
+        row = {"image": given} if image_alone else given
         _refuse_keys(row, name)
         id, group = (_name(row, key, name) for key in ("id", "group"))
         name = name if id is None else f"query {id!r}"
@@ -94,7 +99,7 @@ def as_query(
         try:
             image = None if image is None else load_image(image, urls=urls, timeout=timeout)
         except ImageError as error:
-            hint = "" if row is given else "; a query is an image, or a dict with 'image' and 'prompt'"
+            hint = "; a query is an image, or a dict with 'image' and 'prompt'" if image_alone else ""
             raise ImageError(f"{name}, column 'image': {error}{hint}") from error
         query = Query(image, prompt, draft, id, group)
     if query.image is None and not query.prompt.strip():
@@ -133,9 +138,9 @@ def as_queries(rows: Iterable[Any]) -> Iterator[Query]:
 
 
 def as_rows(rows: Any) -> Any:
-    """Rows of data frames, and of data sets with their images undecoded: we decode them within our bounds.
+    """Rows of a data frame or a data set of `datasets`: of its columns those that a query may have.
 
-    Whatever else comes back as it is.
+    Images stay undecoded: we decode them within our bounds. Whatever else comes back as it is.
 
     Raises:
         ColumnError: it is several data sets.
@@ -145,13 +150,14 @@ def as_rows(rows: Any) -> Any:
     if isinstance(rows, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         raise ColumnError(f"expected queries, got a {type(rows).__name__}; pass one of its splits: {', '.join(rows)}")
     if isinstance(rows, (datasets.Dataset, datasets.IterableDataset)):
-        for name, feature in (rows.features or {}).items():
-            if isinstance(feature, datasets.Image) and feature.decode:
-                rows = rows.cast_column(name, datasets.Image(decode=False))
-    elif hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # pandas; as an iterable it is its columns' names
-        return rows.to_dict("records")
-    elif hasattr(rows, "to_dicts"):  # polars
-        return rows.to_dicts()
+        ours = [name for name in rows.column_names or () if name in _KEYS]
+        rows = rows.select_columns(ours) if ours else rows
+        if isinstance((rows.features or {}).get("image"), datasets.Image):
+            rows = rows.cast_column("image", datasets.Image(decode=False))
+    elif hasattr(rows, "columns") and (hasattr(rows, "to_dicts") or hasattr(rows, "to_dict")):  # polars or pandas
+        ours = [name for name in rows.columns if name in _KEYS]
+        rows = rows[ours] if ours else rows
+        rows = rows.to_dicts() if hasattr(rows, "to_dicts") else rows.to_dict("records")
     return rows
 
 

@@ -231,7 +231,13 @@ def _is_loaded(source: Any) -> bool:
     """Whether it is what `load_image` gives."""
     from PIL.Image import Image
 
-    return type(source) is Image and source.mode == "RGB" and not source.info and not source.getexif()
+    return (
+        type(source) is Image
+        and source.mode == "RGB"
+        and source.width * source.height > 0
+        and not source.info
+        and not source.getexif()
+    )
 
 
 def _is_lazy(image: Image) -> bool:
