@@ -29,7 +29,7 @@ def lvlm_path() -> str:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("DIFFICULTIES", "World", "make_world"):
+    if name in ("DIFFICULTIES", "World", "make_world", "world_rows"):
         from . import worlds
 
         return getattr(worlds, name)

@@ -49,7 +49,7 @@ def small_batches(monkeypatch):
             return None
 
     for name, value in {"_ASKED": 5, "_CAPTIONED": 2, "_DIGITS": 2, "ProcessPoolExecutor": Here}.items():
-        monkeypatch.setattr(drum_hf.experiments.bench.vectors, name, value)
+        monkeypatch.setattr(drum_hf.playground.building.rows, name, value)
     monkeypatch.setattr(drum_hf.playground.building.rows, "as_completed", lambda futures: futures)
 
 
