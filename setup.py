@@ -61,6 +61,7 @@ setup(
         "datasets>=4",
         "evaluate>=0.4.3",
         "faiss-cpu>=1.10",
+        "httpx>=0.27",
         "huggingface_hub>=1.0",
         "numpy>=1.24",
         "peft>=0.17",

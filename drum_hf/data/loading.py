@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from ..errors import ColumnError, EmptySupportError, SavedFileError
 from ..types import content_key
 from ..utils.files import read_parquet, refuse_special
-from .images import FORMATS
+from ..utils.images import FORMATS, MAX_PIXELS
 from .storage import saved_about
-from .table import MAX_PIXELS, TripletTable
+from .table import TripletTable
 
 if TYPE_CHECKING:
     import datasets

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..errors import EmptySupportError, RowError, SavedFileError
 from ..types import content_key
+from ..utils.images import MAX_PIXELS
 from .columns import COLUMNS, LETTERS, NamedClasses
-from .images import MAX_PIXELS
 from .loading import (
     ask_hub,
     is_saved_dataset,

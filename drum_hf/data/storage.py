@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ImageError, SavedFileError
 from .columns import COLUMNS
-from .images import CHUNK
+from .images import CHUNK, decode_as
 from .records import Record, Records
 
 if TYPE_CHECKING:
@@ -34,21 +36,43 @@ def write_table(
     *,
     fingerprint: str,
     references: Sequence[str | None] | None = None,
+    max_pixels: int,
+    files: Sequence[Path] = (),
 ) -> None:
-    """Write a table; with `references`, the images' names relative to a folder in place of their bytes."""
+    """Write a table; with `references`, the images' names relative to a folder in place of their bytes.
+
+    Args:
+        max_pixels: of the pictures, which are compared with their hashes where they may have changed since the rows
+            were checked: they are files, or come from saved tables.
+        files: these saved tables.
+
+    Raises:
+        ImageError: a picture is gone, or another than its hash says.
+    """
     import pyarrow.parquet as pq
+
+    compared: set[tuple[str, bytes]] = set()  # a picture with twenty questions is decoded once
+
+    def whole(record: Record, source: dict[str, Any]) -> dict[str, Any] | None:
+        image = _whole_image(record, source)
+        if image is not None and (files or source["bytes"] is None):
+            seen = record.image_key, hashlib.sha256(image["bytes"]).digest()
+            if seen not in compared:
+                where = source["path"] if source["bytes"] is None else ", ".join(map(str, files))
+                decode_as(image, record.image_key, id=record.id, max_pixels=max_pixels, where=where)
+                compared.add(seen)
+        return image
 
     file.parent.mkdir(parents=True, exist_ok=True)
     schema = saved_schema(fingerprint, by_reference=references is not None)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
-        with pq.ParquetWriter(partial, schema) as writer:
+        with pq.ParquetWriter(partial, schema) as writer, ThreadPoolExecutor(4) as decoders:
             for start in range(0, len(records), CHUNK):
                 chunk = slice(start, start + CHUNK)
-                if references is None:
-                    stored = map(_whole_image, records[chunk], images[chunk]["image"])
-                else:
-                    stored = (name and {"bytes": None, "path": name} for name in references[chunk])  # type: ignore
+                stored = list(decoders.map(whole, records[chunk], images[chunk]["image"]))
+                if references is not None:
+                    stored = [name and {"bytes": None, "path": name} for name in references[chunk]]  # type: ignore
                 writer.write_table(_arrow(records[chunk], stored, schema))
         os.replace(partial, file)
     finally:

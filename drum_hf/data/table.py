@@ -14,11 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import DuplicateIdError, ImageError, LeakError, MissingIdError
-from ..types import Demonstration, Query, content_key, image_key
+from ..errors import DuplicateIdError, LeakError, MissingIdError
+from ..types import Demonstration, Query, content_key, trusted
 from ..utils.files import writing
+from ..utils.images import MAX_PIXELS
 from .columns import no_rows, open_columns
-from .images import MAX_PIXELS, ImageCache, decode
+from .images import ImageCache, decode_as
 from .records import MappedRecords, Record, Records, fingerprint_of, ids_of, joined, take
 from .rows import check_rows, refuse_duplicate_ids, shorten
 from .saved import map_table, read_table
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     import datasets
     from PIL.Image import Image
 
-__all__ = ["MAX_PIXELS", "TripletTable", "check_leaks", "find_twins"]
+__all__ = ["TripletTable", "check_leaks", "find_twins"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class TripletTable:
         self._records = records
         self._images = images
         self._cache = ImageCache(cache_images)
-        self._by_reference = False  # images are files that the one who saved the table had, too
+        self._files: tuple[Path, ...] = ()  # saved tables whose pictures this one may hold
         self._rows = {id: row for row, id in enumerate(ids_of(records))}
 
     @classmethod
@@ -175,7 +176,15 @@ class TripletTable:
         """A row as a query: image and prompt, with the id and group that keep it from demonstrating itself."""
         row = self.row(id)
         record = self._records[row]
-        return Query(self._image(row), record.prompt, draft, record.id, record.group, key=record.query_key)
+        return trusted(
+            Query,
+            image=self._image(row),
+            prompt=record.prompt,
+            draft=draft,
+            id=record.id,
+            group=record.group,
+            key=record.query_key,
+        )
 
     @functools.cached_property
     def ids(self) -> list[str]:
@@ -284,7 +293,7 @@ class TripletTable:
             max_pixels=max(self.max_pixels, other.max_pixels),
             cache_images=self._cache.limit,
         )
-        table._by_reference = self._by_reference or other._by_reference
+        table._files = tuple(dict.fromkeys(self._files + other._files))
         return table
 
     # Files
@@ -309,14 +318,22 @@ class TripletTable:
             The file written; it replaces an older one only when complete.
 
         Raises:
-            ImageError: an image file that the table refers to has gone since it was checked; or an image to be
-                referred to is not a file, or lies outside `image_root`.
+            ImageError: an image file that the table refers to has gone, or shows another picture, since it was
+                checked; or an image to be referred to is not a file, or lies outside `image_root`.
             SavedFileError: the disk is full, or the folder can't be written.
         """
         file = table_file(path)
         names = image_references(self._records, self._images, image_root) if images == "reference" else None
         with writing(file):
-            write_table(file, self._records, self._images, fingerprint=self.fingerprint, references=names)
+            write_table(
+                file,
+                self._records,
+                self._images,
+                fingerprint=self.fingerprint,
+                references=names,
+                max_pixels=self.max_pixels,
+                files=self._files,
+            )
         return file
 
     @classmethod
@@ -332,15 +349,14 @@ class TripletTable:
     ) -> TripletTable:
         """Read what `save` wrote: same ids, same hashes, pixel-equal images, held in memory as encoded bytes.
 
-        Texts are compared with the hashes saved beside them; images are checked when they are decoded.
+        Texts are compared with the hashes saved beside them, and images when they are decoded or saved again.
 
         Args:
             path: the file, or the folder it was saved in.
             mmap: hold the ids in memory and nothing else: rows and images are read when they are asked for, from an
                 Arrow file that is made at the first time and mapped. Lists of a whole column, such as `prompts`, are
                 in memory once they were asked for.
-            image_root: where the images lie of a table that was saved with references to them; their pixels are
-                compared with the hashes beside them when they are first read.
+            image_root: the folder of the images of a table that was saved with references to them.
             cache_dir: of the Arrow files; None: as `datasets` has it (`HF_DATASETS_CACHE`). Nothing but disk is lost
                 by deleting them.
             max_pixels, cache_images: as in `from_dataset`.
@@ -352,7 +368,7 @@ class TripletTable:
         file = table_file(path)
         saved = map_table(file, image_root, cache_dir) if mmap else read_table(file, image_root)
         table = cls(saved.records, saved.images, max_pixels=max_pixels, cache_images=cache_images)
-        table._by_reference = saved.by_reference
+        table._files = (file,)
         table.fingerprint = saved.fingerprint  # found to be that of the rows
         return table
 
@@ -370,12 +386,22 @@ class TripletTable:
             max_pixels=self.max_pixels,
             cache_images=self._cache.limit,
         )
-        table._by_reference = self._by_reference
+        table._files = self._files
         return table
 
     def _demonstration(self, row: int) -> Demonstration:
         id, prompt, response, references, group, label, key, *_ = self._records[row]
-        return Demonstration(id, self._image(row), prompt, response, references, group, label, key=key)
+        return trusted(
+            Demonstration,
+            id=id,
+            image=self._image(row),
+            prompt=prompt,
+            response=response,
+            references=references,
+            group=group,
+            label=label,
+            key=key,
+        )
 
     def _image(self, row: int) -> Image | None:
         record = self._records[row]
@@ -383,16 +409,9 @@ class TripletTable:
             return None
         image = self._cache.get(record.image_key)
         if image is None:
-            try:
-                image = decode(self._images[row]["image"], max_pixels=self.max_pixels)
-            except ImageError as error:
-                raise ImageError(f"id {record.id!r}, {error}; it was readable when the table was made") from error
-            if self._by_reference and image_key(image) != record.image_key:
-                path = self._images[row]["image"]["path"]
-                raise ImageError(
-                    f"id {record.id!r}, column 'image': {path} shows another picture than when the table was saved; "
-                    "put the very file there, or make the table anew"
-                )
+            source = self._images[row]["image"]
+            where = source["path"] if source["bytes"] is None else ", ".join(map(str, self._files))
+            image = decode_as(source, record.image_key, id=record.id, max_pixels=self.max_pixels, where=where)
             self._cache.put(record.image_key, image)
         return image
 
