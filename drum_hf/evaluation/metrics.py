@@ -1,8 +1,4 @@
-"""Every metric: functions, a registry of those that the evaluator knows by name, and `evaluate.Metric` subclasses.
-
-`VQAAccuracy`, `ExactMatch`, `Top1Accuracy`, `CIDErD`, `ROCAUC`, `NDCG`, `RecallAtK` and `Utility` need no Hub: make
-one and call `compute`. They are imported on first access, so that importing this module stays light.
-"""
+"""Every metric as a function, and a registry of those that the evaluator knows by name."""
 
 from __future__ import annotations
 
@@ -21,19 +17,9 @@ from .roc import roc_auc, roc_auc_items, roc_auc_of_labels
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-_EVALUATE_CLASSES = ("CIDErD", "ExactMatch", "NDCG", "ROCAUC", "RecallAtK", "Top1Accuracy", "Utility", "VQAAccuracy")
-
-__all__ = [  # noqa: F822 (the evaluate.Metric subclasses come from __getattr__)
-    "CIDErD",
-    "ExactMatch",
+__all__ = [
     "METRICS",
     "Metric",
-    "NDCG",
-    "ROCAUC",
-    "RecallAtK",
-    "Top1Accuracy",
-    "Utility",
-    "VQAAccuracy",
     "cider_d",
     "exact_match",
     "get_metric",
@@ -158,12 +144,3 @@ def means_by(values: npt.ArrayLike, kinds: Sequence[Hashable]) -> dict[Any, floa
     for row, kind in enumerate(kinds):
         rows.setdefault(kind, []).append(row)
     return {kind: float(array[own].mean()) for kind, own in rows.items()}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EVALUATE_CLASSES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .hf_metrics import evaluate_classes
-
-    globals().update(evaluate_classes())
-    return globals()[name]

@@ -19,7 +19,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from drum_hf.errors import RowError
-from drum_hf.evaluation import answers, metrics
+from drum_hf.evaluation import answers, hf_metrics, metrics
 from drum_hf.evaluation.cider import cider_d, ptb_tokenize
 from drum_hf.evaluation.metrics import (
     METRICS,
@@ -396,9 +396,9 @@ def test_cider_d_strings_and_tokens_are_not_mixed_up():
 def test_evaluate_metrics_equal_the_functions(name, key, tmp_path):
     import evaluate
 
-    cls = getattr(metrics, name)
+    cls = getattr(hf_metrics, name)
     metric = cls(cache_dir=str(tmp_path))
-    assert isinstance(metric, evaluate.Metric) and cls.__module__ == "drum_hf.evaluation.metrics"
+    assert isinstance(metric, evaluate.Metric) and cls.__module__ == "drum_hf.evaluation.hf_metrics"
     result = metric.compute(predictions=PREDICTIONS, references=REFERENCES[key])
     values = METRICS[key](PREDICTIONS, REFERENCES[key])
     assert result == {key: pytest.approx(values.mean()), "per_item": values.tolist()}
@@ -407,15 +407,15 @@ def test_evaluate_metrics_equal_the_functions(name, key, tmp_path):
         metric.add(prediction=prediction, reference=references)
     assert metric.compute() == result
     assert pickle.loads(pickle.dumps(cls)) is cls
-    assert name in metrics.__all__
+    assert name in hf_metrics.__all__
 
 
 def test_evaluate_metrics_pass_options_and_name_the_item(tmp_path):
-    metric = metrics.VQAAccuracy(cache_dir=str(tmp_path))
+    metric = hf_metrics.VQAAccuracy(cache_dir=str(tmp_path))
     result = metric.compute(predictions=["Yes"], references=[["yes"] * 10], always_normalize=True)
     assert result["vqa_accuracy"] == 1.0
     with pytest.raises(RowError, match="item 1"):
-        metrics.ExactMatch(cache_dir=str(tmp_path)).compute(predictions=["a", "b"], references=[["a"], []])
+        hf_metrics.ExactMatch(cache_dir=str(tmp_path)).compute(predictions=["a", "b"], references=[["a"], []])
 
 
 def test_vqa_accuracy_by_answer_and_question_type():
@@ -424,7 +424,7 @@ def test_vqa_accuracy_by_answer_and_question_type():
     references = [[vqa_rule.variants(text, rng) for _ in range(10)] for text in answers_]
     kinds = [rng.choice(["yes/no", "number", "other"]) for _ in answers_]
     questions = [rng.choice(["how many", "what is the", "is this"]) for _ in answers_]
-    metric = metrics.VQAAccuracy()
+    metric = hf_metrics.VQAAccuracy()
     result = metric.compute(predictions=answers_, references=references, answer_types=kinds, question_types=questions)
     by_hand = [vqa_rule.accuracy(*pair) for pair in zip(answers_, references, strict=True)]
     assert result["vqa_accuracy"] == pytest.approx(np.mean(by_hand))
@@ -442,11 +442,11 @@ def test_vqa_accuracy_by_answer_and_question_type():
 
 
 def test_evaluate_roc_auc_and_utility():
-    result = metrics.ROCAUC().compute(prediction_scores=[-0.1, -2.3, -0.7, -0.7], references=[1, 0, 1, 0])
+    result = hf_metrics.ROCAUC().compute(prediction_scores=[-0.1, -2.3, -0.7, -0.7], references=[1, 0, 1, 0])
     assert result == {"roc_auc": 0.875}
     close = np.array([1.0, 1.0 + 1e-12])  # float32 would make a tie of them
-    assert metrics.ROCAUC().compute(prediction_scores=close, references=[0, 1]) == {"roc_auc": 1.0}
-    gain = metrics.Utility().compute(predictions=[-0.5, -2.0], references=[-1.5, -1.5])
+    assert hf_metrics.ROCAUC().compute(prediction_scores=close, references=[0, 1]) == {"roc_auc": 1.0}
+    gain = hf_metrics.Utility().compute(predictions=[-0.5, -2.0], references=[-1.5, -1.5])
     assert gain == {"utility": 0.25, "per_item": [1.0, -0.5]}
 
 
@@ -455,8 +455,8 @@ def test_evaluate_rankings_equal_the_functions():
     scores = [{"a": -0.1, "b": -2.0, "c": -3.0}, {"a": -1.0, "d": -0.5}]
     rows = [[{"id": i, "score": value} for i, value in own.items()] for own in scores]
     for cls, key, function in (
-        (metrics.NDCG, "ndcg", lvlm_ndcg_at_k),
-        (metrics.RecallAtK, "recall", lvlm_recall_at_k),
+        (hf_metrics.NDCG, "ndcg", lvlm_ndcg_at_k),
+        (hf_metrics.RecallAtK, "recall", lvlm_recall_at_k),
     ):
         expected = [function(ids, own, 2) for ids, own in zip(ranked, scores, strict=True)]
         result = cls().compute(predictions=ranked, references=rows, k=2)
@@ -466,14 +466,14 @@ def test_evaluate_rankings_equal_the_functions():
 def test_evaluate_metrics_write_nothing_and_need_no_hub(tmp_path):
     (tmp_path / "here").mkdir()
     code = """
-from drum_hf.evaluation import metrics
-print(metrics.VQAAccuracy().compute(predictions=["2"], references=[["2"] * 10])["vqa_accuracy"])
+from drum_hf.evaluation import hf_metrics
+print(hf_metrics.VQAAccuracy().compute(predictions=["2"], references=[["2"] * 10])["vqa_accuracy"])
 for name in ("ExactMatch", "Top1Accuracy", "CIDErD"):
-    getattr(metrics, name)().compute(predictions=["a"], references=[["a"]])
-metrics.ROCAUC().compute(prediction_scores=[0.0, 1.0], references=[0, 1])
-metrics.Utility().compute(predictions=[0.0], references=[-1.0])
+    getattr(hf_metrics, name)().compute(predictions=["a"], references=[["a"]])
+hf_metrics.ROCAUC().compute(prediction_scores=[0.0, 1.0], references=[0, 1])
+hf_metrics.Utility().compute(predictions=[0.0], references=[-1.0])
 for name in ("NDCG", "RecallAtK"):
-    getattr(metrics, name)().compute(predictions=[["a"]], references=[[{"id": "a", "score": -1.0}]])
+    getattr(hf_metrics, name)().compute(predictions=[["a"]], references=[[{"id": "a", "score": -1.0}]])
 """
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "HOME": str(tmp_path / "home")}
     package = str(Path(metrics.__file__).parents[2])
@@ -490,9 +490,9 @@ for name in ("NDCG", "RecallAtK"):
 
 
 def test_evaluate_metrics_of_several_processes_meet_in_a_folder(tmp_path):
-    together = metrics.ExactMatch(cache_dir=str(tmp_path), num_process=2, process_id=0)
+    together = hf_metrics.ExactMatch(cache_dir=str(tmp_path), num_process=2, process_id=0)
     assert not together.keep_in_memory and Path(together.data_dir).is_dir()
-    kept = metrics.ExactMatch(cache_dir=str(tmp_path / "none"), keep_in_memory=False)
+    kept = hf_metrics.ExactMatch(cache_dir=str(tmp_path / "none"), keep_in_memory=False)
     assert kept.compute(predictions=["a"], references=[["a"]])["exact_match"] == 1.0
 
 
@@ -500,11 +500,6 @@ def test_means_by_kind():
     assert metrics.means_by([1, 0, 0.5], ["x", "y", "x"]) == {"x": 0.75, "y": 0.0}
     with pytest.raises(ValueError, match="1 kinds"):
         metrics.means_by([1.0, 2.0], ["x"])
-
-
-def test_unknown_attribute():
-    with pytest.raises(AttributeError, match="NoSuchMetric"):
-        _ = metrics.NoSuchMetric
 
 
 def test_importing_the_metrics_is_light():

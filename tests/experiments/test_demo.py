@@ -12,7 +12,7 @@ from tiny_encoders import tiny_clip
 from tiny_training import StubLVLM, coloured_table
 
 from drum_hf.data import TripletTable, check_leaks
-from drum_hf.experiments.demo import METHODS, Settings, evaluate_strategies, run_experiment, split_table
+from drum_hf.experiments.demo import TRAINED, Settings, evaluate_strategies, run_experiment, split_table
 from drum_hf.retriever.retriever import DemoRetriever
 
 SETTINGS = Settings(
@@ -49,7 +49,7 @@ def test_an_experiment_writes_its_results_and_runs_again_for_nothing(tmp_path, c
     assert (results["task"], results["world_seed"], results["shots"]) == ("vqa", 5, 2)
     assert results["seconds"] > 0
     assert results["scored_pairs"] == 16 * (3 + 2)  # three alone, two of them again at set level
-    names = {"zero-shot", "random", "fixed", "si", "st", "sit", "sit+draft", "bm25", "oracle", *METHODS}
+    names = {"zero-shot", "random", "fixed", "si", "st", "sit", "sit+draft", "bm25", "oracle", *TRAINED}
     assert set(results["strategies"]) == names
     for name, row in results["strategies"].items():
         assert 0 <= row["ci"][0] <= row["metric"] <= row["ci"][1] <= 1, name
@@ -57,7 +57,7 @@ def test_an_experiment_writes_its_results_and_runs_again_for_nothing(tmp_path, c
         if row["by_shots"]:
             at_shots = row["by_shots"]["2"]
             assert (at_shots["metric"], at_shots["ci"]) == (row["metric"], row["ci"]), name
-    for name in METHODS:
+    for name in TRAINED:
         pairs = results["strategies"][name]["by_pairs"]
         assert [p for p, _ in pairs] == [0, 48, 80 if name == "drum" else 96]
         assert pairs[0][1] == results["strategies"]["sit+draft"]["metric"]
@@ -106,7 +106,7 @@ def test_strategies_by_name(clip, tables):
     assert results["strategies"]["oracle"]["metric"] == 1.0
     assert list(results["strategies"]["sit"]["by_shots"]) == ["1", "2"]
     assert all(r.query.draft is None for r in lvlm.asked)
-    for name, message in (("drum", "retriever"), ("luck", "none of")):
+    for name, message in (("drum", "retriever"), ("luck", "unknown")):
         with pytest.raises(ValueError, match=message):
             evaluate_strategies(support, queries, names=[name], shots=[1], lvlm=lvlm, encoder=clip, task="vqa")
 
