@@ -206,9 +206,9 @@ def _notes(table: TripletTable, sizes: Mapping[str, tuple[int, int]]) -> list[st
     notes = []
     groups = {group for group in table.groups if group is not None}
     if len(groups) == 1 and len(table) > 1 and None not in table.groups:
-        notes.append(
-            f"all rows are of the group {groups.pop()!r}: none may demonstrate another, and nothing can be split off"
-        )
+        is_one_picture = len(set(table.image_keys)) == 1 and any(table.image_keys)
+        joined = "show one picture" if is_one_picture else f"are of the group {groups.pop()!r}"
+        notes.append(f"all rows {joined}: none may demonstrate another, and nothing can be split off")
     if twins := _twins(table):
         notes.append(
             f"{twins} images are in several rows that no group joins: a row may demonstrate another question about "

@@ -135,7 +135,8 @@ def match_columns(
     take("response", _USUAL["response"])
     chat = next((name for name in _CHATS if name in found and "response" not in names), None)
     if chat is None:
-        if "response" not in given and "references" not in names and _is_list(first(names.get("response", ""))):
+        found_here = "response" in names and "response" not in given
+        if found_here and "references" not in names and _is_list(first(names["response"])):
             names["references"] = names.pop("response")
         if not names.keys() & {"response", "references"}:
             take("response", _USUAL["references"])
@@ -542,15 +543,14 @@ class RowCheck:
         self.check_image = check_image
         # A picture with twenty questions is one file: hash it once.
         self.file_key = functools.lru_cache(maxsize=4096)(self._file_key)
-        self.blanks: Counter[str] = Counter()  # column -> cells with blanks around them
+        self.blanks: dict[str, list[str]] = {}  # column -> cells with blanks around them
         self.later_turns = 0  # rows whose conversation goes on
 
     def said(self) -> list[str]:
         """What was read otherwise than it stands, a sentence each."""
         said = [
-            f"column {name!r}: {count} cells are read without the blanks around them"
-            for name, count in self.blanks.items()
-            if count
+            f"column {name!r}: {len(cells)} cells are read without the blanks around them, such as {_brief(cells[0])}"
+            for name, cells in self.blanks.items()
         ]
         if self.later_turns:
             said.append(f"column {self.columns.chat!r}: {self.later_turns} rows have later turns, which are not used")
@@ -600,8 +600,8 @@ class RowCheck:
 
     def _stripped(self, value: Any, name: str, expected: str) -> str:
         text = _valid_text(value, name, expected)
-        stripped = text.strip()
-        self.blanks[name] += stripped != text
+        if (stripped := text.strip()) != text:
+            self.blanks.setdefault(name, []).append(text)
         return stripped
 
     def _optional(self, values: Mapping[str, Any], ours: str) -> str | None:
@@ -609,6 +609,8 @@ class RowCheck:
         value = None if name is None else values.get(name)
         if name is None or _is_absent(value):
             return None
+        if ours == "label" and name == self.names.get("response"):
+            return _valid_text(value, name, "a text, or none").strip() or None
         if ours == "label":
             return self._stripped(value, name, "a text, or none") if str(value).strip() else None
         return _valid_text(value, name, "a text, or none")
