@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .options import column_options
+from .options import column_options, group_of, image_check, load_images_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..data import Source, TableReport
 
 __all__ = ["add", "run"]
@@ -22,9 +25,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     check = verbs.add_parser("check", help="say what a table holds and what is wrong with it; status 1 if anything is")
-    check.add_argument("path", metavar="PATH", help="CSV, TSV, JSONL, JSON or parquet file, or a folder")
+    check.add_argument("path", metavar="PATH", help="whatever --data of the other verbs takes")
     check.add_argument("--split", help="which split, where there are several")
     column_options(check)
+    check.add_argument("--lvlm", metavar="NAME", help="ask this LVLM's processor, too: what it refuses, what it shows")
     check.add_argument("--source", metavar="NAME", help="PATH is a copy of this public data set")
     check.add_argument("--limit", type=int, help="with --source: the first so many rows")
     check.add_argument("--show", type=int, default=20, help="bad rows told, at most (default: %(default)s)")
@@ -45,24 +49,46 @@ def _check(args: argparse.Namespace) -> int:
 
     from ..data import check_table
 
+    processor = None if args.lvlm is None else load_images_of(args.lvlm, args)
     report = check_table(
         args.path,
         source=args.source,
         split=args.split,
         columns=dict(args.columns or ()),
+        group=group_of(args),
         image_root=args.image_root,
         limit=args.limit,
+        check_image=None if processor is None else image_check(processor),
     )
     if args.json:
         bad = [{"row": row, "problem": problem} for row, problem in report.bad_rows]
         content = dataclasses.asdict(report) | {"bad_rows": bad, "ok": report.ok}
         sys.stdout.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     else:
-        sys.stdout.write("\n".join(_told(report, args.show)) + "\n")
+        shown = None if processor is None else functools.partial(_as_chat, processor)
+        sys.stdout.write("\n".join(map(_printable, _told(report, args.show, shown))) + "\n")
     return 0 if report.ok else 1
 
 
-def _told(report: TableReport, show: int) -> list[str]:
+def _as_chat(processor: Any, row: dict[str, str]) -> str:
+    """A row as a demonstration in the LVLM's own chat template."""
+    parts: list[dict[str, Any]] = [{"type": "image"}] if row["image"] else []
+    parts += [{"type": "text", "text": row["prompt"]}] if row["prompt"] else []
+    answer = [{"type": "text", "text": row["response"]}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+    return str(processor.apply_chat_template(turns, tokenize=False))
+
+
+def _printable(line: str) -> str:
+    """A line without what a terminal would obey: control characters come as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in line)
+
+
+def _cut(text: str, most: int = 200) -> str:
+    return repr(text) if len(text) <= most else f"{text[:most]!r}…"
+
+
+def _told(report: TableReport, show: int, shown: Callable[[dict[str, str]], str] | None) -> list[str]:
     lines = [f"{report.path}: {report.kind or 'not readable'}"]
     if report.columns:
         lines.append("columns: " + ", ".join(_renamed(*pair) for pair in report.columns.items()))
@@ -75,7 +101,11 @@ def _told(report: TableReport, show: int) -> list[str]:
     for count, what in ((report.without_image, "an image"), (report.without_prompt, "a prompt")):
         if count:
             lines.append(f"{count} of them without {what}")
-    lines += [f"  {one['id']}: {one['prompt']!r} -> {one['response']!r}" for one in report.examples]
+    for one in report.examples:
+        image = f"[image {one['image']}] " if one["image"] else ""
+        lines.append(f"  {one['id']}: {image}{_cut(one['prompt'])} -> {_cut(one['response'])}")
+        if shown is not None:
+            lines.append(f"    {_cut(shown(one), 1000)}")
     lines += [f"note: {note}" for note in report.notes]
     lines += [f"problem: {problem}" for problem in report.problems]
     if report.bad_rows:

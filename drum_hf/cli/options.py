@@ -11,6 +11,10 @@ from ..errors import ModelError
 from ..types import TASKS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from PIL.Image import Image
+
     from ..data import TripletTable
     from ..experiments.demo import Settings
     from ..lvlm.endpoint.model import OpenAILVLM
@@ -24,7 +28,10 @@ __all__ = [
     "data_options",
     "default_to_no_lvlm",
     "default_to_teacher",
+    "group_of",
+    "image_check",
     "ints",
+    "load_images_of",
     "load_lvlm",
     "load_teacher",
     "make_settings",
@@ -131,6 +138,13 @@ def column_options(group: argparse._ActionsContainer) -> None:
         help="what the table calls id, image, prompt, response, references, group or label",
     )
     group.add_argument("--image-root", metavar="DIR", help="folder that image paths are relative to")
+    group.add_argument(
+        "--group",
+        metavar="COLUMN",
+        default="image",
+        help="rows that may not demonstrate one another: image (those of one picture, the default), none, or the "
+        "column that names their group",
+    )
 
 
 def data_options(
@@ -146,7 +160,8 @@ def data_options(
     group.add_argument(
         "--data",
         required=required,
-        help="table of demonstrations: CSV, JSONL or parquet, or a folder of images with one of these",
+        help="table of demonstrations: CSV, TSV, JSONL, JSON, parquet or Arrow, a folder of images with one of these, "
+        "a folder of class folders, a zip of such a folder, or a data set of the Hub",
     )
     if queries is not None:
         group.add_argument("--queries", help=queries)
@@ -177,15 +192,66 @@ def training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="of training and sampling (%(default)s)")
 
 
+def group_of(args: argparse.Namespace) -> str | None:
+    """What `--group` means to `load_table`."""
+    return None if args.group == "none" else args.group
+
+
 def read_table(path: str, args: argparse.Namespace) -> TripletTable:
+    """The table at a path; images that a local LVLM's processor refuses are bad rows."""
     from ..data import load_table
 
+    lvlm = None if getattr(args, "endpoint", None) else getattr(args, "lvlm", None)
+    # the models that ship take any image
+    check = image_check(load_images_of(lvlm, args)) if lvlm and not lvlm.startswith("playground/") else None
     return load_table(
         path,
         on_bad_rows="skip" if args.skip_bad_rows else "raise",
         columns=dict(args.columns or ()),
+        group=group_of(args),
         image_root=args.image_root,
+        check_image=check,
     )
+
+
+def load_images_of(lvlm: str, args: argparse.Namespace) -> Any:
+    """An LVLM's processor, without its weights.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    from transformers import AutoConfig
+
+    from ..lvlm.local.processors import load_processor
+    from ..utils.optional import loading, resolve_name
+
+    place, revision = resolve_name(lvlm), getattr(args, "lvlm_revision", None)
+    hub = {} if revision is None else {"revision": revision}
+    with loading("an LVLM", lvlm):
+        return load_processor(place, AutoConfig.from_pretrained(place, **hub), **hub)
+
+
+def image_check(processor: Any) -> Callable[[Image], None]:
+    """For `load_table`: refuses images that a processor refuses, by their size."""
+    from ..errors import ImageError
+
+    refused: dict[tuple[int, int], str] = {}  # "" where it is taken
+
+    def check(image: Image) -> None:
+        if image.size not in refused:
+            try:
+                processor.image_processor(images=[image], return_tensors="pt")
+                refused[image.size] = ""
+            # Processors raise what they like.
+            except Exception as error:
+                refused[image.size] = f"{type(error).__name__}: {error}"
+        if refused[image.size]:
+            raise ImageError(
+                f"the LVLM's processor refuses this image of {image.width} x {image.height} pixels "
+                f"({refused[image.size]}); crop it"
+            )
+
+    return check
 
 
 def read_tables(args: argparse.Namespace) -> tuple[TripletTable, TripletTable]:

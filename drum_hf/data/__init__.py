@@ -2,9 +2,8 @@
 
 from ..utils.images import MAX_PIXELS, load_image
 from .check import TableReport, check_table
-from .loading import load_table
 from .sources import SOURCES, Source, SourcePart, find_source, load_triplets
-from .table import TripletTable, check_leaks, find_twins
+from .table import TripletTable, check_leaks, find_twins, load_table
 
 __all__ = [
     "MAX_PIXELS",

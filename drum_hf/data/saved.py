@@ -1,27 +1,179 @@
-"""A saved table is read, each row compared with its hashes, and held in memory or in a file that is mapped."""
+"""A table's own parquet file: written whole, read with each row compared with its hashes, and mapped where asked."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import SavedFileError
+from ..errors import ImageError, SavedFileError
 from ..types import content_key
 from ..utils.files import checksum, plain_schema, read_batches, writing
-from .images import image_column, image_dataset
-from .records import MappedRecords, Record, Records, arrow_rows, fingerprint_of, ids_of
-from .storage import BY_REFERENCE, FORMAT_VERSION, altered, is_in, saved_about, saved_schema, stored_name
+from .images import CHUNK, decode_as, image_column, image_dataset
+from .rows import COLUMNS, MappedRecords, Record, Records, arrow_rows, fingerprint_of, ids_of
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-__all__ = ["SavedTable", "map_table", "read_table"]
+__all__ = ["SavedTable", "map_table", "read_table", "write_table"]
+
+FORMAT_VERSION = 1
+_FILE_NAME = "triplets.parquet"
+
+
+def table_file(path: str | os.PathLike[str]) -> Path:
+    file = Path(path)
+    return file if file.suffix == ".parquet" else file / _FILE_NAME
+
+
+def write_table(
+    file: Path,
+    records: Records,
+    images: datasets.Dataset,
+    *,
+    fingerprint: str,
+    references: Sequence[str | None] | None = None,
+    max_pixels: int,
+    files: Sequence[Path] = (),
+) -> None:
+    """Write a table; with `references`, the images' names relative to a folder in place of their bytes.
+
+    Args:
+        max_pixels: of the pictures, which are compared with their hashes where they may have changed since the rows
+            were checked: they are files, or come from saved tables.
+        files: these saved tables.
+
+    Raises:
+        ImageError: a picture is gone, or another than its hash says.
+    """
+    import pyarrow.parquet as pq
+
+    compared: set[tuple[str, bytes]] = set()  # a picture with twenty questions is decoded once
+
+    def whole(record: Record, source: dict[str, Any]) -> dict[str, Any] | None:
+        image = _whole_image(record, source)
+        if image is not None and (files or source["bytes"] is None):
+            seen = record.image_key, hashlib.sha256(image["bytes"]).digest()
+            if seen not in compared:
+                where = source["path"] if source["bytes"] is None else ", ".join(map(str, files))
+                decode_as(image, record.image_key, id=record.id, max_pixels=max_pixels, where=where)
+                compared.add(seen)
+        return image
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    schema = saved_schema(fingerprint, by_reference=references is not None)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        with pq.ParquetWriter(partial, schema) as writer, ThreadPoolExecutor(4) as decoders:
+            for start in range(0, len(records), CHUNK):
+                chunk = slice(start, start + CHUNK)
+                stored = list(decoders.map(whole, records[chunk], images[chunk]["image"]))
+                if references is not None:
+                    stored = [name and {"bytes": None, "path": name} for name in references[chunk]]  # type: ignore
+                writer.write_table(_arrow(records[chunk], stored, schema))
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def image_references(
+    records: Records, images: datasets.Dataset, image_root: str | os.PathLike[str] | None
+) -> list[str | None]:
+    """Each row's image as a name relative to `image_root`, or to the innermost folder that holds them all.
+
+    Raises:
+        ImageError: an image is not a file, or lies outside the folder.
+    """
+    paths: list[str | None] = []
+    for record, source in zip(records, images["image"], strict=True):
+        found = source["path"] if record.image_key and source["bytes"] is None else None
+        if record.image_key and not found:
+            raise ImageError(
+                f"id {record.id!r}, column 'image': expected an image file to refer to, the table holds the picture "
+                "itself; save with images='embedded', or make the table from paths"
+            )
+        paths.append(os.path.abspath(found) if found else None)
+    folders = {os.path.dirname(path) for path in paths if path}
+    root = os.path.abspath(image_root) if image_root is not None else os.path.commonpath(folders) if folders else ""
+    named = [Path(path).relative_to(root).as_posix() if path and is_in(path, root) else None for path in paths]
+    for record, path, name in zip(records, paths, named, strict=True):
+        if path and name is None:
+            raise ImageError(f"id {record.id!r}, column 'image': {path} is not in image_root {root}; give its folder")
+    return named
+
+
+def is_in(path: str, root: str) -> bool:
+    return os.path.commonpath([path, root]) == root
+
+
+def altered(file: Path, problem: str) -> SavedFileError:
+    return SavedFileError(
+        f"{file}: expected a table written by TripletTable.save, {problem}; save the table again, or read your own "
+        "file with drum_hf.data.load_table"
+    )
+
+
+def saved_about(schema: pa.Schema) -> dict[str, Any]:
+    """What `write_table` noted in the file's metadata; {} in a file that it didn't write."""
+    try:
+        about = json.loads((schema.metadata or {})[b"drum_hf"])
+    except (KeyError, ValueError, RecursionError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def saved_schema(fingerprint: str = "", *, by_reference: bool = False) -> pa.Schema:
+    import datasets
+
+    text = datasets.Value("string")
+    features: dict[str, Any] = dict.fromkeys((*COLUMNS, *map(stored_name, Record._fields)), text)
+    features |= {"image": datasets.Image(), "references": datasets.List(text)}
+    schema = datasets.Features(features).arrow_schema
+    images = "reference" if by_reference else "embedded"
+    about = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "images": images}
+    return schema.with_metadata({**schema.metadata, b"drum_hf": json.dumps(about).encode()})
+
+
+def stored_name(field: str) -> str:
+    # Underscored: the hashes are the table's own, not columns for its readers.
+    return f"_{field}" if field.endswith("key") else field
+
+
+def _arrow(records: Iterable[Record], images: Iterable[dict[str, Any] | None], schema: pa.Schema) -> pa.Table:
+    import pyarrow as pa
+
+    rows = []
+    for record, image in zip(records, images, strict=True):
+        row = {stored_name(field): value for field, value in record._asdict().items()}
+        rows.append(row | {"image": image})
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def _whole_image(record: Record, source: dict[str, Any]) -> dict[str, Any] | None:
+    """The image's bytes, read from its file where the table holds a path."""
+    if not record.image_key:
+        return None
+    data, name = source["bytes"], source["path"]
+    if data is None:
+        try:
+            data = Path(name).read_bytes()
+        except OSError as error:
+            raise ImageError(
+                f"id {record.id!r}, column 'image': {name} was readable when the table was made and no longer is "
+                f"({error.strerror}); put it back, or drop the row with .without([id])"
+            ) from error
+    # The name alone: folders of the machine that saved are nobody else's business.
+    return {"bytes": data, "path": os.path.basename(name) if name else None}
+
+
+# Reading
 
 
 class SavedTable(NamedTuple):
@@ -126,7 +278,7 @@ def _opened(file: Path) -> Iterator[_Saved]:
     with contextlib.ExitStack() as stack:
         try:
             parquet = stack.enter_context(pq.ParquetFile(os.fspath(file)))
-            schema = plain_schema(parquet)
+            schema = plain_schema(parquet.schema_arrow)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise _unreadable(file, error) from error
         yield _Saved(file, parquet, schema)
@@ -138,12 +290,12 @@ class _Saved:
     def __init__(self, file: Path, parquet: pq.ParquetFile, schema: pa.Schema) -> None:
         self.file, self.parquet, self.schema, self.about = file, parquet, schema, saved_about(schema)
         version = self.about.get("format_version")
-        if version not in (FORMAT_VERSION, BY_REFERENCE):
-            raise altered(file, f"format version {FORMAT_VERSION} or {BY_REFERENCE}, found {version or 'none'}")
+        if version != FORMAT_VERSION:
+            raise altered(file, f"format version {FORMAT_VERSION}, found {version or 'none'}")
         expected = saved_schema()
         if [(f.name, f.type) for f in schema] != [(f.name, f.type) for f in expected]:
             raise altered(file, f"with the columns {', '.join(expected.names)}, found {', '.join(schema.names)}")
-        self.by_reference = version == BY_REFERENCE
+        self.by_reference = self.about.get("images") == "reference"
 
     def batches(self, image_root: str | os.PathLike[str] | None) -> Iterator[tuple[list[Record], pa.Array]]:
         """Some records at a time, and their undecoded images; each is what was saved."""

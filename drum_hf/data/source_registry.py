@@ -28,7 +28,7 @@ class SourcePart:
     Attributes:
         repo: id on the Hub.
         split: name of the split.
-        columns: name -> kind of every column known, of `drum_hf.data.source_columns.KINDS`.
+        columns: name -> kind of every column known, of `drum_hf.data.sources.COLUMN_KINDS`.
         answers: column of the gold answers, captions, class or letter.
         question: column of the question; None where every row is asked the same.
         id: column of the ids; None where a row is called "<split>-<number in the split>".

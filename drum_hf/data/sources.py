@@ -8,27 +8,26 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from ..errors import EmptySupportError, RowError, SavedFileError
+from ..errors import ColumnError, EmptySupportError, RowError, SavedFileError
 from ..types import content_key
 from ..utils.images import MAX_PIXELS
-from .columns import COLUMNS, LETTERS, NamedClasses
 from .loading import (
     ask_hub,
+    hub_folders,
     is_saved_dataset,
-    majority,
     read_class_folders,
     read_saved_dataset,
     split_folder,
     which_split,
 )
-from .rows import check_rows
-from .source_columns import check_features
+from .rows import COLUMNS, LETTERS, Columns, ImageRoot, NamedClasses, check_rows, grouped_by_image, majority
 from .source_registry import SOURCES, Source, SourcePart
 from .table import TripletTable
 
@@ -38,6 +37,8 @@ if TYPE_CHECKING:
     Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 __all__ = ["SOURCES", "Source", "SourcePart", "find_source", "load_triplets"]
+
+logger = logging.getLogger(__name__)
 
 
 def find_source(name: str) -> Source:
@@ -109,15 +110,17 @@ def load_triplets(
     if on_bad_rows not in ("raise", "skip"):
         raise ValueError(f"expected on_bad_rows 'raise' or 'skip', got {on_bad_rows!r}")
     part = source.part(split)
-    # Images come as bytes; a path in a stranger's file must not lead to files of this machine beside the copy.
-    root = os.path.abspath(part.repo if data_dir is None else data_dir)
+    # Images come as bytes; a path in an untrusted file must not lead to other files of this machine.
+    root: ImageRoot = hub_folders(part.repo)
     where = f"{source.name} ({part.repo if data_dir is None else data_dir}, {part.split})"
     if data_dir is None:
         data = _from_hub(part, streaming=streaming, revision=revision, token=token, cache_dir=cache_dir)
     else:
         if revision is not None or token is not None:
             raise ValueError(f"{where}: revision and token are the Hub's, but data_dir is on this machine; drop them")
-        data = _from_folder(part, Path(root), source.task, streaming=streaming, cache_dir=cache_dir)
+        folder = os.path.abspath(data_dir)
+        root = os.path.dirname(folder) if os.path.isfile(folder) else folder
+        data = _from_folder(part, Path(folder), source.task, streaming=streaming, cache_dir=cache_dir)
     features = _features(data)
     check_features(features, part.columns, needed=part.needed, where=where, open_ended=part.open_ended)
     data = _undecoded(data.select_columns([name for name in features if name in part.needed]), part)
@@ -126,7 +129,13 @@ def load_triplets(
     texts, images, numbers = _read(part, data, read, limit, where)
     names = {name: name for name in COLUMNS if any(name in row for row in texts)}
     records, held, skipped = check_rows(
-        names, texts, images, skip=on_bad_rows == "skip", root=_parent(root), max_pixels=max_pixels
+        Columns(names),
+        texts,
+        images,
+        skip=on_bad_rows == "skip",
+        root=root,
+        max_pixels=max_pixels,
+        group=None,  # once rows without an image are gone
     )
     skipped = [(numbers[row], reason) for row, reason in skipped]
     number_of = {row["id"]: number for row, number in zip(texts, numbers, strict=True)}
@@ -141,8 +150,7 @@ def load_triplets(
         skipped = sorted([*skipped, *((number_of[record.id], reason) for record in bare)])
         kept = [row for row, record in enumerate(records) if record.image_key]
         records, held = [records[row] for row in kept], held.select(kept)
-    records = [record if record.group else record._replace(group=record.image_key[:16]) for record in records]
-    return TripletTable._of_checked(records, held, skipped, max_pixels=max_pixels)
+    return TripletTable._of_checked(grouped_by_image(records), held, skipped, max_pixels=max_pixels)
 
 
 # Where the rows are
@@ -200,10 +208,6 @@ def _from_folder(part: SourcePart, folder: Path, task: str, *, streaming: bool, 
     )
 
 
-def _parent(path: str) -> str:
-    return os.path.dirname(path) if os.path.isfile(path) else path
-
-
 def _split_of(path: Path) -> str:
     """ "val" of data/val-00000-of-00013.parquet and of val/0000.parquet."""
     name = re.sub(r"-\d+-of-\d+(-\w+)?$", "", path.stem)
@@ -223,6 +227,90 @@ def _class_folders(part: SourcePart, folder: Path) -> datasets.Dataset:
 
 
 # Columns
+
+
+#: Kind of a column -> how an error names it.
+COLUMN_KINDS = {
+    "text": "text",
+    "number": "whole numbers",
+    "key": "text or whole numbers",
+    "texts": "lists of texts",
+    "answers": "lists of {answer: text, …}",
+    "class": "a ClassLabel, or class names",
+    "image": "images",
+    "images": "lists of images",
+}
+
+
+def check_features(
+    features: Mapping[str, Any],
+    columns: Mapping[str, str],
+    *,
+    needed: Collection[str],
+    where: str,
+    open_ended: bool = False,
+) -> None:
+    """Refuse a table whose columns are not those expected; log what is new or changed but not read.
+
+    Args:
+        features: name -> feature, as a Dataset has them.
+        columns: name -> kind, one of `COLUMN_KINDS`, of every column that is known.
+        needed: the columns that are read.
+        where: the data set, for messages.
+        open_ended: the table is known to hold further columns, which are not worth a word.
+
+    Raises:
+        ColumnError: needed columns are missing or of another type; all of them are named.
+    """
+    faults = {}
+    for name, kind in columns.items():
+        got = f"got {_brief_feature(features[name])}" if name in features else "there is none"
+        if name not in features or not _fits(kind, features[name]):
+            faults[name] = f"{name!r}: expected {COLUMN_KINDS[kind]}, {got}"
+    unknown = [] if open_ended else [name for name in features if name not in columns]
+    new = f"; new here: {', '.join(map(repr, unknown))}" if unknown else ""
+    wrong = [fault for name, fault in faults.items() if name in needed]
+    if wrong:
+        raise ColumnError(
+            f"{where}: {len(wrong)} of its columns are not as known: {'; '.join(wrong)}{new}. The data set may have "
+            "changed: pass revision= with an older commit, or data_dir= with a copy in the layout known"
+        )
+    if faults or unknown:
+        logger.warning("%s: columns that are not read differ: %s%s", where, "; ".join(faults.values()) or "none", new)
+
+
+def _fits(kind: str, feature: Any) -> bool:
+    import datasets
+
+    inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+    if kind == "images":
+        return inner is not None and _fits("image", inner)
+    if kind == "image":
+        is_struct = isinstance(feature, dict) and "bytes" in feature and feature.keys() <= {"bytes", "path"}
+        return isinstance(feature, datasets.Image) or is_struct or _dtype(feature) in ("binary", "large_binary")
+    if kind == "texts":
+        return inner is not None and _is_text(inner)
+    if kind == "answers":
+        return isinstance(inner, dict) and _is_text(inner.get("answer"))
+    if kind == "class":
+        return isinstance(feature, datasets.ClassLabel) or _is_text(feature)
+    whole = not isinstance(feature, datasets.ClassLabel) and "int" in _dtype(feature)
+    return (kind != "number" and _is_text(feature)) or (kind != "text" and whole)
+
+
+def _is_text(feature: Any) -> bool:
+    return _dtype(feature) in ("string", "large_string")
+
+
+def _dtype(feature: Any) -> str:
+    dtype = getattr(feature, "dtype", None)
+    return dtype if isinstance(dtype, str) else ""
+
+
+def _brief_feature(feature: Any) -> str:
+    shown = getattr(feature, "dtype", None) if type(feature).__name__ == "Value" else None
+    shown = shown or str(feature)
+    return f"{shown[:77]}..." if len(shown) > 80 else shown
 
 
 def _features(data: Table) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""`TripletTable`: a checked table of (image, prompt, response) demonstrations, and the guard against leaks.
+"""`TripletTable`: a checked table of (image, prompt, response) demonstrations; `load_table`; the guard against leaks.
 
 Everything travels by id. Every row is checked once, when the table is made; afterwards only texts and hashes are
 held in memory, and an image is decoded when its row is read.
@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,18 +18,29 @@ from ..errors import DuplicateIdError, LeakError, MissingIdError
 from ..types import Demonstration, Query, content_key, trusted
 from ..utils.files import writing
 from ..utils.images import MAX_PIXELS
-from .columns import no_rows, open_columns
 from .images import ImageCache, decode_as
-from .records import MappedRecords, Record, Records, fingerprint_of, ids_of, joined, take
-from .rows import check_rows, refuse_duplicate_ids, shorten
-from .saved import map_table, read_table
-from .storage import image_references, table_file, write_table
+from .loading import Found, find_object, find_table
+from .rows import (
+    MappedRecords,
+    Record,
+    Records,
+    check_rows,
+    fingerprint_of,
+    ids_of,
+    joined,
+    no_rows,
+    open_columns,
+    refuse_duplicate_ids,
+    shorten,
+    take,
+)
+from .saved import image_references, map_table, read_table, table_file, write_table
 
 if TYPE_CHECKING:
     import datasets
     from PIL.Image import Image
 
-__all__ = ["TripletTable", "check_leaks", "find_twins"]
+__all__ = ["TripletTable", "check_leaks", "find_twins", "load_table"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,30 +96,41 @@ class TripletTable:
     @classmethod
     def from_dataset(
         cls,
-        data: datasets.Dataset | Sequence[Mapping[str, Any]] | TripletTable,
+        data: Any,
         *,
+        split: str | None = None,
         on_bad_rows: Literal["raise", "skip"] = "raise",
         columns: Mapping[str, str] | None = None,
+        group: str | None = "image",
         image_root: str | os.PathLike[str] | None = None,
         max_pixels: int = MAX_PIXELS,
+        check_image: Callable[[Image], None] | None = None,
         cache_images: int = 256,
     ) -> TripletTable:
         """Check every row once, hash its content, and keep what the table needs.
 
-        Columns: `prompt` (text, may be ""), `response` (text, not empty); optional `id` (text, unique; the first 16
-        hex digits of the row's content hash where the column is absent), `image` (a row without one needs a prompt),
-        `references` (list of texts), `group` and `label` (text; "" counts as none). Other columns are left behind. A
-        `ClassLabel` column counts as its class names.
+        Columns: `prompt` (text, may be ""; may be absent where there are images), `response` (text, not empty);
+        optional `id` (text, unique; the first 16 hex digits of the row's content hash where the column is absent),
+        `image` (a row without one needs a prompt), `references` (list of texts), `group` and `label` (text; "" counts
+        as none). [`load_table`][drum_hf.data.load_table] says which other names and layouts are understood. Whole
+        numbers count as their text, a `ClassLabel` column as its class names. Responses, references and labels lose
+        the blanks around them.
 
         Args:
-            data: a Dataset; or a list of dicts whose images are PIL images, paths, encoded bytes or
-                `{"bytes": …, "path": …}`; or a TripletTable, which comes back as it is.
+            data: a Dataset, a DatasetDict (with `split`), an IterableDataset (read to its end), a pandas or polars
+                frame, a pyarrow Table; or a list of dicts whose images are PIL images, paths, encoded bytes, base64
+                texts or `{"bytes": …, "path": …}`; or a TripletTable, which comes back as it is.
+            split: which split of a DatasetDict.
             on_bad_rows: "raise" at the first row that can't be used, or "skip" such rows, counted in `skipped`, with
                 one warning in the log.
             columns: our column name -> the name in `data`, where they differ.
+            group: "image": rows of one picture that name no group of their own form one, so that none demonstrates
+                another; None: only the column `group` counts; another name: the column that holds the groups.
             image_root: image paths are relative to this folder and may not leave it. None: relative to the working
-                folder, and free.
+                folder, and free; but in a data set of the Hub, paths are refused.
             max_pixels: refuse larger images before they are decoded.
+            check_image: called with each image; it raises ImageError for one that can't be used, such as one that the
+                LVLM's processor refuses.
             cache_images: keep up to so many decoded images in memory (and no more than 384 MB of them).
 
         Raises:
@@ -119,12 +141,47 @@ class TripletTable:
         """
         if isinstance(data, TripletTable):
             return data
+        found = find_object(data, split=split, image_root=image_root)
+        return cls._of_found(
+            found,
+            columns,
+            on_bad_rows=on_bad_rows,
+            group=group,
+            max_pixels=max_pixels,
+            check_image=check_image,
+            cache_images=cache_images,
+        )
+
+    @classmethod
+    def _of_found(
+        cls,
+        found: Found,
+        columns: Mapping[str, str] | None,
+        *,
+        on_bad_rows: Literal["raise", "skip"],
+        group: str | None,
+        max_pixels: int,
+        check_image: Callable[[Image], None] | None,
+        **options: Any,
+    ) -> TripletTable:
         if on_bad_rows not in ("raise", "skip"):
             raise ValueError(f"expected on_bad_rows 'raise' or 'skip', got {on_bad_rows!r}")
-        found = check_rows(
-            *open_columns(data, columns or {}), skip=on_bad_rows == "skip", root=image_root, max_pixels=max_pixels
+        if found.saved is not None:
+            return cls.load(found.saved, image_root=found.image_root, max_pixels=max_pixels)
+        match, texts, images = open_columns(found.rows, columns or {}, group)
+        if said := str(match):
+            logger.info("%s: %s", found.kind, said)
+        checked = check_rows(
+            match,
+            texts,
+            images,
+            skip=on_bad_rows == "skip",
+            root=found.root,
+            max_pixels=max_pixels,
+            group=group,
+            check_image=check_image,
         )
-        return cls._of_checked(*found, max_pixels=max_pixels, cache_images=cache_images)
+        return cls._of_checked(*checked, max_pixels=max_pixels, **options)
 
     @classmethod
     def _of_checked(
@@ -318,8 +375,8 @@ class TripletTable:
             The file written; it replaces an older one only when complete.
 
         Raises:
-            ImageError: an image file that the table refers to has gone, or shows another picture, since it was
-                checked; or an image to be referred to is not a file, or lies outside `image_root`.
+            ImageError: an image file that the table refers to is gone or shows another picture since it was checked;
+                or an image to be referred to is not a file, or is outside `image_root`.
             SavedFileError: the disk is full, or the folder can't be written.
         """
         file = table_file(path)
@@ -349,7 +406,7 @@ class TripletTable:
     ) -> TripletTable:
         """Read what `save` wrote: same ids, same hashes, pixel-equal images, held in memory as encoded bytes.
 
-        Texts are compared with the hashes saved beside them, and images when they are decoded or saved again.
+        Texts are compared with the hashes saved beside them at once, pixels when an image is first decoded or saved.
 
         Args:
             path: the file, or the folder it was saved in.
@@ -414,6 +471,78 @@ class TripletTable:
             image = decode_as(source, record.image_key, id=record.id, max_pixels=self.max_pixels, where=where)
             self._cache.put(record.image_key, image)
         return image
+
+
+def load_table(
+    data: Any,
+    *,
+    split: str | None = None,
+    on_bad_rows: Literal["raise", "skip"] = "raise",
+    columns: Mapping[str, str] | None = None,
+    group: str | None = "image",
+    image_root: str | os.PathLike[str] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    check_image: Callable[[Image], None] | None = None,
+    **load_options: Any,
+) -> TripletTable:
+    """Read and check a table of demonstrations, in whatever form you have it.
+
+    `data` is one of
+      - a .csv, .tsv, .jsonl, .json (a list of objects), .parquet or .arrow file, or one of the text formats packed as
+        .gz. Image paths are relative to its folder and may not leave it, unless `image_root` says otherwise. The
+        separator of a CSV file is found out;
+      - a folder with one such file (metadata.* if there are several) and the images beside it;
+      - a folder of class folders: label and response are the name of the class folder, nothing is asked, and the id is
+        the image's path. Images may be in folders below it. What is left out is counted in the log;
+      - a .zip of such a folder;
+      - what `TripletTable.save`, `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote;
+      - the id of a data set on the Hub. Its cells never lead to files of this machine;
+      - what [`from_dataset`][drum_hf.data.TripletTable.from_dataset] takes: a Dataset, a frame, a list of dicts, ….
+
+    Columns are recognised by their names, and one line of the log says what is read as what:
+      - `question`, `query` or `instruction` is the prompt; `answer` or `caption` the response; `answers` or `captions`
+        the references, of which the most frequent is the response; `file_name`, `image_path` and the like the image;
+      - `text` is the prompt beside an answer or a label, and the response beside an image alone;
+      - `label` (or `class`) is the response where nothing else is;
+      - `conversations` and `messages` are chats, whose first exchange is used;
+      - columns `A`, `B`, … are the options of a multiple choice, asked for by their letters.
+
+    Images may be base64 texts. Answers may be lists, lists of `{"answer": …}`, or the text of a list.
+
+    Args:
+        data: see above. What exists on disk goes before the Hub.
+        split: which split, where there are several: of the Hub's, of a DatasetDict, or a sub-folder or file so named.
+        on_bad_rows, columns, group, max_pixels, check_image: as in `TripletTable.from_dataset`.
+        image_root: the folder that image paths are relative to and may not leave.
+        load_options: for `datasets.load_dataset` (name, revision, token…); only with a Hub id.
+
+    Raises:
+        SavedFileError: there is no such table, or it can't be read as one.
+        ColumnError, RowError, ImageError, DuplicateIdError, EmptySupportError: as in `TripletTable.from_dataset`.
+        ValueError: `split` names none of the splits, or is needed and missing.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (8, 8), "red").save(folder / "bus.png")
+        >>> _ = (folder / "metadata.csv").write_text("file_name,question,answer\\nbus.png,What colour?,red\\n")
+        >>> table = load_table(folder)
+        >>> table.prompts, table.responses
+        (['What colour?'], ['red'])
+    """
+    if isinstance(data, TripletTable):
+        return data
+    if isinstance(data, (str, os.PathLike)):
+        found = find_table(data, split=split, image_root=image_root, load_options=load_options)
+    elif load_options:
+        raise ValueError(f"{', '.join(load_options)}: expected only with a Hub id, got {type(data).__name__}")
+    else:
+        found = find_object(data, split=split, image_root=image_root)
+    return TripletTable._of_found(
+        found, columns, on_bad_rows=on_bad_rows, group=group, max_pixels=max_pixels, check_image=check_image
+    )
 
 
 def check_leaks(

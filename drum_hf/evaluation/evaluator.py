@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..data import TripletTable, check_leaks
+from ..data import check_leaks, load_table
 from ..errors import RowError
 from ..scores.cached import CachedLVLM
 from ..scores.store import ScoreStore
@@ -73,8 +73,8 @@ class ICLEvaluator:
 
     Args:
         lvlm: any LVLM. Answers are kept in `store`, so nothing is generated twice.
-        support: where demonstrations come from.
-        queries: what is asked, with gold answers.
+        support: where demonstrations come from: a table, or what [`load_table`][drum_hf.data.load_table] takes.
+        queries: what is asked, with gold answers; likewise.
         metric: a name that `get_metric` knows, or a `Metric`.
         order: how demonstrations are shown.
         drafts: the LVLM's zero-shot answers by query id, for strategies that use them.
@@ -94,8 +94,8 @@ class ICLEvaluator:
     def __init__(
         self,
         lvlm: LVLM,
-        support: TripletTable,
-        queries: TripletTable,
+        support: Any,
+        queries: Any,
         *,
         metric: str | Metric = "exact_match",
         order: Order = "best_last",
@@ -107,7 +107,7 @@ class ICLEvaluator:
         choices: Sequence[str] | None = None,
     ) -> None:
         self.lvlm = lvlm if isinstance(lvlm, CachedLVLM) else CachedLVLM(lvlm, store or ScoreStore())
-        self.support, self.queries = support, queries
+        self.support, self.queries = load_table(support), load_table(queries)
         self.metric = get_metric(metric) if isinstance(metric, str) else metric
         self.order, self.max_new_tokens = order, max_new_tokens
         self.references = [list(r) or [g] for r, g in zip(queries.references, queries.responses, strict=True)]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..data import TripletTable
-from ..errors import TooFewDemonstrationsError
+from ..errors import EmptySupportError, TooFewDemonstrationsError
 from ..evaluation.evaluator import ICLEvaluator, StrategyResult
 from ..evaluation.metrics import Metric, get_metric
 from ..evaluation.registry import STRATEGIES, Comparison, check_names, make_strategy, missing_part, takes_selector
@@ -93,6 +93,9 @@ def split_table(table: TripletTable, *, queries: float = 0.2, seed: int = 0) -> 
 
     Args:
         queries: share of rows to be asked.
+
+    Raises:
+        EmptySupportError: all rows belong together.
     """
     rng = np.random.default_rng(seed)
     parent: dict[str, str] = {}
@@ -120,6 +123,15 @@ def split_table(table: TripletTable, *, queries: float = 0.2, seed: int = 0) -> 
             break
         if len(asked) + len(blocks[names[i]]) < len(table):
             asked.update(blocks[names[i]])
+    if not asked:
+        groups = {group for group in table.groups if group is not None}
+        is_one_picture = len(set(table.image_keys)) == 1 and any(table.image_keys)
+        joined = "one prompt, or groups that share pictures"
+        joined = "one picture" if is_one_picture else f"the group {groups.pop()!r}" if len(groups) == 1 else joined
+        raise EmptySupportError(
+            f"expected rows that can be split into demonstrations and queries, but {joined} holds all {len(table)} "
+            "rows together; give rows other groups (column 'group'), or name a table of queries (--queries)"
+        )
     return table.without(sorted(asked)), table.select([i for i in table.ids if i in asked])
 
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from ..data import TripletTable
+from ..data import TripletTable, load_table
 from ..errors import ColumnError, DimensionMismatchError
 from ..index.sharded import AnyIndex, ShardedIndex, make_index
 from ..selection import Candidates, Selector, TopN, choose, get_selector
 from ..types import LVLM, Demonstration, ICLRequest, Query, Retrieval
 from .queries import Queries, SizedItems, as_item, as_queries, as_rows, in_chunks, is_single, name_query
-from .sharing import Shared, as_table
+from .sharing import Shared
 from .swapping import Swappable
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class DemoRetriever(Shared, Swappable):
                     f"expected encoders of one width, got {widths[0]} for queries and {widths[1]} for demonstrations"
                 )
         self._encoder, self._support_encoder = encoder, support_encoder
-        self._support = as_table(support)
+        self._support = load_table(support)
         self.index_kind, self.index_options = index_kind, dict(index_options or {})
         make_index(1, kind=index_kind, **self.index_options)  # refused now, not after encoding
         self.draft_lvlm = draft_lvlm
@@ -162,7 +162,7 @@ class DemoRetriever(Shared, Swappable):
         Args:
             name_or_path: on the Hub, a folder, or "playground/clip"; or an encoder made by `build_encoder`, kept as it
                 is but for the weights.
-            support: a table, a Dataset, a list of dicts, or a path for [`load_table`][drum_hf.data.load_table].
+            support: a table, or what [`load_table`][drum_hf.data.load_table] takes: a path, a Dataset, rows, ….
             strategy: a name in `PART_WEIGHTS`, such as "si" or "sit". None: "sit+draft", or what the encoder has.
             weights: of image, prompt and response, instead of a strategy.
             learn_weights, lora, device: as in `build_encoder`.
@@ -176,7 +176,7 @@ class DemoRetriever(Shared, Swappable):
         """
         from ..encoders.joint import build_encoder
 
-        table = as_table(support)
+        table = load_table(support)
         if strategy is not None:
             if strategy not in PART_WEIGHTS or weights is not None:
                 got = f"{strategy!r} and weights" if weights is not None else f"{strategy!r}"
@@ -553,7 +553,7 @@ class DemoRetriever(Shared, Swappable):
             DuplicateIdError: an id is in the support set already.
             ColumnError, RowError, ImageError: a row can't be used.
         """
-        table = as_table(rows)
+        table = load_table(rows)
         with self._lock:
             support = self._support.concat(table)
             if self._index is not None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import datasets
 
-__all__ = ["Shared", "as_table"]
+__all__ = ["Shared"]
 
 logger = logging.getLogger("drum_hf.retriever.retriever")
 
@@ -203,7 +203,7 @@ class Shared:
         hub["force_download"] = force_download
         folder = _saved.locate(name_or_path, revision=revision, **hub)
         config = _saved.read_config(folder)
-        table = _saved_support(folder, config, image_root, mmap=mmap) if support is None else as_table(support)
+        table = _saved_support(folder, config, image_root, mmap=mmap) if support is None else load_table(support)
         index = load_index(folder / _saved.INDEX, mmap=mmap) if config["index"]["included"] else None
         options: dict[str, Any] = {"base_model": base_model, "device": device, "trust_remote_code": trust_remote_code}
         support_encoder = None
@@ -261,13 +261,6 @@ class Shared:
         else:
             logger.info("the support set given is not the one saved: it is embedded when first needed")
         return retriever
-
-
-def as_table(support: Any) -> TripletTable:
-    """A support set as users give it: a table, rows, a Dataset, or a path."""
-    if isinstance(support, (str, os.PathLike)):
-        return load_table(support)
-    return TripletTable.from_dataset(support)
 
 
 def _saved_support(

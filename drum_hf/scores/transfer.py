@@ -263,7 +263,8 @@ def _groups(path: str | os.PathLike[str], file: pq.ParquetFile) -> Iterator[list
     schema = _schema()
     for number in range(file.num_row_groups):
         try:
-            table = pa.Table.from_batches(read_batches(path, file, group=number), schema=plain_schema(file))
+            batches = read_batches(path, file, group=number)
+            table = pa.Table.from_batches(batches, schema=plain_schema(file.schema_arrow))
             if table.column_names != schema.names:
                 raise ValueError(f"expected the columns {schema.names}, got {table.column_names}")
             table.validate(full=True)

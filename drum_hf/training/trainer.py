@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from transformers import TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from ..data import TripletTable, find_twins
+from ..data import TripletTable, find_twins, load_table
 from ..errors import ContextOverflowError, SavedFileError, TooFewDemonstrationsError
 from ..retriever.retriever import DemoRetriever
 from ..scores.cascade import Cascade
@@ -217,7 +217,7 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
         self.retriever = retriever
         if args.frozen_candidates and retriever.support_encoder is None:
             retriever.freeze_support()
-        self.queries = retriever.support if train_dataset is None else TripletTable.from_dataset(train_dataset)
+        self.queries = retriever.support if train_dataset is None else load_table(train_dataset)
         store = ScoreStore(args.score_store or Path(args.output_dir) / "scores.sqlite")
         common: dict[str, Any] = {"store": store, "choices": choices, "max_new_tokens": args.draft_tokens}
         self.feedback = Feedback(lvlm, retriever.support, self.queries, **common)

@@ -20,6 +20,7 @@ __all__ = [
     "check_size",
     "checksum",
     "leads_outside",
+    "most_content",
     "plain_schema",
     "read_batches",
     "read_parquet",
@@ -55,12 +56,32 @@ def checksum(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def plain_schema(parquet: pq.ParquetFile) -> pa.Schema:
-    """The file's columns as its rows hold them: a dictionary would hide how much its rows take, one by one."""
+def plain_schema(schema: pa.Schema) -> pa.Schema:
+    """A file's columns as its rows hold them: a dictionary would hide how much its rows take, one by one.
+
+    Views, which most readers don't know, are texts and lists.
+    """
     import pyarrow as pa
 
-    fields = [f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in parquet.schema_arrow]
-    return pa.schema(fields, metadata=parquet.schema_arrow.metadata)
+    return pa.schema([f.with_type(_plain_type(f.type)) for f in schema], metadata=schema.metadata)
+
+
+def _plain_type(type: pa.DataType) -> pa.DataType:
+    import pyarrow as pa
+
+    is_a = pa.types
+    views = {"string_view": pa.string, "binary_view": pa.binary}
+    if is_a.is_dictionary(type):
+        return _plain_type(type.value_type)
+    if str(type) in views:
+        return views[str(type)]()
+    if is_a.is_struct(type):
+        return pa.struct([field.with_type(_plain_type(field.type)) for field in type])
+    if is_a.is_large_list(type) or str(type).startswith("large_list_view<"):
+        return pa.large_list(type.value_field.with_type(_plain_type(type.value_type)))
+    if is_a.is_list(type) or str(type).startswith("list_view<"):
+        return pa.list_(type.value_field.with_type(_plain_type(type.value_type)))
+    return type
 
 
 def refuse_special(path: str | os.PathLike[str]) -> None:
@@ -95,7 +116,7 @@ def check_size(file: str | os.PathLike[str], parquet: pq.ParquetFile) -> int:
     Raises:
         ValueError: by its own account it takes more.
     """
-    most = _most(file)
+    most = most_content(file)
     meta = parquet.metadata
     stated = sum(meta.row_group(number).total_byte_size for number in range(meta.num_row_groups))
     if stated > most:
@@ -121,7 +142,7 @@ def read_batches(
     # One value may stand, compressed to nearly nothing, in every row of a batch.
     rows = max(1, min(_ROWS, most // max([1, *sizes])))
     read = 0
-    schema = plain_schema(parquet)
+    schema = plain_schema(parquet.schema_arrow)
     for batch in parquet.iter_batches(batch_size=rows, row_groups=groups):
         batch = batch.cast(schema)
         read += batch.nbytes
@@ -141,7 +162,7 @@ def read_parquet(file: str | os.PathLike[str]) -> pa.Table:
 
     refuse_special(file)
     with pq.ParquetFile(os.fspath(file)) as parquet:
-        table = pa.Table.from_batches(read_batches(file, parquet), schema=plain_schema(parquet))
+        table = pa.Table.from_batches(read_batches(file, parquet), schema=plain_schema(parquet.schema_arrow))
     table.validate(full=True)
     return table
 
@@ -177,7 +198,8 @@ def check_extent(content: Any) -> None:
         )
 
 
-def _most(file: str | os.PathLike[str]) -> int:
+def most_content(file: str | os.PathLike[str]) -> int:
+    """How many bytes a packed file may hold, unpacked."""
     return _FREE + _SWELL * os.path.getsize(file)
 
 

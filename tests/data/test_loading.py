@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import logging
+import shutil
+import zipfile
 
 import datasets
 import numpy as np
@@ -207,7 +210,7 @@ def test_no_response_at_all(tmp_path, name):
 def test_a_row_without_references_has_no_response(tmp_path):
     rows = [{"question": "q", "answers": ["a"]}, {"question": "p", "answers": []}]
     file = write(tmp_path / "t.json", rows)
-    with pytest.raises(RowError, match="row 1, column 'response'"):
+    with pytest.raises(RowError, match=r"row 1, column 'answers'.*at least one answer"):
         load_table(file)
     assert load_table(file, on_bad_rows="skip").skipped[0][0] == 1
 
@@ -334,3 +337,191 @@ def test_hub_options_make_no_sense_for_a_file(hub, tmp_path):
     with pytest.raises(ValueError, match="revision: expected only with a Hub id"):
         load_table("t.csv", revision="abc")
     assert hub == []
+
+
+@pytest.mark.parametrize("kind", ["text", "struct", "list"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_hub_data_set_reads_no_file_of_this_machine(kind, streamed, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    fetched = tmp_path / "hub" / "datasets--me--data" / "snapshots" / "abc" / "0.png"
+    other = tmp_path / "hub" / "datasets--me--other" / "0.png"
+    link = fetched.with_name("link.png")
+    for file in (tmp_path / "secret.png", fetched, other):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture(0).save(file)
+    link.symlink_to(tmp_path / "secret.png")
+
+    def rows(path):
+        path = str(path)
+        image = {"text": path, "struct": {"bytes": None, "path": path}, "list": [{"bytes": None, "path": path}]}[kind]
+        made = datasets.Dataset.from_list([{"image": image, "prompt": "p", "response": "r"}])
+        if kind == "struct":
+            made = made.cast_column("image", datasets.Image())
+        return made.to_iterable_dataset() if streamed else made
+
+    for path in (tmp_path / "secret.png", "secret.png", other, link, fetched / "../../../../../secret.png"):
+        monkeypatch.setattr(datasets, "load_dataset", lambda *a, path=path, **k: rows(path))
+        with pytest.raises(ImageError, match="files of this machine are not read for it"):
+            load_table("me/data", split="train")
+        with pytest.raises(EmptySupportError):
+            load_table("me/data", split="train", on_bad_rows="skip")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows(fetched))
+    assert load_table("me/data", split="train").image_keys == [image_key(picture(0))]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows("secret.png"))
+    assert len(load_table("me/data", split="train", image_root=tmp_path)) == 1  # where the user says so
+
+
+def test_a_table_file_that_is_a_link_out_of_its_folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "secret.csv").write_text("prompt,response\np,r\n")
+    (tmp_path / "data" / "metadata.csv").symlink_to(tmp_path / "secret.csv")
+    with pytest.raises(SavedFileError, match="is a link that leaves the folder"):
+        load_table(tmp_path / "data")
+
+
+# Archives
+
+
+def test_archives_that_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("drum_hf.utils.files._FREE", 1000)
+    link = zipfile.ZipInfo("link.csv")
+    link.external_attr = 0o120777 << 16
+    table = "prompt,response\np,r\n"
+    for name, content, match in (
+        ("../out.csv", table, "leads out of it"),
+        ("/out.csv", table, "leads out of it"),
+        ("a\\..\\out.csv", table, "leads out of it"),
+        (link, "/etc/passwd", "is a link"),
+        ("t.csv", table + "a" * 3_000_000, "far more space"),
+    ):
+        with zipfile.ZipFile(tmp_path / "t.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+            packed.writestr(name, content)
+        with pytest.raises(SavedFileError, match=match):
+            load_table(tmp_path / "t.zip")
+        assert list(tmp_path.rglob("out.csv")) == [] and list((tmp_path / "cache" / "drum_hf").iterdir()) == []
+    for data in (b"PK\x03\x04 no archive", b"none"):
+        (tmp_path / "t.zip").write_bytes(data)
+        with pytest.raises(SavedFileError, match="expected a zip archive"):
+            load_table(tmp_path / "t.zip")
+    for name, data in (("t.csv.gz", b"none"), ("t.jsonl.gz", gzip.compress(b"{}" * 900)[:-9])):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(SavedFileError, match="can't be read"):
+            load_table(tmp_path / name)
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"a" * 3_000_000))
+    with pytest.raises(SavedFileError, match="far more memory"):
+        load_table(tmp_path / "t.csv.gz")
+
+
+# Class folders
+
+
+def test_what_class_folders_leave_out_is_counted(tmp_path, caplog):
+    for name in ("cat/a.png", "cat/2024/may/b.png", "cat/__init__/c.PNG", "dog/a.png", "loose.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(len(name)).save(tmp_path / name)
+    (tmp_path / "cat" / "notes.txt").write_text("x")
+    (tmp_path / "fish").mkdir()
+    table = load_table(tmp_path)
+    assert table.ids == ["cat/a.png", "cat/2024/may/b.png", "cat/__init__/c.PNG", "dog/a.png"]
+    assert table.labels == ["cat", "cat", "cat", "dog"]
+    for said in (
+        "1 files in class folders are no images of a known format and were left out: 'cat/notes.txt'",
+        "1 images are in no class folder and were left out: 'loose.png'",
+        "1 class folders hold no image: 'fish'",
+    ):
+        assert said in caplog.text
+
+
+def test_folders_of_splits_are_no_classes(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        picture(len(split)).save(tmp_path / split / "cat" / "a.png")
+    with pytest.raises(ValueError, match="split= one of 'test', 'train'"):
+        load_table(tmp_path)
+    assert load_table(tmp_path, split="train").labels == ["cat"]
+    shutil.rmtree(tmp_path / "test")
+    assert load_table(tmp_path).ids == ["train/cat/a.png"]
+
+
+def test_class_folders_of_a_mac(tmp_path):
+    for name in ("Caf\u0065\u0301", "Caf\u00e9"):
+        (tmp_path / name).mkdir()
+        picture(len(name)).save(tmp_path / name / f"{len(name)}.png")
+    table = load_table(tmp_path)
+    assert table.label_set == ("Caf\u00e9",) and set(table.responses) == {"Caf\u00e9"}
+
+
+# Groups and blanks
+
+
+def test_rows_of_one_picture_are_one_group(folder):
+    rows = [{"image": picture(n // 2), "prompt": f"q{n}", "response": "r", "kind": f"k{n % 2}"} for n in range(4)]
+    table = load_table(rows)
+    assert table.groups == [image_key(picture(n // 2))[:16] for n in range(4)]
+    assert load_table(rows, group=None).groups == [None] * 4
+    assert load_table(rows, group="kind").groups == ["k0", "k1", "k0", "k1"]
+    with pytest.raises(ColumnError, match="expected a column 'site'"):
+        load_table(rows, group="site")
+    rows[1]["group"] = "mine"
+    other = image_key(picture(1))[:16]
+    assert load_table(rows).groups == ["mine", "mine", other, other]
+    write(folder / "t.jsonl", [{"image": "images/0.png", "prompt": f"q{n}", "response": "r"} for n in range(2)])
+    assert len(set(load_table(folder).groups) - {None}) == 1
+    assert load_table([{"prompt": "p", "response": "r"}]).groups == [None]
+
+
+def test_blanks_around_labels_and_answers(caplog):
+    rows = [{"image": picture(n), "label": label} for n, label in enumerate(["cat ", "cat", "\u00a0dog\t"])]
+    with caplog.at_level(logging.INFO, logger="drum_hf"):
+        table = load_table(rows)
+    assert table.label_set == ("cat", "dog") and table.responses == ["cat", "cat", "dog"]
+    assert "column 'label': 2 cells are read without the blanks around them, such as 'cat '" in caplog.text
+    (row,) = load_table([{"prompt": " p ", "answers": [" a", "a"]}])
+    assert (row.prompt, row.response, row.references) == (" p ", "a", ("a", "a"))
+
+
+@pytest.mark.parametrize("column", ["gold", "Antwort"])
+def test_errors_name_the_users_columns(column):
+    rows = [{"frage": "q", "bild": "x\x1b[31m" * 20_000, column: None}]
+    columns = {"prompt": "frage", "image": "bild", "response": column}
+    with pytest.raises(RowError, match=f"column '{column}': expected a text"):
+        load_table(rows, columns=columns)
+    with pytest.raises(ImageError, match="column 'bild': no such file") as raised:
+        load_table([rows[0] | {column: "a"}], columns=columns)
+    assert len(str(raised.value)) < 400 and str(raised.value).isprintable()
+
+
+def test_an_image_that_the_lvlm_refuses_is_a_bad_row():
+    def check(image):
+        if image.width > 6:
+            raise ImageError("too wide for it")
+
+    rows = [{"image": Image.new("RGB", (width, 4)), "label": str(width)} for width in (6, 7)]
+    with pytest.raises(ImageError, match="row 1, column 'image': too wide for it"):
+        load_table(rows, check_image=check)
+    table = load_table(rows, check_image=check, on_bad_rows="skip")
+    assert table.labels == ["6"] and [row for row, _ in table.skipped] == [1]
+
+
+@pytest.mark.parametrize("images", ["embedded", "reference"])
+def test_pixels_are_compared_with_their_hash(images, tmp_path):
+    picture(0).save(tmp_path / "p.png")
+    table = load_table([{"image": tmp_path / "p.png", "label": "a"}])
+    file = table.save(tmp_path / "t.parquet", images=images)
+    picture(1).save(tmp_path / "p.png")
+    if images == "embedded":
+        with pytest.raises(ImageError, match="shows another picture"):
+            table.save(tmp_path / "u.parquet")
+        saved = pq.read_table(file)
+        image = pa.array(
+            [{"bytes": (tmp_path / "p.png").read_bytes(), "path": "p.png"}], saved.schema.field("image").type
+        )
+        pq.write_table(saved.set_column(saved.column_names.index("image"), saved.schema.field("image"), image), file)
+    loaded = TripletTable.load(file, image_root=tmp_path)
+    with pytest.raises(ImageError, match="shows another picture"):
+        loaded[loaded.ids[0]]
+    with pytest.raises(ImageError, match="shows another picture"):
+        loaded.save(tmp_path / "v.parquet")
+    assert not (tmp_path / "v.parquet").exists()

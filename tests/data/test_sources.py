@@ -622,7 +622,10 @@ def test_check_tells_every_bad_row(folder, capsys):
     ):
         assert words in bad["problem"]
     assert len(found["problems"]) == 1 and "line 8: expected JSON" in found["problems"][0]
-    assert "1 images stand in several rows" in found["notes"][0]
+    assert found["groups"] == 1 and found["examples"][0]["image"] == "6 x 4"
+    assert [note.partition(":")[0] for note in found["notes"]] == ["all rows show one picture"]
+    assert main(["-q", "data", "check", str(folder), "--json", "--group", "none"]) == 1
+    assert "1 images are in several rows that no group joins" in json.loads(capsys.readouterr().out)["notes"][0]
 
     assert main(["-q", "data", "check", str(folder), "--show", "1"]) == 1
     out = capsys.readouterr().out

@@ -66,7 +66,8 @@ def table() -> TripletTable:
             row("b", image=picture(2), group="g", label="dog", references=[]),
             row("c", image=None, group=None, label="cat"),
             row("d", image=picture(1), group="", label=None),
-        ]
+        ],
+        group=None,
     )
 
 
@@ -251,16 +252,16 @@ def test_a_table_travels_to_another_process(table):
 BAD_ROWS = {
     "response None": ({"response": None}, RowError, "column 'response'.*got None"),
     "response empty": ({"response": " "}, RowError, "column 'response'.*not empty"),
-    "response int": ({"response": 5}, RowError, "column 'response'.*got 5"),
+    "response number": ({"response": 5.5}, RowError, "column 'response'.*got 5.5"),
     "prompt None": ({"prompt": None}, RowError, "column 'prompt'"),
     "no image, no prompt": ({"prompt": "", "image": None}, RowError, "'image' and 'prompt'"),
     "id None": ({"id": None}, RowError, "column 'id'"),
     "id empty": ({"id": ""}, RowError, "column 'id'"),
-    "id int": ({"id": 7}, RowError, "column 'id'.*got 7"),
+    "id true": ({"id": True}, RowError, "column 'id'.*got True"),
     "references text": ({"references": "a"}, RowError, "column 'references'.*list of texts"),
-    "references of ints": ({"references": [1]}, RowError, "column 'references'"),
+    "references of numbers": ({"references": [1.5]}, RowError, "column 'references'"),
     "references with empty": ({"references": ["a", ""]}, RowError, "column 'references'"),
-    "group int": ({"group": 1}, RowError, "column 'group'"),
+    "group number": ({"group": 1.5}, RowError, "column 'group'"),
     "label list": ({"label": ["a"]}, RowError, "column 'label'"),
     "half a surrogate": ({"response": "\ud800"}, RowError, "column 'response'.*Unicode"),
     "image number": ({"image": 3}, ImageError, "column 'image'.*got int"),
@@ -360,8 +361,9 @@ def test_missing_columns_name_what_is_there_and_the_remedy(as_dataset):
 @pytest.mark.parametrize(
     ("column", "values", "match"),
     [
-        ("response", [1], "'response': expected text"),
-        ("id", [1], "'id': expected text.*cast_column"),
+        ("response", [1.5], "'response': expected text"),
+        ("id", [1.5], "'id': expected text.*cast_column"),
+        ("prompt", [1], "'prompt': expected text"),
         ("references", ["a"], "'references': expected lists of texts"),
         ("references", [[1]], "'references': expected lists of texts"),
         ("image", [1.5], "'image': expected an Image feature"),
@@ -380,9 +382,14 @@ def test_what_is_no_table_at_all(data):
 
 
 def test_a_dictionary_of_splits_names_them():
-    splits = datasets.DatasetDict(train=datasets.Dataset.from_list([row("a")]))
-    with pytest.raises(ColumnError, match="one of its splits: train"):
+    rows = datasets.Dataset.from_list([row("a")])
+    splits = datasets.DatasetDict(train=rows, test=datasets.Dataset.from_list([row("b")]))
+    with pytest.raises(ColumnError, match="one of its splits: train, test"):
         TripletTable.from_dataset(splits)
+    assert TripletTable.from_dataset(splits, split="test").ids == ["b"]
+    assert TripletTable.from_dataset(datasets.DatasetDict(only=rows)).ids == ["a"]
+    with pytest.raises(ValueError, match="split= one of 'train', 'test', got 'dev'"):
+        TripletTable.from_dataset(splits, split="dev")
 
 
 def test_class_numbers_become_class_names():
@@ -560,12 +567,12 @@ ALTERED = {
     "rows moved": (lambda t: t.take([1, 0, 2, 3]), "moved"),
     "column gone": (lambda t: t.drop_columns(["_key"]), "with the columns id, image"),
     "column type": (lambda t: t.set_column(6, "label", pa.array([1] * 4)), "with the columns"),
-    "no version": (lambda t: t.replace_schema_metadata(None), "format version 1 or 2, found none"),
+    "no version": (lambda t: t.replace_schema_metadata(None), "format version 1, found none"),
     "other version": (
         lambda t: t.replace_schema_metadata({"drum_hf": json.dumps({"format_version": 99})}),
-        "format version 1 or 2, found 99",
+        "format version 1, found 99",
     ),
-    "odd metadata": (lambda t: t.replace_schema_metadata({"drum_hf": "[]"}), "format version 1 or 2, found none"),
+    "odd metadata": (lambda t: t.replace_schema_metadata({"drum_hf": "[]"}), "format version 1, found none"),
 }
 
 

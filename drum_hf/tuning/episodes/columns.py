@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...data.columns import LETTERS, NamedClasses
+from ...data.rows import LETTERS, NamedClasses
 from ...data.table import TripletTable
 from ...errors import ColumnError, EmptySupportError, RowError
 

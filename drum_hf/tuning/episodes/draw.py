@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...data.columns import LETTERS
+from ...data.rows import LETTERS
 from ...errors import TooFewDemonstrationsError
 from .settings import EpisodeSettings
 from .types import Conversation

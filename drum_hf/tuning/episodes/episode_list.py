@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from ...data import MAX_PIXELS
 from ...data.images import ImageCache, decode_as
-from ...data.rows import _RowCheck
+from ...data.rows import Columns, RowCheck
 from ...errors import EmptySupportError, RowError
 from .files import OnBadRows, read_each, read_json, undecoded
 from .tables import Contents, contents_of
@@ -37,9 +37,9 @@ class Pictures:
         self._cache = ImageCache(256)
 
     @functools.cached_property
-    def _check(self) -> _RowCheck:
+    def _check(self) -> RowCheck:
         names = {"image": "image", "prompt": "prompt", "response": "response"}
-        return _RowCheck(names, root=self._root, max_pixels=self._max_pixels)
+        return RowCheck(Columns(names), root=self._root, max_pixels=self._max_pixels)
 
     def __getstate__(self) -> dict[str, Any]:
         # What checks rows can't go to another process, and isn't needed to read pictures there.

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...data.columns import LETTERS
-from ...data.rows import shorten
+from ...data.rows import LETTERS, shorten
 from ...errors import ColumnError, TooFewDemonstrationsError
 from .draw import MadeUpWords, Pool, choice_prompt, distinct, fills, pick, pick_values, shuffled
 from .settings import EpisodeSettings, is_share

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from ...data.columns import LETTERS
+from ...data.rows import LETTERS
 from .types import FORMS, Form
 
 
