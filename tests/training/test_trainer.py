@@ -69,7 +69,7 @@ def share_of_favourites(retriever, k=5):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"objective": "contrastive"}, {"weighting": "rank", "mini_batch_size": 8}, {"lora": True}],
+    [{}, {"loss": "contrastive"}, {"weighting": "rank", "mini_batch_size": 8}, {"lora": True}],
     ids=["listwise", "contrastive", "rank-cached", "lora"],
 )
 def test_training_brings_the_lvlms_favourites_up(make, arguments):
@@ -78,7 +78,7 @@ def test_training_brings_the_lvlms_favourites_up(make, arguments):
     trainer = make(
         epochs_per_round=4, trainer={"on_round_end": lambda t, n: ended.append((n, len(t.table)))}, **rate, **arguments
     )
-    contrastive = arguments.get("objective") == "contrastive"
+    contrastive = arguments.get("loss") == "contrastive"
     assert isinstance(trainer.loss, ContrastiveLVLMLoss if contrastive else ListwiseLVLMLoss)
     before = share_of_favourites(trainer.retriever)
     output = trainer.train()
