@@ -260,7 +260,7 @@ def list_mle_loss(logits: Tensor, labels: Tensor, mask: Tensor, *, position_awar
 
     Source: Xia et al. (ICML 2008); Lan et al., Position-Aware ListMLE (UAI 2014).
     """
-    order = labels.masked_fill(~mask, -torch.inf).argsort(-1, descending=True, stable=True)
+    order = labels.masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     kept = mask.gather(1, order)
     chosen = logits.gather(1, order).masked_fill(~kept, torch.finfo(logits.dtype).min / 2)
     terms = chosen.flip(-1).logcumsumexp(-1).flip(-1) - chosen
@@ -311,7 +311,7 @@ def margin_mse_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
 
 def _places(values: Tensor, mask: Tensor) -> Tensor:
     """(B, K) float: 1 for the highest value, and so on; equal ones in the list's order, padding last."""
-    order = values.detach().masked_fill(~mask, -torch.inf).argsort(-1, descending=True, stable=True)
+    order = values.detach().masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     return order.argsort(-1).to(values.dtype) + 1.0
 
 

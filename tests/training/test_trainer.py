@@ -207,7 +207,7 @@ def test_a_batch_holds_each_demonstration_once_and_what_is_known_of_it(make, sup
         assert label["mask"][b].all()
         banned, known = forbidden(support, row["query"]), trainer.table.candidates(row["query"])
         assert [c in banned for c in column] == label["blocked"][b].tolist()
-        assert [c in known for c in column] == (~label["known"][b].isnan()).tolist()
+        np.testing.assert_allclose(label["known"][b], [known.get(c, np.nan) for c in column], rtol=1e-6)
     assert label["blocked"].any()  # the groups of three pairs meet in the first eight rows
 
 
@@ -218,7 +218,7 @@ def test_lists_are_drawn_anew_each_epoch_and_the_same_again_for_the_same_epoch(m
     assert trainer.train_dataset[0]["candidates"] == first
     others = []
     for epoch in range(1, 5):
-        trainer.epoch = epoch
+        trainer.lists.epoch = epoch
         others.append(trainer.train_dataset[0]["candidates"])
     assert any(ids != first for ids in others)
 
@@ -379,7 +379,10 @@ def test_queries_apart_from_the_support_set(make, support):
         ({"rounds": 0}, "rounds"),
         ({"list_size": 1}, "list_size"),
         ({"random_share": 1.5}, "random_share"),
-        ({"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}, "on_round_end"),
+        ({"rank_weight": -0.1}, "rank_weight"),
+        ({"hard_negatives": 0}, "hard_negatives"),
+        ({"eval_candidates": 1}, "eval_candidates"),
+        ({"loss": "listent"}, "expected a loss of listwise, contrastive.*'listent'; did you mean 'listnet'"),
     ],
 )
 def test_arguments_out_of_range_are_refused(tmp_path, fault, message):
