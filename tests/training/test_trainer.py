@@ -19,6 +19,7 @@ from drum_hf.errors import ContextOverflowError, SavedFileError, TooFewDemonstra
 from drum_hf.retriever.retriever import DemoRetriever
 from drum_hf.scores.store import ScoreStore
 from drum_hf.training import ContrastiveLVLMLoss, DrumTrainer, DrumTrainingArguments, ListwiseLVLMLoss
+from drum_hf.training.lists import Preprocessed
 
 ROWS = 24
 
@@ -284,6 +285,37 @@ def test_a_support_set_of_one_group_is_refused(clip, tmp_path):
     args = DrumTrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     with pytest.raises(TooFewDemonstrationsError, match=r"6 training queries.*'group'"):
         DrumTrainer(retriever, lvlm=StubLVLM(), args=args).train()
+
+
+# What was preprocessed
+
+
+class Counted:
+    """Makes a row of 4 bytes of each item, and counts the items it was given."""
+
+    def __init__(self):
+        self.made = []
+
+    def preprocess(self, items):
+        self.made += items
+        return {"row": torch.tensor([[float(item)] for item in items])}
+
+
+def test_rows_seen_lately_are_kept_and_the_oldest_go_first():
+    encoder = Counted()
+    rows = Preprocessed(encoder, limit=12)  # three rows
+
+    def read(*ids):
+        return rows("query", ids, int)["row"].flatten().tolist()
+
+    assert read("1", "2", "3") == [1, 2, 3] and encoder.made == [1, 2, 3]
+    assert read("3", "1", "1") == [3, 1, 1] and encoder.made == [1, 2, 3]
+    assert read("4") == [4] and encoder.made == [1, 2, 3, 4]  # 2 was seen the longest ago, and goes
+    assert [i for _, i in rows.rows] == ["3", "1", "4"] and rows.bytes == 12
+    assert read("1", "3", "4") == [1, 3, 4] and encoder.made == [1, 2, 3, 4]
+    assert read("2") == [2] and encoder.made == [1, 2, 3, 4, 2]
+    assert rows("demonstration", ["2"], lambda i: 20 + int(i))["row"].item() == 22  # the other side's is another row
+    assert read(*"56789") == [5, 6, 7, 8, 9] and rows.bytes == 12  # more than there is room for
 
 
 # Stops and starts
