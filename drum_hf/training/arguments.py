@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformerTrainingArguments
@@ -70,10 +70,8 @@ class DrumTrainingArguments(SentenceTransformerTrainingArguments):
         eval_strategy, load_best_model_at_end etc. are the platform's. `metric_for_best_model` is "ndcg" by default.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
-        *SentenceTransformerTrainingArguments._VALID_DICT_FIELDS,
-        "loss_kwargs",
-    ]
+    # read by the platform, which parses such a field where it is text
+    _VALID_DICT_FIELDS = [*SentenceTransformerTrainingArguments._VALID_DICT_FIELDS, "loss_kwargs"]  # noqa: RUF012
 
     rounds: int = _help(3, "passes of mine -> score -> train")
     epochs_per_round: int = _help(3, "epochs over the queries in each round")

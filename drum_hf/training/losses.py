@@ -789,7 +789,7 @@ def register_loss(name: str, factory: type[LVLMLoss] | LossFactory) -> None:
         name: such as "hinge".
         factory: a subclass of `LVLMLoss`, or a function of (encoder, training arguments) that returns one.
     """
-    _LOSSES[name] = factory.from_arguments if isinstance(factory, type) else factory
+    _LOSSES[name] = getattr(factory, "from_arguments", factory)
 
 
 def known_losses() -> list[str]:

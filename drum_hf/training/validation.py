@@ -69,8 +69,10 @@ class HeldOut:
         - `gold_probability`: the gold response's probability after the demonstration that is ranked first.
         """
         ids = [query_id for query_id in self.table.query_ids if len(self.table.scored(query_id)) > 1]
+        if not ids:
+            return {"ndcg": float("nan"), "gold_probability": float("nan")}
         gains, first = [], []
-        vectors = retriever.encode_queries([self._query(query_id) for query_id in ids]) if ids else []
+        vectors = retriever.encode_queries([self._query(query_id) for query_id in ids])
         for query_id, vector in zip(ids, vectors, strict=True):
             pool = self.table.candidates(query_id)
             scores = np.array(list(pool.values()))
@@ -79,6 +81,4 @@ class HeldOut:
             gain, most = (np.exp(s - scores.max()) @ discount for s in (ranked, np.sort(scores)[::-1]))
             gains.append(float(gain / most))
             first.append(float(np.exp(ranked[0])))
-        if not ids:
-            return {"ndcg": float("nan"), "gold_probability": float("nan")}
         return {"ndcg": float(np.mean(gains)), "gold_probability": float(np.mean(first))}
