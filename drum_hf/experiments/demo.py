@@ -29,10 +29,9 @@ from ..scores.cached import CachedLVLM
 from ..scores.feedback import Feedback
 from ..scores.store import ScoreStore
 from ..selection import Order
-from ..training import methods
+from ..training import DrumTrainer, DrumTrainingArguments, methods
 from ..training.methods import Method
 from ..training.pricing import ScorePlan, plan_scores
-from ..training.trainer import DrumTrainer, DrumTrainingArguments
 from ..types import LVLM
 from ..utils.manifest import write_manifest
 from .examples import at_their_best, pick_rows, shown
