@@ -68,7 +68,7 @@ setup(
         "Pillow>=10",
         "PyYAML>=6",
         "pyarrow>=15",
-        "requests>=2.28",
+        "httpx>=0.27",
         "safetensors>=0.4.5",
         "scikit-learn>=1.3",
         "sentence-transformers>=6",

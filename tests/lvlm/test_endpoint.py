@@ -407,9 +407,9 @@ def test_what_is_under_way_is_waited_for_and_kept(server):
     lvlm = connect(server, max_concurrency=2)
     send = lvlm._client._send
 
-    def watched(data):
+    def watched(data, stop):
         try:
-            return send(data)
+            return send(data, stop)
         except EndpointError:
             refused.set()
             raise
@@ -439,10 +439,10 @@ def test_an_interrupt_keeps_what_is_answered(server, monkeypatch):
     lvlm = connect(server, max_concurrency=1)
     read = openai.answer_text
 
-    def interrupted(answer):
+    def interrupted(answer, markers):
         if len(server.bodies) == 3:
             raise KeyboardInterrupt
-        return read(answer)
+        return read(answer, markers)
 
     monkeypatch.setattr(openai, "answer_text", interrupted)
     with ScoreStore() as store:
@@ -704,7 +704,9 @@ def test_labels_of_one_token_are_scored_over_the_choices():
         scores = lvlm.score(requests)
         assert np.allclose(scores, [oracle(chat, lvlm, request) for request in requests], atol=1e-12)
         assert np.isclose(np.exp(scores[:3]).sum(), 1)
-        assert len(server.bodies) == 2 + len(requests)  # two probes, then one request each
+        assert len(server.bodies) == 2 + 1  # two probes, then one request: all ask for the same conversation and labels
+        lvlm.score([shown(["A"], choices="ABC", prompt="which city?"), shown(["A"], choices="AB", prompt="which city?")])
+        assert len(server.bodies) == 3 + 2
         assert lvlm.capabilities == EndpointCapabilities(generate=True, prompt_logprobs=False, top_logprobs=True)
         with pytest.raises(ScoringUnsupportedError, match=r"prompt_logprobs: it ignores the field.*TransformersLVLM"):
             lvlm.score([shown(["A"])])
