@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import errno
 import logging
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from ..errors import DrumError
 from . import (
@@ -130,11 +132,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             said = f"{type(error).__name__}: {error}"
         sys.stderr.write(f"drum-hf {args.command}: {said}\n")
-        return 130 if interrupted.is_set() else 2
+        if interrupted.is_set():
+            _leave()
+        return 2
     except KeyboardInterrupt:
         sys.stderr.write(_STOPPED)
+        if interrupted.wait(0.1):
+            _leave()
         return 130
-    return 130 if interrupted.is_set() else status or 0
+    if interrupted.is_set():
+        _leave()
+    return status or 0
+
+
+def _leave() -> NoReturn:
+    """End now: to take torch and the rest apart can take seconds, and waits for every thread."""
+    atexit._run_exitfuncs()  # temporary folders and the like
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(130)
 
 
 @contextlib.contextmanager
@@ -162,6 +179,7 @@ def _ending_on_interrupt(interrupted: threading.Event) -> Iterator[None]:
                     time.sleep(_GRACE)
                     with contextlib.suppress(Exception):
                         sys.stdout.flush()
+                        sys.stderr.write(_STOPPED)
                         sys.stderr.flush()
                     os._exit(130)
 

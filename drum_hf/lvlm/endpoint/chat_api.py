@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...types import ICLRequest, chat_messages, check_choices, data_url, image_key
+from ...types import Demonstration, ICLRequest, Query, chat_messages, check_choices, data_url, image_key
 from ...utils.text import shown
 from ..answers import REASONING, strip_reasoning
 from ..prompts import ImagePosition
@@ -141,7 +141,7 @@ class PromptLengths:
 
     def lost(self, request: ICLRequest, counted: int) -> int | None:
         """Tokens that the conversation has at least, where the endpoint counted far fewer; else None."""
-        turns = (*request.demonstrations, request.query)
+        turns: list[Demonstration | Query] = [*request.demonstrations, request.query]
         texts = [turn.prompt for turn in turns] + [shot.response for shot in request.demonstrations]
         images = [turn.image.width * turn.image.height for turn in turns if turn.image is not None]
         with self._lock:

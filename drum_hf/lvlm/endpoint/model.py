@@ -588,7 +588,7 @@ class OpenAILVLM:
     def _run(
         self,
         jobs: Sequence[_Job],
-        work: Callable[[_Job, threading.Event], _Result],
+        work: Callable[[_Job, Stop], _Result],
         title: str,
         progress: bool,
     ) -> list[_Result]:
@@ -629,12 +629,12 @@ class OpenAILVLM:
                 if item is None:
                     running -= 1
                     continue
-                i, result, error = item
-                if error is None:
+                i, result, fault = item
+                if fault is None:
                     done[i] = result
                     bar.update(1)
-                elif not isinstance(error, StoppedError):  # the failure that stopped it comes, too
-                    failure = failure or error
+                elif not isinstance(fault, StoppedError):  # the failure that stopped it comes, too
+                    failure = failure or fault
         if failure is not None:
             failure.partial = done  # type: ignore[attr-defined]
             raise failure
