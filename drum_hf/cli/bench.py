@@ -196,10 +196,13 @@ def _score(args: argparse.Namespace) -> None:
 
 def _cascade(args: argparse.Namespace) -> None:
     from ..experiments.bench.cascade import bench_cascade, describe
+    from ..playground import make_world
 
+    world = make_world(args.world_seed, task=args.task)
     result = bench_cascade(
+        support=world.support,
+        queries=world.queries,
         task=args.task,
-        world_seed=args.world_seed,
         keeps=[float(keep) for keep in args.keep.split(",")],
         factor=args.factor,
         candidates=args.candidates,
@@ -214,7 +217,8 @@ def _retrieve(args: argparse.Namespace) -> None:
     from ..experiments.bench.machine import describe_machine
     from ..experiments.bench.plan import growth
     from ..experiments.bench.retrieve import Setup, best_point, measure_retrieval
-    from ..experiments.bench.vectors import PlaygroundVectors, SyntheticVectors, playground_rows
+    from ..experiments.bench.vectors import SyntheticVectors
+    from ..playground.building.rows import PlaygroundVectors, playground_rows
 
     setups = [Setup(kind, storage) for kind in args.kinds.split(",") for storage in args.storages.split(",")]
     content: dict[str, Any] = {"machine": describe_machine(), "encode": None, "retrieve": [], "best": []}
@@ -251,9 +255,10 @@ def _retrieve(args: argparse.Namespace) -> None:
 def _mine(args: argparse.Namespace) -> None:
     from ..experiments.bench.machine import describe_machine
     from ..experiments.bench.mine import measure_mining
+    from ..playground.building.rows import playground_table
 
-    how = {name: getattr(args, name) for name in ("queries", "support", "candidates", "known", "kind", "device")}
-    measured = measure_mining(args.shape, **how)
+    how = {name: getattr(args, name) for name in ("queries", "candidates", "known", "kind", "device")}
+    measured = measure_mining(args.shape, playground_table(args.support), **how)
     write_json(args.json, {"machine": describe_machine(), **measured})
     _tell([measured])
 
@@ -304,9 +309,11 @@ def _plan(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     from ..experiments.bench.machine import describe_machine
     from ..experiments.bench.train import measure_training
+    from ..playground import make_world
 
     measured = measure_training(
         args.shape,
+        make_world(0, difficulty="easy").support,
         batch_size=args.batch_size,
         list_size=args.list_size,
         steps=args.steps,

@@ -143,13 +143,14 @@ def _load_retrievers(given: Sequence[str], device: str | None) -> dict[str, Demo
 
 def _run_suite(args: argparse.Namespace) -> None:
     from ..experiments.suites import format_plan, load_suite, plan_suite, run_suite
+    from ..playground import make_world, world_rows
     from ..utils.manifest import MANIFEST
 
     spec = load_suite(args.suite).narrowed(
         tasks=args.tasks, strategies=args.strategies, shots=args.shots, world_seeds=args.world_seeds
     )
     if args.dry_run:
-        plan = plan_suite(spec)
+        plan = plan_suite(spec, world_rows)
         write_json(args.json, plan)
         sys.stdout.write(format_plan(plan) + "\n")
         return
@@ -160,7 +161,8 @@ def _run_suite(args: argparse.Namespace) -> None:
         if getattr(args, option) != usual:
             raise ValueError(f"--{option} does not go with --suite; a suite file says all of it: docs/suites.md")
     out = args.out or Path("out") / spec.name
-    summary = run_suite(spec, out, store=args.store, command=shown_command(["drum-hf", *sys.argv[1:]]))
+    command = shown_command(["drum-hf", *sys.argv[1:]])
+    summary = run_suite(spec, out, make_world=make_world, store=args.store, command=command)
     about = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
     write_json(args.json, summary, **{name: about[name] for name in ("seed", "data", "lvlm", "settings")})
     sys.stdout.write((out / "tables.md").read_text(encoding="utf-8") + f"\n{out / 'report.html'}\n")

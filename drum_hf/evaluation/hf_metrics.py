@@ -1,8 +1,7 @@
-"""The metrics as `evaluate.Metric` subclasses, reached through `metrics`. It imports evaluate and datasets."""
+"""The metrics as `evaluate.Metric` subclasses, which need no Hub: make one and call `compute`."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -10,9 +9,18 @@ import datasets
 import evaluate
 import numpy as np
 
-from . import metrics
+from .metrics import METRICS, lvlm_ndcg_at_k, lvlm_recall_at_k, means_by, roc_auc, utility
 
-__all__ = ["evaluate_classes"]
+__all__ = [
+    "CIDErD",
+    "ExactMatch",
+    "NDCG",
+    "ROCAUC",
+    "RecallAtK",
+    "Top1Accuracy",
+    "Utility",
+    "VQAAccuracy",
+]
 
 _TEXT, _NUMBER = datasets.Value("string"), datasets.Value("float64")
 
@@ -78,11 +86,11 @@ class _OfAnswers(_Metric):
     columns: ClassVar = {"predictions": _TEXT, "references": datasets.List(_TEXT)}
 
     def _compute(self, predictions: list[str], references: list[list[str]], **options: Any) -> dict[str, Any]:
-        return self._result(metrics.METRICS[self.key](predictions, references, **options))
+        return self._result(METRICS[self.key](predictions, references, **options))
 
 
 class VQAAccuracy(_OfAnswers):
-    """Official VQA accuracy over annotators. Options: always_normalize=False; answer_types and question_types, a type
+    """VQA accuracy over annotators. Options: official=False; answer_types and question_types, a type
     for each item, which add the means under "per_answer_type" and "per_question_type"."""
 
     key = "vqa_accuracy"
@@ -100,7 +108,7 @@ class VQAAccuracy(_OfAnswers):
         result = super()._compute(predictions, references, **options)
         for name, kinds in (("per_answer_type", answer_types), ("per_question_type", question_types)):
             if kinds is not None:
-                result[name] = metrics.means_by(result["per_item"], kinds)
+                result[name] = means_by(result["per_item"], kinds)
         return result
 
 
@@ -139,7 +147,7 @@ Returns:
     columns: ClassVar = {"prediction_scores": _NUMBER, "references": datasets.Value("int32")}
 
     def _compute(self, prediction_scores: list[float], references: list[int]) -> dict[str, Any]:
-        return {"roc_auc": metrics.roc_auc(prediction_scores, references)}
+        return {"roc_auc": roc_auc(prediction_scores, references)}
 
 
 class _OfRankings(_Metric):
@@ -150,7 +158,7 @@ class _OfRankings(_Metric):
     }
 
     def _compute(self, predictions: list[list[str]], references: list[list[dict]], *, k: int = 10) -> dict[str, Any]:
-        function = metrics.lvlm_ndcg_at_k if self.key == "ndcg" else metrics.lvlm_recall_at_k
+        function = lvlm_ndcg_at_k if self.key == "ndcg" else lvlm_recall_at_k
         scores = [{row["id"]: row["score"] for row in rows} for rows in references]
         return self._result([function(ids, own, k) for ids, own in zip(predictions, scores, strict=True)])
 
@@ -183,13 +191,4 @@ Returns:
     columns: ClassVar = {"predictions": _NUMBER, "references": _NUMBER}
 
     def _compute(self, predictions: list[float], references: list[float]) -> dict[str, Any]:
-        return self._result(metrics.utility(predictions, references))
-
-
-@functools.cache
-def evaluate_classes() -> dict[str, type]:
-    """The classes by name, made to live in `metrics`, where users find them."""
-    classes = (CIDErD, ExactMatch, NDCG, ROCAUC, RecallAtK, Top1Accuracy, Utility, VQAAccuracy)
-    for cls in classes:
-        cls.__module__ = metrics.__name__
-    return {cls.__name__: cls for cls in classes}
+        return self._result(utility(predictions, references))

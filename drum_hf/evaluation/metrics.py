@@ -1,8 +1,4 @@
-"""Every metric: functions, a registry of those that the evaluator knows by name, and `evaluate.Metric` subclasses.
-
-`VQAAccuracy`, `ExactMatch`, `Top1Accuracy`, `CIDErD`, `ROCAUC`, `NDCG`, `RecallAtK` and `Utility` need no Hub: make
-one and call `compute`. They are imported on first access, so that importing this module stays light.
-"""
+"""Every metric as a function, and a registry of those that the evaluator knows by name."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .answers import check_references, exact_match, normalize_vqa_answer, top1, vqa_accuracy
+from .answers import check_references, exact_match, letter_match, normalize_vqa_answer, top1, vqa_accuracy
 from .cider import check_items, cider_d
 from .rankings import lvlm_ndcg_at_k, lvlm_recall_at_k, ndcg_at_k, recall_at_k, utility
 from .roc import roc_auc, roc_auc_items, roc_auc_of_labels
@@ -21,22 +17,13 @@ from .roc import roc_auc, roc_auc_items, roc_auc_of_labels
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-_EVALUATE_CLASSES = ("CIDErD", "ExactMatch", "NDCG", "ROCAUC", "RecallAtK", "Top1Accuracy", "Utility", "VQAAccuracy")
-
-__all__ = [  # noqa: F822 (the evaluate.Metric subclasses come from __getattr__)
-    "CIDErD",
-    "ExactMatch",
+__all__ = [
     "METRICS",
     "Metric",
-    "NDCG",
-    "ROCAUC",
-    "RecallAtK",
-    "Top1Accuracy",
-    "Utility",
-    "VQAAccuracy",
     "cider_d",
     "exact_match",
     "get_metric",
+    "letter_match",
     "lvlm_ndcg_at_k",
     "lvlm_recall_at_k",
     "means_by",
@@ -111,10 +98,22 @@ def _top1_of_list(prediction: str, references: Sequence[str], **options: bool) -
     return top1(prediction, label, **options)
 
 
+def _letter_of_list(prediction: str, references: Sequence[str]) -> float:
+    (letter,) = references
+    return letter_match(prediction, letter)
+
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("vqa_accuracy", functools.partial(_each, vqa_accuracy), "VQA accuracy", min_references=2),
+        Metric(
+            "vqa_accuracy_official",
+            functools.partial(_each, vqa_accuracy, official=True),
+            "VQA accuracy (official script)",
+            min_references=2,
+        ),
+        Metric("letter", functools.partial(_each, _letter_of_list), "multiple-choice accuracy", max_references=1),
         Metric("exact_match", functools.partial(_each, exact_match), "exact match"),
         Metric("top1", functools.partial(_each, _top1_of_list), "top-1 accuracy", max_references=1),
         Metric("cider_d", cider_d, "CIDEr-D"),
@@ -158,12 +157,3 @@ def means_by(values: npt.ArrayLike, kinds: Sequence[Hashable]) -> dict[Any, floa
     for row, kind in enumerate(kinds):
         rows.setdefault(kind, []).append(row)
     return {kind: float(array[own].mean()) for kind, own in rows.items()}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EVALUATE_CLASSES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .hf_metrics import evaluate_classes
-
-    globals().update(evaluate_classes())
-    return globals()[name]

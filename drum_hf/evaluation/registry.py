@@ -4,71 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from ..data import TripletTable
-from ..retriever.retriever import PART_WEIGHTS, DemoRetriever
+from ..retriever.retriever import DemoRetriever
 from ..scores.feedback import Feedback
 from ..selection import Selector, get_selector
 from ..training.methods import METHODS
 from .strategies import BM25, MMICES, Fixed, Random, Retrieved, SameAnswerOracle, ScoreOracle, Strategy, ZeroShot
 from .untrained import UntrainedRetrievers
 
-__all__ = ["STRATEGIES", "Comparison", "StrategyInfo", "check_names", "make_strategy", "takes_selector"]
-
-
-@dataclasses.dataclass(frozen=True)
-class StrategyInfo:
-    """What there is to know of a strategy before it is made.
-
-    Attributes:
-        label: as tables show it.
-        about: one line, with its source.
-        needs_draft: the LVLM's draft of each query is read.
-        trained: a trained retriever is needed.
-        looks_at_gold: it reads the gold answer: a ceiling, not a method.
-        seeded: another seed chooses otherwise.
-    """
-
-    label: str
-    about: str
-    needs_draft: bool = False
-    trained: bool = False
-    looks_at_gold: bool = False
-    seeded: bool = False
-
-
-#: Every strategy, in the order of tables.
-STRATEGIES: dict[str, StrategyInfo] = {
-    "zero-shot": StrategyInfo("zero-shot", "no demonstration"),
-    "random": StrategyInfo("random", "drawn for each query", seeded=True),
-    "fixed": StrategyInfo("fixed", "the same for every query, drawn once", seeded=True),
-    "si": StrategyInfo("SI (RICES)", "similar image (RICES, arXiv 2109.05014; OpenFlamingo)"),
-    "st": StrategyInfo("ST", "similar prompt"),
-    "sit": StrategyInfo("SIT", "similar image and prompt"),
-    "sit+draft": StrategyInfo(
-        "SIT + draft", "similar image, prompt, and response to the LVLM's draft (DRUM, untrained)", needs_draft=True
-    ),
-    "si+draft": StrategyInfo("SI + draft", "similar image, and response to the draft", needs_draft=True),
-    "st+draft": StrategyInfo("ST + draft", "similar prompt, and response to the draft", needs_draft=True),
-    "bm25": StrategyInfo("BM25", "shared words of prompt and draft with prompt and response", needs_draft=True),
-    "mmices": StrategyInfo("MMICES", "the 200 most similar images, re-ranked by prompt (arXiv 2311.18021)"),
-    **{
-        name: StrategyInfo(method.label, method.about, needs_draft="draft" in method.query, trained=True)
-        for name, method in METHODS.items()
-    },
-    "oracle": StrategyInfo(
-        "oracle (same answer)",
-        "rows with the gold answer, drawn; in captioning, where no two rows have one, as oracle-score",
-        looks_at_gold=True,
-        seeded=True,
-    ),
-    "oracle-score": StrategyInfo(
-        "oracle (LVLM's own)",
-        "the LVLM's own ranking: the whole support set scored for each query",
-        looks_at_gold=True,
-    ),
-}
+__all__ = [
+    "STRATEGIES",
+    "Comparison",
+    "StrategyInfo",
+    "check_names",
+    "make_strategy",
+    "missing_part",
+    "register_strategy",
+    "takes_selector",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +55,143 @@ class Comparison:
             object.__setattr__(self, "untrained", UntrainedRetrievers(self.encoder, self.support))
 
 
+@dataclasses.dataclass(frozen=True)
+class StrategyInfo:
+    """What there is to know of a strategy before it is made.
+
+    Attributes:
+        label: as tables show it.
+        about: one line, with its source.
+        needs_draft: the LVLM's draft of each query is read.
+        trained: a trained retriever is needed.
+        looks_at_gold: it reads the gold answer: a ceiling, not a method.
+        seeded: another seed chooses otherwise.
+        needs: the parts of a row, "image" and "prompt", without which it is another strategy or none at all.
+        make: (comparison, seed) -> the strategy; None where a retriever ranks the candidates.
+    """
+
+    label: str
+    about: str
+    needs_draft: bool = False
+    trained: bool = False
+    looks_at_gold: bool = False
+    seeded: bool = False
+    needs: tuple[str, ...] = ()
+    make: Callable[[Comparison, int], Strategy] | None = None
+
+
+def _oracle(comparison: Comparison, seed: int) -> Strategy:
+    if comparison.task == "captioning":  # no two rows have the same answer
+        return ScoreOracle(comparison.feedback, name="oracle")
+    return SameAnswerOracle(comparison.support, comparison.queries, seed)
+
+
+def _mmices(comparison: Comparison, seed: int) -> Strategy:
+    return MMICES(comparison.untrained("si"), comparison.untrained("st"))
+
+
+#: Every strategy, in the order of tables.
+STRATEGIES: dict[str, StrategyInfo] = {
+    "zero-shot": StrategyInfo("zero-shot", "no demonstration", make=lambda comparison, seed: ZeroShot()),
+    "random": StrategyInfo(
+        "random",
+        "drawn for each query",
+        seeded=True,
+        make=lambda comparison, seed: Random(comparison.support, seed),
+    ),
+    "fixed": StrategyInfo(
+        "fixed",
+        "the same for every query, drawn once",
+        seeded=True,
+        make=lambda comparison, seed: Fixed(comparison.support, seed),
+    ),
+    "si": StrategyInfo("SI (RICES)", "similar image (RICES, arXiv 2109.05014; OpenFlamingo)", needs=("image",)),
+    "st": StrategyInfo("ST", "similar prompt", needs=("prompt",)),
+    "sit": StrategyInfo("SIT", "similar image and prompt", needs=("image", "prompt")),
+    "sit+draft": StrategyInfo(
+        "SIT + draft", "similar image, prompt, and response to the LVLM's draft (DRUM, untrained)", needs_draft=True
+    ),
+    "si+draft": StrategyInfo(
+        "SI + draft", "similar image, and response to the draft", needs_draft=True, needs=("image",)
+    ),
+    "st+draft": StrategyInfo(
+        "ST + draft", "similar prompt, and response to the draft", needs_draft=True, needs=("prompt",)
+    ),
+    "bm25": StrategyInfo(
+        "BM25",
+        "shared words of prompt and draft with prompt and response",
+        needs_draft=True,
+        make=lambda comparison, seed: BM25(comparison.support),
+    ),
+    "mmices": StrategyInfo(
+        "MMICES",
+        "the 200 most similar images, re-ranked by prompt (arXiv 2311.18021)",
+        needs=("image", "prompt"),
+        make=_mmices,
+    ),
+    **{
+        name: StrategyInfo(method.label, method.about, needs_draft="draft" in method.query, trained=True)
+        for name, method in METHODS.items()
+    },
+    "oracle": StrategyInfo(
+        "oracle (same answer)",
+        "rows with the gold answer, drawn; in captioning, where no two rows have one, as oracle-score",
+        looks_at_gold=True,
+        seeded=True,
+        make=_oracle,
+    ),
+    "oracle-score": StrategyInfo(
+        "oracle (LVLM's own)",
+        "the LVLM's own ranking: the whole support set scored for each query",
+        looks_at_gold=True,
+        make=lambda comparison, seed: ScoreOracle(comparison.feedback, name="oracle-score"),
+    ),
+}
+
+
+def register_strategy(
+    name: str,
+    make: Callable[[Comparison, int], Strategy],
+    *,
+    label: str | None = None,
+    about: str = "",
+    needs_draft: bool = False,
+    looks_at_gold: bool = False,
+    seeded: bool = False,
+    needs: tuple[str, ...] = (),
+) -> None:
+    """Add a strategy of your own, which evaluators, suites and tables then know by name.
+
+    Args:
+        name: not taken yet.
+        make: gets the [`Comparison`][drum_hf.evaluation.registry.Comparison] (support set, queries, feedback, task)
+            and the seed, and returns an object with `name` and `select(queries, k)`; see
+            [`Strategy`][drum_hf.evaluation.strategies.Strategy].
+        label: as tables show it; the name where left out.
+        about: one line on what it does.
+        needs_draft, looks_at_gold, seeded, needs: as in `StrategyInfo`.
+
+    Raises:
+        ValueError: the name is taken, or holds a "+", which stands before a selector.
+
+    Example:
+        >>> class Newest:
+        ...     name = "newest"
+        ...     def __init__(self, support):
+        ...         self.support = support
+        ...     def select(self, queries, k):
+        ...         return [[i for i in reversed(self.support.ids) if i != q.id][:k] for q in queries]
+        >>> register_strategy("newest", lambda comparison, seed: Newest(comparison.support))
+        >>> STRATEGIES.pop("newest").label
+        'newest'
+    """
+    if name in STRATEGIES or "+" in name:
+        raise ValueError(f"expected the name of a strategy that is not taken and holds no '+', got {name!r}")
+    STRATEGIES[name] = StrategyInfo(
+        label or name, about, needs_draft, looks_at_gold=looks_at_gold, seeded=seeded, needs=needs, make=make
+    )
+
+
 def check_names(names: Iterable[str]) -> None:
     """Refuse what is no strategy's name.
 
@@ -109,18 +201,30 @@ def check_names(names: Iterable[str]) -> None:
     >>> check_names(["zero-shot", "sit-draft"])
     Traceback (most recent call last):
     ...
-    ValueError: strategy 'sit-draft' is none of those there are; did you mean 'sit+draft'?
+    ValueError: strategy 'sit-draft' is unknown; did you mean 'sit+draft'?
     """
     for name in names:
         if name not in STRATEGIES:
             near = difflib.get_close_matches(name, STRATEGIES, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(STRATEGIES)}"
-            raise ValueError(f"strategy {name!r} is none of those there are; {hint}")
+            raise ValueError(f"strategy {name!r} is unknown; {hint}")
+
+
+def missing_part(name: str, support: TripletTable, queries: TripletTable) -> str | None:
+    """The part ("image" or "prompt") that a strategy compares and that no row of one side has; None: it can be run.
+
+    A prompt that every row shares tells nothing apart, yet can be compared; one that no row has can't.
+    """
+    there = {
+        "image": all(any(table.image_keys) for table in (support, queries)),
+        "prompt": all(any(prompt.strip() for prompt in table.prompts) for table in (support, queries)),
+    }
+    return next((part for part in STRATEGIES[name].needs if not there[part]), None)
 
 
 def takes_selector(name: str) -> bool:
     """Whether a retriever ranks this strategy's candidates, so that a selector can choose among them."""
-    return STRATEGIES[name].trained or name in PART_WEIGHTS
+    return STRATEGIES[name].make is None
 
 
 def make_strategy(
@@ -158,21 +262,9 @@ def make_strategy(
             f"strategy {name!r} takes no selector, since no retriever ranks its candidates; those that do are "
             f"{', '.join(filter(takes_selector, STRATEGIES))}"
         )
-    if takes_selector(name):
-        return _retrieved(name, comparison, retriever, selector)
-    if name == "zero-shot":
-        return ZeroShot()
-    if name == "random":
-        return Random(comparison.support, seed)
-    if name == "fixed":
-        return Fixed(comparison.support, seed)
-    if name == "bm25":
-        return BM25(comparison.support)
-    if name == "mmices":
-        return MMICES(comparison.untrained("si"), comparison.untrained("st"))
-    if name == "oracle" and comparison.task != "captioning":
-        return SameAnswerOracle(comparison.support, comparison.queries, seed)
-    return ScoreOracle(comparison.feedback, name=name)
+    if info.make is not None:
+        return info.make(comparison, seed)
+    return _retrieved(name, comparison, retriever, selector)
 
 
 def _retrieved(name: str, comparison: Comparison, retriever: DemoRetriever | None, selector: str | None) -> Retrieved:

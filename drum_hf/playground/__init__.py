@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ..utils.optional import resolve_name as resolve
 
 if TYPE_CHECKING:
-    from .worlds import DIFFICULTIES, World, make_world
+    from .worlds import DIFFICULTIES, World, make_world, world_rows
 
-__all__ = ["DIFFICULTIES", "World", "encoder_path", "lvlm_path", "make_world", "resolve"]
+__all__ = ["DIFFICULTIES", "World", "encoder_path", "lvlm_path", "make_world", "resolve", "world_rows"]
 
 
 def encoder_path() -> str:
@@ -29,7 +29,7 @@ def lvlm_path() -> str:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("DIFFICULTIES", "World", "make_world"):
+    if name in ("DIFFICULTIES", "World", "make_world", "world_rows"):
         from . import worlds
 
         return getattr(worlds, name)

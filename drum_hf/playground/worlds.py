@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from ..data import TripletTable
-from ..types import TASKS
+from ..types import TASKS, Task
 from .language import CAPTION_PROMPTS, CLASSIFY_PROMPTS, QUESTIONS, private_words
 from .scenes import ATTRIBUTES, DIGITS, FRAMES, digit_images, render_digit, render_scene
 
-__all__ = ["DIFFICULTIES", "Difficulty", "World", "make_world"]
+__all__ = ["DIFFICULTIES", "Difficulty", "World", "make_world", "world_rows"]
 
 
 #: Digits that worlds show: the rows that the playground's models were not trained on.
@@ -124,7 +124,15 @@ class _Maker:
         return found
 
 
-def make_world(seed: int, *, task: str = "vqa", difficulty: str = "standard") -> World:
+def world_rows(difficulty: str, task: Task) -> tuple[int, int]:
+    """Rows of a world's support set and of its queries."""
+    level = DIFFICULTIES[difficulty]
+    # half of scikit-learn's digits must do; captioning's oracle has the LVLM score every pair, so it asks half as many
+    support = min(level.support, 600) if task == "classification" else level.support
+    return support, level.queries // 2 if task == "captioning" else level.queries
+
+
+def make_world(seed: int, *, task: Task = "vqa", difficulty: str = "standard") -> World:
     """Draw a world.
 
     Args:
@@ -142,20 +150,17 @@ def make_world(seed: int, *, task: str = "vqa", difficulty: str = "standard") ->
         raise ValueError(f"expected a task of {', '.join(TASKS)}; got {task!r}")
     if difficulty not in DIFFICULTIES:
         raise ValueError(f"expected a difficulty of {', '.join(DIFFICULTIES)}; got {difficulty!r}")
-    maker, level = _Maker(seed, task, difficulty), DIFFICULTIES[difficulty]
+    maker = _Maker(seed, task, difficulty)
     prefix = f"{task}-{difficulty}-{seed}"
     support: list[dict[str, Any]] = []
     picture = 0
-    # half of scikit-learn's digits must do for support set and queries
-    rows = min(level.support, 600) if task == "classification" else level.support
+    rows, wanted = world_rows(difficulty, task)
     while len(support) < rows:
         for row in maker.picture_rows(2 if task == "vqa" else 1):
             support.append(row | {"id": f"{prefix}-s{len(support):04d}", "group": f"{prefix}-p{picture:04d}"})
         picture += 1
     known = maker.known(support)
     queries: list[dict[str, Any]] = []
-    # captioning's oracle has the LVLM score every pair, so it asks half as many
-    wanted = level.queries // 2 if task == "captioning" else level.queries
     while len(queries) < wanted:
         (row,) = maker.picture_rows(1)
         picture += 1

@@ -11,7 +11,7 @@ from .candidates import Candidates, Selector, TopN, choose
 from .coverage import Coverage
 from .diversity import DPP, MMR
 from .order import Order, arrange
-from .registry import SELECTORS, get_selector
+from .registry import SELECTORS, get_selector, register_selector
 from .utility import AdaptiveShots, IsotonicUtility, LogisticUtility, UtilityCalibration, fit_utility
 
 __all__ = [
@@ -32,4 +32,5 @@ __all__ = [
     "choose",
     "fit_utility",
     "get_selector",
+    "register_selector",
 ]

@@ -12,7 +12,7 @@ from .coverage import Coverage
 from .diversity import DPP, MMR
 from .utility import AdaptiveShots
 
-__all__ = ["SELECTORS", "get_selector"]
+__all__ = ["SELECTORS", "get_selector", "register_selector"]
 
 #: Name -> what makes the selector. "budget" needs an LVLM, "adaptive" a calibration.
 SELECTORS: dict[str, Callable[..., Selector]] = {
@@ -24,6 +24,31 @@ SELECTORS: dict[str, Callable[..., Selector]] = {
     "budget": TokenBudget,
     "adaptive": AdaptiveShots,
 }
+
+
+def register_selector(name: str, make: Callable[..., Selector]) -> None:
+    """Add a selector of your own, which retrievers, pipelines, evaluators and the command line then know by name.
+
+    Args:
+        name: not taken yet.
+        make: a class or function that makes the [`Selector`][drum_hf.selection.Selector]; the options given to
+            `get_selector` are its arguments.
+
+    Raises:
+        ValueError: the name is taken.
+
+    Example:
+        >>> class Shortest:
+        ...     name, pool = "shortest", 20
+        ...     def __call__(self, candidates, k):
+        ...         return sorted(range(len(candidates)), key=lambda i: len(candidates.responses[i]))[:k]
+        >>> register_selector("shortest", Shortest)
+        >>> SELECTORS.pop("shortest") is Shortest
+        True
+    """
+    if name in SELECTORS:
+        raise ValueError(f"expected the name of a selector that is not taken, got {name!r}")
+    SELECTORS[name] = make
 
 
 def get_selector(selector: str | Selector, **options: Any) -> Selector:

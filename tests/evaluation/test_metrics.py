@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -19,13 +20,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from drum_hf.errors import RowError
-from drum_hf.evaluation import answers, metrics
+from drum_hf.evaluation import answers, hf_metrics, metrics
 from drum_hf.evaluation.cider import cider_d, ptb_tokenize
 from drum_hf.evaluation.metrics import (
     METRICS,
     Metric,
     exact_match,
     get_metric,
+    letter_match,
     lvlm_ndcg_at_k,
     lvlm_recall_at_k,
     normalize_vqa_answer,
@@ -67,6 +69,21 @@ def test_vqa_accuracy_is_its_definition(prediction, references):
     assert vqa_accuracy(prediction, references) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [("B", "B"), ("(b)", "B"), ("**B**", "B"), ("`B`", "B"), ("B) a bus", "B"), ("[B]", "B"), ("**B.** a bus", "B"),
+     ("The picture shows a bus. So the answer is B.", "B"), ("Answer: (b)", "B"), ("Option C, not B", "C"),
+     ("First A, then I see wheels.\nAnswer: B", "B"), ("It is red, hence (D)", "D")],
+)  # fmt: skip
+def test_an_answers_letter(answer, letter):
+    assert {other for other in "ABCD" if letter_match(answer, other)} == {letter}
+
+
+@pytest.mark.parametrize("answer", ["", "a bus", "Bus", "The answer is a bus", "I can't tell", "both", "B or not"])
+def test_answers_without_a_letter(answer):
+    assert not any(letter_match(answer, letter) for letter in "ABCD")
+
+
 answer_texts = st.lists(
     st.sampled_from(["a", "The", "two", "none", "dog", "dont", "1,000", ".", ",", "/", "-", "3", " ", "\n", "?"]),
     max_size=6,
@@ -81,11 +98,12 @@ def test_vqa_answers_are_normalized_unless_all_annotators_agree(prediction, refe
 
     normalized = [normalize_vqa_answer(answer) for answer in references]
     with_normalizing = vqa_accuracy_by_definition(normalize_vqa_answer(prediction), normalized)
-    assert vqa_accuracy(prediction, references, always_normalize=True) == pytest.approx(with_normalizing)
+    assert vqa_accuracy(prediction, references) == pytest.approx(with_normalizing)
+    official = functools.partial(vqa_accuracy, official=True)
     if len({clean(answer) for answer in references}) > 1:
-        assert vqa_accuracy(prediction, references) == pytest.approx(with_normalizing)
+        assert official(prediction, references) == pytest.approx(with_normalizing)
     agreed = references[:1] * 10
-    assert vqa_accuracy(prediction, agreed) == float(clean(prediction) == clean(agreed[0]))
+    assert official(prediction, agreed) == float(clean(prediction) == clean(agreed[0]))
 
 
 @pytest.mark.parametrize(
@@ -132,10 +150,10 @@ def test_vqa_accuracy_is_the_official_rule_on_thousands_of_answers():
         references = rng.sample(same + others, 10)
         prediction = vqa_rule.variants(first, rng)
         assert normalize_vqa_answer(prediction) == vqa_rule.normalized(vqa_rule.cleaned(prediction))
-        official = vqa_accuracy(prediction, references)
-        always = vqa_accuracy(prediction, references, always_normalize=True)
-        assert abs(official - vqa_rule.accuracy(prediction, references)) < 1e-12
-        assert abs(always - vqa_rule.accuracy(prediction, references, always_normalize=True)) < 1e-12
+        official = vqa_accuracy(prediction, references, official=True)
+        always = vqa_accuracy(prediction, references)
+        assert abs(official - vqa_rule.accuracy(prediction, references, official=True)) < 1e-12
+        assert abs(always - vqa_rule.accuracy(prediction, references)) < 1e-12
         apart += official != always
         between += 0 < official < 1
     assert apart > 50 and between > 500  # the cases are not all of one kind
@@ -300,6 +318,24 @@ def test_ptb_tokens_are_lower_case_and_whole(text):
         assert token.split() == [token]
 
 
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("एक कुत्ता घास पर है", ["एक", "कुत्ता", "घास", "पर", "है"]),  # vowel signs are marks, not letters
+        ("হাতি, নদী!", ["হাতি", "নদী"]),
+        ("cafe\u0301 du monde", ["caf\u00e9", "du", "monde"]),  # as macOS writes it
+        ("سَيَّارَة حمراء", ["سَيَّارَة", "حمراء"]),
+        ("สุนัขวิ่ง", ["สุนัขวิ่ง"]),  # no spaces: one run
+        ("می\u200cخواهم", ["می\u200cخواهم"]),  # a joiner inside a word
+        ("AT&T's and H&M's", ["at&t", "'s", "and", "h&m", "'s"]),
+        ("#tag by @user", ["#tag", "by", "@user"]),
+        ("**bold** gov't", ["**", "bold", "**", "gov't"]),
+    ],
+)
+def test_ptb_tokens_of_other_scripts_and_of_the_web(text, tokens):
+    assert ptb_tokenize(text) == tokens
+
+
 # --- the registry --------------------------------------------------------------------------------------------------
 
 PREDICTIONS = ["Two dogs.", "a cat"]
@@ -308,6 +344,7 @@ REFERENCES = {
     "exact_match": [["two dogs", "dogs"], ["dog"]],
     "top1": [["two dogs"], ["dog"]],
     "cider_d": [["two dogs run"], ["the dog"]],
+    "vqa_accuracy_official": [["2 dogs"] * 3 + ["dogs"] * 7, ["dog"] * 10],
 }
 
 
@@ -334,8 +371,9 @@ def test_registry(name):
 
 def test_options_reach_the_function():
     agreed = [["yes"] * 10]
-    assert get_metric("vqa_accuracy")(["Yes"], agreed).tolist() == [0.0]
-    assert get_metric("vqa_accuracy")(["Yes"], agreed, always_normalize=True).tolist() == [1.0]
+    assert get_metric("vqa_accuracy")(["Yes"], agreed).tolist() == [1.0]
+    assert get_metric("vqa_accuracy")(["Yes"], agreed, official=True).tolist() == [0.0]
+    assert get_metric("vqa_accuracy_official")(["Yes"], agreed).tolist() == [0.0]
     assert get_metric("top1")(["Yes"], [["yes"]], normalize=False).tolist() == [0.0]
 
 
@@ -355,7 +393,7 @@ def test_reference_counts_are_checked():
 
 
 def test_every_metric_is_tested_here_or_takes_labels():
-    assert {name for name, metric in METRICS.items() if metric.labels is None} == set(REFERENCES)
+    assert {name for name, metric in METRICS.items() if metric.labels is None} == {*REFERENCES, "letter"}
 
 
 def test_a_metric_of_ones_own():
@@ -364,7 +402,7 @@ def test_a_metric_of_ones_own():
 
 
 def test_unknown_metric_lists_the_known():
-    with pytest.raises(ValueError, match=r"'bleu'.*cider_d, exact_match, roc_auc, top1, vqa_accuracy"):
+    with pytest.raises(ValueError, match=r"'bleu'.*cider_d, exact_match, letter, roc_auc, top1, vqa_accuracy"):
         get_metric("bleu")
 
 
@@ -396,9 +434,9 @@ def test_cider_d_strings_and_tokens_are_not_mixed_up():
 def test_evaluate_metrics_equal_the_functions(name, key, tmp_path):
     import evaluate
 
-    cls = getattr(metrics, name)
+    cls = getattr(hf_metrics, name)
     metric = cls(cache_dir=str(tmp_path))
-    assert isinstance(metric, evaluate.Metric) and cls.__module__ == "drum_hf.evaluation.metrics"
+    assert isinstance(metric, evaluate.Metric) and cls.__module__ == "drum_hf.evaluation.hf_metrics"
     result = metric.compute(predictions=PREDICTIONS, references=REFERENCES[key])
     values = METRICS[key](PREDICTIONS, REFERENCES[key])
     assert result == {key: pytest.approx(values.mean()), "per_item": values.tolist()}
@@ -407,15 +445,15 @@ def test_evaluate_metrics_equal_the_functions(name, key, tmp_path):
         metric.add(prediction=prediction, reference=references)
     assert metric.compute() == result
     assert pickle.loads(pickle.dumps(cls)) is cls
-    assert name in metrics.__all__
+    assert name in hf_metrics.__all__
 
 
 def test_evaluate_metrics_pass_options_and_name_the_item(tmp_path):
-    metric = metrics.VQAAccuracy(cache_dir=str(tmp_path))
-    result = metric.compute(predictions=["Yes"], references=[["yes"] * 10], always_normalize=True)
-    assert result["vqa_accuracy"] == 1.0
+    metric = hf_metrics.VQAAccuracy(cache_dir=str(tmp_path))
+    result = metric.compute(predictions=["Yes"], references=[["yes"] * 10], official=True)
+    assert result["vqa_accuracy"] == 0.0
     with pytest.raises(RowError, match="item 1"):
-        metrics.ExactMatch(cache_dir=str(tmp_path)).compute(predictions=["a", "b"], references=[["a"], []])
+        hf_metrics.ExactMatch(cache_dir=str(tmp_path)).compute(predictions=["a", "b"], references=[["a"], []])
 
 
 def test_vqa_accuracy_by_answer_and_question_type():
@@ -424,7 +462,7 @@ def test_vqa_accuracy_by_answer_and_question_type():
     references = [[vqa_rule.variants(text, rng) for _ in range(10)] for text in answers_]
     kinds = [rng.choice(["yes/no", "number", "other"]) for _ in answers_]
     questions = [rng.choice(["how many", "what is the", "is this"]) for _ in answers_]
-    metric = metrics.VQAAccuracy()
+    metric = hf_metrics.VQAAccuracy()
     result = metric.compute(predictions=answers_, references=references, answer_types=kinds, question_types=questions)
     by_hand = [vqa_rule.accuracy(*pair) for pair in zip(answers_, references, strict=True)]
     assert result["vqa_accuracy"] == pytest.approx(np.mean(by_hand))
@@ -442,11 +480,11 @@ def test_vqa_accuracy_by_answer_and_question_type():
 
 
 def test_evaluate_roc_auc_and_utility():
-    result = metrics.ROCAUC().compute(prediction_scores=[-0.1, -2.3, -0.7, -0.7], references=[1, 0, 1, 0])
+    result = hf_metrics.ROCAUC().compute(prediction_scores=[-0.1, -2.3, -0.7, -0.7], references=[1, 0, 1, 0])
     assert result == {"roc_auc": 0.875}
     close = np.array([1.0, 1.0 + 1e-12])  # float32 would make a tie of them
-    assert metrics.ROCAUC().compute(prediction_scores=close, references=[0, 1]) == {"roc_auc": 1.0}
-    gain = metrics.Utility().compute(predictions=[-0.5, -2.0], references=[-1.5, -1.5])
+    assert hf_metrics.ROCAUC().compute(prediction_scores=close, references=[0, 1]) == {"roc_auc": 1.0}
+    gain = hf_metrics.Utility().compute(predictions=[-0.5, -2.0], references=[-1.5, -1.5])
     assert gain == {"utility": 0.25, "per_item": [1.0, -0.5]}
 
 
@@ -455,8 +493,8 @@ def test_evaluate_rankings_equal_the_functions():
     scores = [{"a": -0.1, "b": -2.0, "c": -3.0}, {"a": -1.0, "d": -0.5}]
     rows = [[{"id": i, "score": value} for i, value in own.items()] for own in scores]
     for cls, key, function in (
-        (metrics.NDCG, "ndcg", lvlm_ndcg_at_k),
-        (metrics.RecallAtK, "recall", lvlm_recall_at_k),
+        (hf_metrics.NDCG, "ndcg", lvlm_ndcg_at_k),
+        (hf_metrics.RecallAtK, "recall", lvlm_recall_at_k),
     ):
         expected = [function(ids, own, 2) for ids, own in zip(ranked, scores, strict=True)]
         result = cls().compute(predictions=ranked, references=rows, k=2)
@@ -466,14 +504,14 @@ def test_evaluate_rankings_equal_the_functions():
 def test_evaluate_metrics_write_nothing_and_need_no_hub(tmp_path):
     (tmp_path / "here").mkdir()
     code = """
-from drum_hf.evaluation import metrics
-print(metrics.VQAAccuracy().compute(predictions=["2"], references=[["2"] * 10])["vqa_accuracy"])
+from drum_hf.evaluation import hf_metrics
+print(hf_metrics.VQAAccuracy().compute(predictions=["2"], references=[["2"] * 10])["vqa_accuracy"])
 for name in ("ExactMatch", "Top1Accuracy", "CIDErD"):
-    getattr(metrics, name)().compute(predictions=["a"], references=[["a"]])
-metrics.ROCAUC().compute(prediction_scores=[0.0, 1.0], references=[0, 1])
-metrics.Utility().compute(predictions=[0.0], references=[-1.0])
+    getattr(hf_metrics, name)().compute(predictions=["a"], references=[["a"]])
+hf_metrics.ROCAUC().compute(prediction_scores=[0.0, 1.0], references=[0, 1])
+hf_metrics.Utility().compute(predictions=[0.0], references=[-1.0])
 for name in ("NDCG", "RecallAtK"):
-    getattr(metrics, name)().compute(predictions=[["a"]], references=[[{"id": "a", "score": -1.0}]])
+    getattr(hf_metrics, name)().compute(predictions=[["a"]], references=[[{"id": "a", "score": -1.0}]])
 """
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "HOME": str(tmp_path / "home")}
     package = str(Path(metrics.__file__).parents[2])
@@ -490,9 +528,9 @@ for name in ("NDCG", "RecallAtK"):
 
 
 def test_evaluate_metrics_of_several_processes_meet_in_a_folder(tmp_path):
-    together = metrics.ExactMatch(cache_dir=str(tmp_path), num_process=2, process_id=0)
+    together = hf_metrics.ExactMatch(cache_dir=str(tmp_path), num_process=2, process_id=0)
     assert not together.keep_in_memory and Path(together.data_dir).is_dir()
-    kept = metrics.ExactMatch(cache_dir=str(tmp_path / "none"), keep_in_memory=False)
+    kept = hf_metrics.ExactMatch(cache_dir=str(tmp_path / "none"), keep_in_memory=False)
     assert kept.compute(predictions=["a"], references=[["a"]])["exact_match"] == 1.0
 
 
@@ -500,11 +538,6 @@ def test_means_by_kind():
     assert metrics.means_by([1, 0, 0.5], ["x", "y", "x"]) == {"x": 0.75, "y": 0.0}
     with pytest.raises(ValueError, match="1 kinds"):
         metrics.means_by([1.0, 2.0], ["x"])
-
-
-def test_unknown_attribute():
-    with pytest.raises(AttributeError, match="NoSuchMetric"):
-        _ = metrics.NoSuchMetric
 
 
 def test_importing_the_metrics_is_light():

@@ -16,8 +16,7 @@ from drum_hf.evaluation.registry import STRATEGIES, Comparison, check_names, mak
 from drum_hf.evaluation.strategies import MMICES
 from drum_hf.evaluation.untrained import UntrainedRetrievers
 from drum_hf.experiments.demo import evaluate_strategies
-from drum_hf.retriever.retriever import STRATEGIES as COMPARED
-from drum_hf.retriever.retriever import DemoRetriever
+from drum_hf.retriever.retriever import PART_WEIGHTS, DemoRetriever
 from drum_hf.scores.feedback import Feedback
 from drum_hf.training.methods import METHODS
 
@@ -87,7 +86,7 @@ def test_what_is_said_of_a_strategy_is_so(comparison, name):
     assert (choose(comparison.drafts) != choose(comparison.drafts, gold=True)) == info.looks_at_gold
 
 
-@pytest.mark.parametrize("strategy", COMPARED)
+@pytest.mark.parametrize("strategy", PART_WEIGHTS)
 @pytest.mark.parametrize("gaps", [False, True], ids=["whole", "gaps"])
 def test_shared_embeddings_are_those_of_a_retriever_of_its_own(clip, comparison, strategy, gaps):
     support = comparison.support
@@ -112,9 +111,9 @@ def test_shared_embeddings_are_those_of_a_retriever_of_its_own(clip, comparison,
 
 
 def test_towers_are_loaded_once_and_weights_are_each_ones_own(comparison):
-    retrievers = [comparison.untrained(name) for name in COMPARED]
+    retrievers = [comparison.untrained(name) for name in PART_WEIGHTS]
     assert len({id(r.encoder[0].model) for r in retrievers}) == 1
-    assert [r.strategy for r in retrievers] == [*COMPARED]
+    assert [r.strategy for r in retrievers] == [*PART_WEIGHTS]
     with pytest.raises(ValueError, match="si, st"):
         comparison.untrained("psychic")
 

@@ -11,14 +11,16 @@ import pytest
 import torch
 
 import drum_hf.experiments.bench.retrieve
-import drum_hf.experiments.bench.vectors
+import drum_hf.playground.building.rows
 from drum_hf.cli import main
 from drum_hf.encoders.joint import build_encoder, encode_items
 from drum_hf.experiments.bench.encode import compare, measure_encode
 from drum_hf.experiments.bench.machine import describe_machine, measure_gemm, measure_memory, resident_mb
 from drum_hf.experiments.bench.retrieve import Setup, best_point, exact_neighbours, measure_index, measure_retrieval
 from drum_hf.experiments.bench.train import measure_training
-from drum_hf.experiments.bench.vectors import PlaygroundVectors, SyntheticVectors, embed_rows, playground_rows
+from drum_hf.experiments.bench.vectors import SyntheticVectors
+from drum_hf.playground import make_world
+from drum_hf.playground.building.rows import PlaygroundVectors, embed_rows, playground_rows
 from drum_hf.types import content_key, image_key
 
 
@@ -47,8 +49,8 @@ def small_batches(monkeypatch):
             return None
 
     for name, value in {"_ASKED": 5, "_CAPTIONED": 2, "_DIGITS": 2, "ProcessPoolExecutor": Here}.items():
-        monkeypatch.setattr(drum_hf.experiments.bench.vectors, name, value)
-    monkeypatch.setattr(drum_hf.experiments.bench.vectors, "as_completed", lambda futures: futures)
+        monkeypatch.setattr(drum_hf.playground.building.rows, name, value)
+    monkeypatch.setattr(drum_hf.playground.building.rows, "as_completed", lambda futures: futures)
 
 
 # Vectors
@@ -93,8 +95,8 @@ def test_playground_vectors_are_distinct_resumed_and_cut_from_one_table(small_ba
         keys = [content_key(image_key(pictures[place]), *texts) for place, *texts in rows]
         assert [key.tobytes().hex() for key in batch["keys"]] == keys
     # stopped and run again: what is there is not embedded again, what is missing is
-    calls, embed = [], drum_hf.experiments.bench.vectors._embed_batch
-    monkeypatch.setattr(drum_hf.experiments.bench.vectors, "_embed_batch", lambda *a: (calls.append(a[0]), embed(*a)))
+    calls, embed = [], drum_hf.playground.building.rows._embed_batch
+    monkeypatch.setattr(drum_hf.playground.building.rows, "_embed_batch", lambda *a: (calls.append(a[0]), embed(*a)))
     (folder / "batch-000001.npz").unlink()
     next(folder.glob("table-*")).unlink()
     vectors.prepare()
@@ -104,8 +106,8 @@ def test_playground_vectors_are_distinct_resumed_and_cut_from_one_table(small_ba
 
 
 def test_rows_that_come_twice_stand_in_the_table_once(small_batches, tmp_path, monkeypatch):
-    draw = drum_hf.experiments.bench.vectors.playground_rows
-    monkeypatch.setattr(drum_hf.experiments.bench.vectors, "playground_rows", lambda number: draw(number // 2))
+    draw = drum_hf.playground.building.rows.playground_rows
+    monkeypatch.setattr(drum_hf.playground.building.rows, "playground_rows", lambda number: draw(number // 2))
     vectors = PlaygroundVectors(50, 3, str(tmp_path))
     vectors.prepare()
     assert len(np.unique(np.concatenate([*vectors.blocks(50), vectors.asked()]), axis=0)) == 53
@@ -224,7 +226,9 @@ def test_encode_is_measured_on_the_same_items(small_batches):
 
 
 def test_a_training_steps_images_are_counted():
-    measured = measure_training("playground", batch_size=4, list_size=3, steps=2, device="cpu")
+    measured = measure_training(
+        "playground", make_world(0, difficulty="easy").support, batch_size=4, list_size=3, steps=2, device="cpu"
+    )
     assert measured["images_encoded_twice"] == measured["images_encoded"] - measured["images_distinct"] == 0
     assert 0 < measured["images_distinct"] <= 2 * 4 * (1 + 3) and measured["ratio"] > 0
     assert 4 < measured["rows"] <= 4 * (1 + 3)

@@ -11,6 +11,7 @@ from drum_hf.cli import main
 from drum_hf.experiments.bench.mine import measure_mining, measure_threads
 from drum_hf.experiments.bench.plan import growth, plan_index
 from drum_hf.index.demo_index import DemoIndex
+from drum_hf.playground.building.rows import playground_table
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_threads_find_the_same():
 
 
 def test_mining_is_split_into_its_parts():
-    found = measure_mining("playground", queries=12, support=30, candidates=4, known=3, device="cpu")
+    found = measure_mining("playground", playground_table(30), queries=12, candidates=4, known=3, device="cpu")
     names = ("reading", "encoder", "index", "python")
     parts = [found[name] for name in names]
     assert min(parts) >= 0 and sum(parts) == pytest.approx(found["seconds"], abs=0.01)

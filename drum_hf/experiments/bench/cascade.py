@@ -10,17 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from ...data import TripletTable
 from ...evaluation.evaluator import ICLEvaluator
 from ...evaluation.rankings import ndcg_at_k
 from ...evaluation.strategies import Retrieved
 from ...lvlm.local.model import TransformersLVLM
-from ...playground import make_world
 from ...retriever.retriever import DemoRetriever
 from ...scores.cascade import Cascade
 from ...scores.feedback import Feedback
 from ...scores.store import ScoreStore
 from ...training import CandidateTable, DrumTrainer, mine_candidates
-from ..demo import METRICS, Settings, training_arguments
+from ...types import Task
+from ..demo import TASK_METRICS, Settings, training_arguments
 
 __all__ = ["bench_cascade", "describe"]
 
@@ -29,8 +30,9 @@ logger = logging.getLogger(__name__)
 
 def bench_cascade(
     *,
-    task: str = "vqa",
-    world_seed: int = 1,
+    support: TripletTable,
+    queries: TripletTable,
+    task: Task = "vqa",
     keeps: Sequence[float] = (0.3, 0.5, 0.7),
     factor: int = 4,
     candidates: int = 20,
@@ -38,10 +40,11 @@ def bench_cascade(
     shots: int = 4,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Compare cascades with the LVLM's own ranking on a playground world.
+    """Compare cascades with the LVLM's own ranking, by the playground's models.
 
     Args:
-        task, world_seed: the world (`standard`).
+        support, queries: where demonstrations come from, and what is asked, such as a playground world's.
+        task: theirs.
         keeps: shares of the pairs that the LVLM scores itself.
         factor: image tokens joined into one by the cheaper LVLM.
         candidates: proposed for each query by the untrained encoder, half of them at random.
@@ -54,17 +57,16 @@ def bench_cascade(
         `top1` (queries whose best candidate stays the best), `ndcg` (at 10, gains being the probability of the gold
         response relative to the query's best), and with `train` `metric` and `pairs_in_table`.
     """
-    world = make_world(world_seed, task=task)
     lvlm = TransformersLVLM.from_pretrained("playground/lvlm")
     cheap = lvlm.with_fewer_image_tokens(factor)
-    choices = world.support.label_set if task == "classification" else ()
+    choices = support.label_set if task == "classification" else ()
     with tempfile.TemporaryDirectory() as folder, ScoreStore(Path(folder) / "scores.sqlite") as store:
-        full, less = (Feedback(m, world.support, world.support, store=store, choices=choices) for m in (lvlm, cheap))
-        retriever = DemoRetriever.from_encoder("playground/clip", support=world.support, strategy="sit")
+        full, less = (Feedback(m, support, support, store=store, choices=choices) for m in (lvlm, cheap))
+        retriever = DemoRetriever.from_encoder("playground/clip", support=support, strategy="sit")
         mined = mine_candidates(
             retriever,
-            CandidateTable(world.support.ids),
-            world.support.query,
+            CandidateTable(support.ids),
+            support.query,
             count=candidates,
             random_share=0.5,
             rng=np.random.default_rng(seed),
@@ -92,12 +94,13 @@ def bench_cascade(
                 "ndcg": round(float(np.mean(agreement)), 4),
             }
             if train:
-                result |= _trained(world, lvlm, cheap, store, keep, choices, shots, seed, Path(folder))
+                result |= _trained(
+                    support, queries, task, lvlm, cheap, store, keep, choices, shots, seed, Path(folder)
+                )
             logger.info("%s", result)
             results.append(result)
     return {
         "task": task,
-        "world_seed": world_seed,
         "factor": factor,
         "pairs": len(pairs),
         "token_share": round(token_share, 3),
@@ -107,7 +110,9 @@ def bench_cascade(
 
 
 def _trained(
-    world: Any,
+    support: TripletTable,
+    queries: TripletTable,
+    task: Task,
     lvlm: TransformersLVLM,
     cheap: TransformersLVLM,
     store: ScoreStore,
@@ -118,13 +123,13 @@ def _trained(
     folder: Path,
 ) -> dict[str, Any]:
     """A retriever trained with the cascade, and how the LVLM answers with what it retrieves."""
-    retriever = DemoRetriever.from_encoder("playground/clip", support=world.support, strategy="sit+draft")
+    retriever = DemoRetriever.from_encoder("playground/clip", support=support, strategy="sit+draft")
     arguments = training_arguments(folder / f"keep-{keep}", Settings(seed=seed), store.path, cascade_keep=keep)
     trainer = DrumTrainer(retriever, lvlm=lvlm, cheap_lvlm=cheap, args=arguments, choices=choices)
     trainer.train()
-    asked = Feedback(lvlm, world.support, world.queries, store=store, choices=choices)
-    drafts = dict(zip(world.queries.ids, asked.drafts(world.queries.ids), strict=True))
-    evaluator = ICLEvaluator(asked.lvlm, world.support, world.queries, metric=METRICS[world.task], drafts=drafts)
+    asked = Feedback(lvlm, support, queries, store=store, choices=choices)
+    drafts = dict(zip(queries.ids, asked.drafts(queries.ids), strict=True))
+    evaluator = ICLEvaluator(asked.lvlm, support, queries, metric=TASK_METRICS[task], drafts=drafts)
     result = evaluator.evaluate(Retrieved("drum", retriever), shots)
     return {"metric": round(100 * result.mean, 1), "pairs_in_table": len(trainer.table)}
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...encoders.joint import JointEncoder, build_encoder, encode_items
+from ...utils.optional import resolve_name
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -100,12 +101,10 @@ def shaped_encoder(shape: str, device: str | None, stack: ExitStack) -> Sentence
         raise ValueError(f"expected a shape of {', '.join(ENCODER_SHAPES)}; got {shape!r}")
     if shape == "playground":
         return build_encoder("playground/clip", device=device)
-    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from ...playground.building.pretraining import build_clip
-
-    small = build_clip(seed=0)[1]
-    tokenizer, images = small.tokenizer, type(small.image_processor)()
+    tokenizer, images = AutoTokenizer.from_pretrained(resolve_name("playground/clip")), CLIPImageProcessorPil()
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = CLIPConfig(text_config={"vocab_size": len(tokenizer), **ends})  # the other defaults are B/32's
     folder = stack.enter_context(tempfile.TemporaryDirectory())

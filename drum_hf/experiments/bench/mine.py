@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ...data import TripletTable
 from ...index.demo_index import DemoIndex
 from .encode import shaped_encoder
 
@@ -18,20 +19,20 @@ __all__ = ["measure_mining", "measure_threads"]
 
 def measure_mining(
     shape: str,
+    table: TripletTable,
     *,
     queries: int = 1000,
-    support: int = 10_000,
     candidates: int = 10,
     known: int = 10,
     kind: str = "flat",
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Time a round of mining on playground rows, split into reading, encoder, index and Python.
+    """Time a round of mining, split into reading, encoder, index and Python.
 
     Args:
         shape: one of `encode.SHAPES`.
+        table: the support set.
         queries: rows that candidates are mined for, among the support set's.
-        support: rows of the support set.
         candidates: new pairs for each query.
         known: pairs that each has from a round before, drawn at random.
         kind: of the index.
@@ -41,23 +42,9 @@ def measure_mining(
         queries only, since the support set's embedding is no part of mining's loop), `index` (searching) and `python`
         (all the rest), their shares, and `queries_per_second`.
     """
-    from ...data import TripletTable
     from ...retriever.retriever import DemoRetriever
     from ...training.mining import CandidateTable, mine_candidates
-    from .vectors import playground_rows
 
-    rows: list[dict[str, Any]] = []
-    batch = 0
-    while len(rows) < support:
-        pictures, told = playground_rows(batch)
-        rows += [
-            {"id": f"{batch}-{i}", "image": pictures[place], "prompt": prompt, "response": response,
-             "group": f"{batch}-{place}"}
-            for i, (place, prompt, response) in enumerate(told)
-        ]  # fmt: skip
-        batch += 1
-    table = TripletTable.from_dataset(rows[:support])
-    del rows
     with contextlib.ExitStack() as stack:
         encoder = shaped_encoder(shape, device, stack)
         retriever = DemoRetriever(encoder, table, index_kind=kind)
@@ -87,7 +74,7 @@ def measure_mining(
             seconds = time.perf_counter() - began
     spent["python"] = seconds - sum(spent.values())
     return {
-        "shape": shape, "queries": len(asked), "support": support, "kind": kind, "candidates": candidates,
+        "shape": shape, "queries": len(asked), "support": len(table), "kind": kind, "candidates": candidates,
         "known": known, "seconds": round(seconds, 3), **{name: round(value, 3) for name, value in spent.items()},
         **{f"{name}_share": round(value / seconds, 3) for name, value in spent.items()},
         "queries_per_second": round(len(asked) / seconds, 1),

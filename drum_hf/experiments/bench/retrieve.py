@@ -16,7 +16,7 @@ import numpy as np
 from ...index.demo_index import DemoIndex
 from ...utils.optional import require_faiss
 from .machine import measure_memory, resident_mb
-from .vectors import PlaygroundVectors, SyntheticVectors
+from .vectors import Vectors
 
 __all__ = ["SWEEPS", "Setup", "best_point", "exact_neighbours", "measure_index", "measure_retrieval"]
 
@@ -55,7 +55,7 @@ class Setup:
 
 
 def measure_retrieval(
-    vectors: PlaygroundVectors | SyntheticVectors,
+    vectors: Vectors,
     sizes: Sequence[int],
     setups: Sequence[Setup],
     *,
@@ -102,9 +102,7 @@ def measure_retrieval(
             yield row
 
 
-def measure_index(
-    vectors: PlaygroundVectors | SyntheticVectors, size: int, setup: Setup, exact: str
-) -> dict[str, Any]:
+def measure_index(vectors: Vectors, size: int, setup: Setup, exact: str) -> dict[str, Any]:
     """Build an index and ask it, one query at a time and on one thread.
 
     Args:
@@ -159,7 +157,7 @@ def _ask(index: DemoIndex, queries: np.ndarray, nearest: np.ndarray) -> dict[str
     return {"recall_at_10": round(recall, 5), "p50_ms": round(p50, 3), "p95_ms": round(p95, 3), "asked": len(queries)}
 
 
-def exact_neighbours(vectors: PlaygroundVectors | SyntheticVectors, size: int, cache: str | os.PathLike[str]) -> Path:
+def exact_neighbours(vectors: Vectors, size: int, cache: str | os.PathLike[str]) -> Path:
     """File of the rows nearest to each query, (queries, 10) int64, by float32 products; kept in the cache."""
     path = Path(cache, f"exact-{_digest([_rows(vectors), size])}.npy")
     if path.exists():
@@ -204,9 +202,9 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def _rows(vectors: PlaygroundVectors | SyntheticVectors) -> dict[str, Any]:
+def _rows(vectors: Vectors) -> dict[str, Any]:
     """What the rows depend on: not on where they are kept, nor on how many follow."""
-    fields = dataclasses.asdict(vectors) | {"name": vectors.name}
+    fields = vars(vectors) | {"name": vectors.name}
     return {name: value for name, value in fields.items() if name not in ("cache", "count")}
 
 

@@ -15,6 +15,7 @@ from ...encoders.joint import JointEncoder
 from .encode import compare, shaped_encoder
 
 if TYPE_CHECKING:
+    from ...data import TripletTable
     from ...types import ICLRequest
 
 __all__ = ["measure_training"]
@@ -35,34 +36,35 @@ class _Hash:
 
 def measure_training(
     shape: str,
+    support: TripletTable,
     *,
     batch_size: int = 16,
     list_size: int = 8,
     steps: int = 8,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Compare `DrumTrainer`'s step on a playground world with the least work that its images and texts could take.
+    """Compare `DrumTrainer`'s step with the least work that its images and texts could take.
 
     A step is the collator's work, the list-wise loss of `batch_size` queries with `list_size` candidates each, and its
     backward pass, as the first round has them. The least is forward and backward of the bare towers on the step's
     tensors, each distinct image once. Rows are preprocessed before, as they are from the second epoch on.
 
     Args:
-        shape: one of `encode.SHAPES`.
+        shape: one of `encode.ENCODER_SHAPES`.
+        support: the demonstrations, which are the queries as well.
         steps: steps that are measured; the ratio is the median of theirs.
 
     Returns:
         `ratio`: time of a step by that of the least work; of all steps together `images_encoded`, `images_distinct`
         and `images_encoded_twice` (the difference), and of a step `rows` (queries and distinct demonstrations).
     """
-    from ...playground import make_world
     from ...retriever.retriever import DemoRetriever
     from ...training import DrumTrainer, DrumTrainingArguments
 
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         encoder = shaped_encoder(shape, device, stack)
-        retriever = DemoRetriever(encoder, make_world(0, difficulty="easy").support)
+        retriever = DemoRetriever(encoder, support)
         args = DrumTrainingArguments(
             folder,
             per_device_train_batch_size=batch_size,

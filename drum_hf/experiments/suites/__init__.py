@@ -21,6 +21,7 @@ from .spec import SUITES, SuiteSpec, load_suite
 if TYPE_CHECKING:
     from ...types import LVLM
     from .cells import Cell
+    from .opening import MakeWorld
 
 __all__ = ["SUITES", "SuiteSpec", "format_plan", "load_suite", "plan_suite", "run_suite"]
 
@@ -30,6 +31,7 @@ def run_suite(
     out_dir: str | os.PathLike[str],
     *,
     lvlms: Mapping[str, LVLM] | None = None,
+    make_world: MakeWorld | None = None,
     store: str | os.PathLike[str] | None = None,
     command: str = "",
     on_cell: Callable[[Cell], None] | None = None,
@@ -44,6 +46,7 @@ def run_suite(
         out_dir: gets `summary.json`, `results.parquet`, `tables.md`, `tables.tex`, `figure.png`, `report.html`,
             `manifest.json`.
         lvlms: LVLMs by their name in the suite, where they are made already.
+        make_world: `drum_hf.playground.make_world`, for a suite that has playground worlds.
         store: another SQLite file for answers and scores; `scores.sqlite` in `out_dir` by default.
         command: what the report says it was made by.
         on_cell: called after each cell that was carried out.
@@ -62,7 +65,7 @@ def run_suite(
     require("matplotlib", "a suite's figures")  # refused now, not after hours
     if "bm25" in spec.strategies:
         require("bm25s", "the BM25 strategy")
-    run = SuiteRun(spec, out_dir, lvlms=lvlms, store=store, on_cell=on_cell)
+    run = SuiteRun(spec, out_dir, lvlms=lvlms, make_world=make_world, store=store, on_cell=on_cell)
     cells = read_cells(run.run(), run.files)
     summary = summarise(spec, cells)
     out = Path(out_dir)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
@@ -17,15 +18,26 @@ from ...utils.optional import resolve_name
 from ..demo import split_table
 from .spec import DataSpec, LVLMSpec
 
-if TYPE_CHECKING:
-    from ...playground.worlds import World
-
-__all__ = ["encoder_key", "open_data", "open_lvlm"]
+__all__ = ["MakeWorld", "encoder_key", "open_data", "open_lvlm"]
 
 logger = logging.getLogger(__name__)
 
 
-def open_data(data: DataSpec, seed: int) -> tuple[TripletTable, TripletTable]:
+class World(Protocol):
+    """A seeded task: rows to demonstrate with, and rows to be asked."""
+
+    @property
+    def support(self) -> TripletTable: ...
+
+    @property
+    def queries(self) -> TripletTable: ...
+
+
+#: (seed, task=, difficulty=) -> a world, such as `drum_hf.playground.make_world`.
+MakeWorld = Callable[..., World]
+
+
+def open_data(data: DataSpec, seed: int, make_world: MakeWorld | None = None) -> tuple[TripletTable, TripletTable]:
     """Support set and queries of a data set.
 
     Public data sets have the same picture on both sides here and there: such queries are left out, and counted in the
@@ -36,9 +48,9 @@ def open_data(data: DataSpec, seed: int) -> tuple[TripletTable, TripletTable]:
         SavedFileError, ColumnError, RowError, ImageError: the files can't be used.
     """
     if data.world:
-        from ...playground import make_world
-
-        world: World = make_world(seed, task=data.task, difficulty=data.world)
+        if make_world is None:
+            raise SuiteError(f"data {data.name!r} is a world: pass make_world=drum_hf.playground.make_world")
+        world = make_world(seed, task=data.task, difficulty=data.world)
         return _first(world.support, data.support_rows), _first(world.queries, data.query_rows)
     if data.table:
         table = load_table(data.table)

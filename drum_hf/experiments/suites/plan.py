@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from ...data import find_source
@@ -25,16 +26,15 @@ class _Calls:
         setattr(self, kind, None if now is None or count is None else now + count)
 
 
-def _rows(data: DataSpec) -> tuple[int | None, int | None]:
+#: (difficulty, task) -> rows of a world's support set and queries, such as `drum_hf.playground.world_rows`.
+WorldRows = Callable[[str, Any], tuple[int, int]]
+
+
+def _rows(data: DataSpec, world_rows: WorldRows | None) -> tuple[int | None, int | None]:
     """Rows of support set and queries, at most; None where nothing says it."""
     known: tuple[int | None, int | None] = (None, None)
     if data.world:
-        from ...playground import DIFFICULTIES
-
-        level = DIFFICULTIES[data.world]
-        # as make_world has them: half of the digits must do, and captioning asks half as many
-        rows = min(level.support, 600) if data.task == "classification" else level.support
-        known = (rows, level.queries // 2 if data.task == "captioning" else level.queries)
+        known = world_rows(data.world, data.task) if world_rows else known
     elif data.source:
         source = find_source(data.source)
         known = source.support.rows, source.query.rows
@@ -45,8 +45,12 @@ def _rows(data: DataSpec) -> tuple[int | None, int | None]:
     return support, queries
 
 
-def plan_suite(spec: SuiteSpec) -> dict[str, Any]:
+def plan_suite(spec: SuiteSpec, world_rows: WorldRows | None = None) -> dict[str, Any]:
     """What carrying out a suite from nothing would take, at most; JSON-ready.
+
+    Args:
+        spec: what would be carried out.
+        world_rows: `drum_hf.playground.world_rows`, for a suite that has playground worlds.
 
     Returns:
         {"downloads": [{"data" or "model", …}], "trainings": number of retrievers, "cells": number of them,
@@ -67,7 +71,7 @@ def plan_suite(spec: SuiteSpec) -> dict[str, Any]:
     for lvlm in (*spec.lvlms, *spec.transfer):
         counted = _Calls()
         for data in spec.data:
-            support, queries = _rows(data)
+            support, queries = _rows(data, world_rows)
             for seed in data.seeds:
                 for encoder in spec.encoders:
                     todo = cells_of(spec, data, seed, lvlm, encoder)

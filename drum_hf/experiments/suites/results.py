@@ -14,7 +14,7 @@ import numpy as np
 from ...evaluation.metrics import get_metric
 from ...evaluation.registry import STRATEGIES
 from ...evaluation.statistics import paired_bootstrap
-from ..demo import METRICS
+from ..demo import TASK_METRICS
 from .cells import Cell, CellFiles, Values
 from .spec import DataSpec, LVLMSpec, SuiteSpec, split_name
 
@@ -129,7 +129,7 @@ def _summarise(spec: SuiteSpec, block: _Block, names: Sequence[str]) -> dict[str
     }
     some = next((name, shots) for name, shots, done in block.parts if done is None)
     content: dict[str, Any] = {
-        "metric_name": get_metric(data.metric or METRICS[data.task]).label,
+        "metric_name": get_metric(data.metric or TASK_METRICS[data.task]).label,
         "queries": len(block.groups(*some)),
         "groups": list(data.seeds),
         "strategies": strategies,

@@ -22,10 +22,10 @@ from ...scores.store import ScoreStore
 from ...training.methods import METHODS
 from ...training.trainer import own_arguments
 from ...types import LVLM
-from ..demo import METRICS
+from ..demo import TASK_METRICS
 from ..examples import at_their_best, pick_rows, shown
 from .cells import Cell, CellFiles, Values, digest
-from .opening import encoder_key, open_data, open_lvlm
+from .opening import MakeWorld, encoder_key, open_data, open_lvlm
 from .results import label_of, title_of
 from .retrievers import TrainedRetriever, train_retriever
 from .spec import DataSpec, LVLMSpec, SuiteSpec, split_name
@@ -85,7 +85,7 @@ class _Bench:
 
     @property
     def metric(self) -> str:
-        return self.data.metric or METRICS[self.data.task]
+        return self.data.metric or TASK_METRICS[self.data.task]
 
     @functools.cached_property
     def drafts(self) -> dict[str, str]:
@@ -127,6 +127,7 @@ class SuiteRun:
         spec: what is compared.
         out_dir: gets `cells/`, `retrievers/` and `scores.sqlite`.
         lvlms: LVLMs by their name in the suite, in place of those that the names would load.
+        make_world: `drum_hf.playground.make_world`, for a suite that has playground worlds.
         store: another file for LVLM answers and scores, which several suites may share.
         on_cell: called after each cell that was carried out.
 
@@ -140,6 +141,7 @@ class SuiteRun:
         out_dir: str | os.PathLike[str],
         *,
         lvlms: Mapping[str, LVLM] | None = None,
+        make_world: MakeWorld | None = None,
         store: str | os.PathLike[str] | None = None,
         on_cell: Callable[[Cell], None] | None = None,
     ) -> None:
@@ -147,7 +149,7 @@ class SuiteRun:
         self.out.mkdir(parents=True, exist_ok=True)
         self.files = CellFiles(self.out / "cells")
         self.store = ScoreStore(store or self.out / "scores.sqlite")
-        self.on_cell = on_cell
+        self.make_world, self.on_cell = make_world, on_cell
         self.calls = 0
         self._given = dict(lvlms or {})
         self._held: tuple[str, CachedLVLM] | None = None
@@ -232,7 +234,7 @@ class SuiteRun:
 
     @contextlib.contextmanager
     def _bench(self, lvlm: LVLMSpec, data: DataSpec, seed: int, encoder: str) -> Iterator[_Bench]:
-        support, queries = open_data(data, seed)
+        support, queries = open_data(data, seed, self.make_world)
         self.tables[f"{data.name}/{seed}"] = {"support": support.fingerprint, "queries": queries.fingerprint}
         try:
             yield _Bench(data, support, queries, self.lvlm(lvlm), encoder, self.spec.training.lora)
