@@ -70,7 +70,6 @@ setup(
         "PyYAML>=6",
         "pyarrow>=15",
         "regex>=2023.8",
-        "requests>=2.28",
         "safetensors>=0.4.5",
         "scikit-learn>=1.3",
         "sentence-transformers>=6",

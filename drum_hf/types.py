@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+import io
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 from .errors import RowError
@@ -220,6 +222,96 @@ class Retrieval:
                 for d, s in zip(self.demonstrations, self.scores, strict=True)
             ],
         }
+
+    def to_messages(
+        self,
+        query: Query,
+        *,
+        order: Literal["best_last", "best_first"] = "best_last",
+        system: str | None = None,
+        image_position: Literal["first", "last"] = "first",
+        image_format: Literal["png", "jpeg"] = "png",
+    ) -> list[dict[str, Any]]:
+        """Demonstrations and query as messages of OpenAI's chat API, images as base64, for any client.
+
+        Args:
+            query: what is asked, in the last turn.
+            order: whether the most useful demonstration stands last, nearest the query, or first.
+            system: text of a system turn, or None.
+            image_position: a turn's image before ("first") or after ("last") its text.
+            image_format: "png" without loss, or "jpeg" (quality 95), which is smaller.
+
+        Raises:
+            ValueError: an argument is out of range, or a turn has neither an image nor a prompt.
+
+        Example:
+            >>> shot = Demonstration("d", None, "capital of Italy?", "Rome")
+            >>> messages = Retrieval(None, (shot,), (0.5,)).to_messages(Query(None, "capital of Norway?"))
+            >>> [(message["role"], message["content"]) for message in messages]
+            [('user', 'capital of Italy?'), ('assistant', 'Rome'), ('user', 'capital of Norway?')]
+        """
+        check_choices(image_format, image_position)
+        if order not in ("best_last", "best_first"):
+            raise ValueError(f'expected order "best_last" or "best_first", got {order!r}')
+        shots = self.demonstrations[::-1] if order == "best_last" else self.demonstrations
+        return chat_messages(
+            ICLRequest(query, shots),
+            lambda image: {"type": "image_url", "image_url": {"url": data_url(image, image_format)}},
+            image_position=image_position,
+            system=system,
+        )
+
+
+def data_url(image: Image, image_format: str = "png") -> str:
+    """An image's pixels (RGB) as a base64 address: "png" without loss, or "jpeg" of quality 95."""
+    data = io.BytesIO()
+    load_image(image).save(data, image_format.upper(), **({"quality": 95} if image_format == "jpeg" else {}))
+    return f"data:image/{image_format};base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def check_choices(image_format: str, image_position: str) -> None:
+    """
+    Raises:
+        ValueError: a format or a position is unknown.
+    """
+    if image_format not in ("png", "jpeg"):
+        raise ValueError(f'expected image_format "png" or "jpeg", got {image_format!r}')
+    if image_position not in ("first", "last"):
+        raise ValueError(f'expected image_position "first" or "last", got {image_position!r}')
+
+
+def chat_messages(
+    request: ICLRequest,
+    image_part: Callable[[Image], dict[str, Any]],
+    *,
+    image_position: Literal["first", "last"] = "first",
+    system: str | None = None,
+) -> list[dict[str, Any]]:
+    """A request as messages of OpenAI's chat API: each demonstration is a user and an assistant turn.
+
+    Args:
+        image_part: makes the part of a message that holds an image.
+        image_position: a turn's image before ("first") or after ("last") its text.
+        system: text of a system turn, or None.
+
+    Raises:
+        ValueError: a turn has neither an image nor a prompt.
+    """
+
+    def content(turn: Demonstration | Query) -> Any:
+        if turn.image is None:
+            if not turn.prompt:
+                kind = type(turn).__name__.lower()
+                raise ValueError(f"expected an image or a prompt in every turn, the {kind} {turn.id!r} has neither")
+            return turn.prompt
+        parts = [image_part(turn.image)] + ([{"type": "text", "text": turn.prompt}] if turn.prompt else [])
+        return parts if image_position == "first" else parts[::-1]
+
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    for shot in request.demonstrations:
+        messages.append({"role": "user", "content": content(shot)})
+        messages.append({"role": "assistant", "content": shot.response})
+    return [*messages, {"role": "user", "content": content(request.query)}]
 
 
 @runtime_checkable

@@ -165,6 +165,7 @@ class Reply:
         status, body, headers: of the answer; a dict is sent as JSON; None: the model's own answer.
         drop: close the connection: "before" or in the "middle" of the answer.
         hold: wait for this first.
+        write: answers instead of all this; it is given the handler.
     """
 
     status: int = 200
@@ -172,6 +173,7 @@ class Reply:
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
     drop: str | None = None
     hold: threading.Event | None = None
+    write: Callable[[BaseHTTPRequestHandler], None] | None = None
 
 
 class FaultServer:
@@ -220,6 +222,13 @@ class FaultServer:
             self.barrier.wait(10)
         if reply.hold is not None:
             reply.hold.wait(10)
+        if reply.write is not None:
+            with self.lock:
+                self.now -= 1
+            handler.close_connection = True
+            with contextlib.suppress(OSError):
+                reply.write(handler)
+            return
         content = self.chat.reply(body, self.logprobs) if reply.body is None else reply.body
         data = (content if isinstance(content, str) else json.dumps(content)).encode()
         with self.lock:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import errno
 import logging
+import os
+import signal
+import socket
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from ..errors import DrumError
 from . import (
@@ -50,6 +58,10 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, err
 __all__ = ["main"]
 
 logger = logging.getLogger("drum_hf")
+
+#: Seconds that a command has after Ctrl-C to end by itself.
+_GRACE = 1.5
+_STOPPED = "\nstopped; what was scored is kept, run the same command again to go on\n"
 
 _VERBS = (_demo, _train, _score, _scores, _eval, _index, _push, _tune, _bench, _data, _app)
 
@@ -104,13 +116,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("transformers.integrations.hub_kernels").addFilter(_is_worth_telling)
     logger.setLevel(logging.WARNING if args.quiet else logging.INFO)
     if args.quiet:
-        import os
-
         os.environ["TQDM_DISABLE"] = "1"
+    interrupted = threading.Event()
     try:
-        if getattr(args, "device", None):
-            check_device(args.device)
-        status = args.run(args)
+        with _ending_on_interrupt(interrupted):
+            if getattr(args, "device", None):
+                check_device(args.device)
+            status = args.run(args)
     except (DrumError, ValueError, OSError) as error:
         if isinstance(error, OSError) and not isinstance(error, DrumError) and error.errno in _DISK:
             said = (
@@ -120,8 +132,61 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             said = f"{type(error).__name__}: {error}"
         sys.stderr.write(f"drum-hf {args.command}: {said}\n")
+        if interrupted.is_set():
+            _leave()
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("\nstopped; what was scored is kept, run the same command again to go on\n")
+        sys.stderr.write(_STOPPED)
+        if interrupted.wait(0.1):
+            _leave()
         return 130
+    if interrupted.is_set():
+        _leave()
     return status or 0
+
+
+def _leave() -> NoReturn:
+    """End now: to take torch and the rest apart can take seconds, and waits for every thread."""
+    atexit._run_exitfuncs()  # temporary folders and the like
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(130)
+
+
+@contextlib.contextmanager
+def _ending_on_interrupt(interrupted: threading.Event) -> Iterator[None]:
+    """Ctrl-C ends the process within two seconds, even where the main thread is in native code or another one waits.
+
+    Python raises KeyboardInterrupt in the main thread between two of its steps only, and waits for threads at its end.
+    The signal wakes a thread here, too, which ends the process where that takes too long. What was scored is in the
+    store by then, and files are replaced whole or not at all.
+
+    Args:
+        interrupted: set at Ctrl-C.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours, signals = socket.socketpair()
+    signals.setblocking(False)
+
+    def watch() -> None:
+        with ours:
+            while received := ours.recv(64):
+                if signal.SIGINT in received:
+                    interrupted.set()
+                    time.sleep(_GRACE)
+                    with contextlib.suppress(Exception):
+                        sys.stdout.flush()
+                        sys.stderr.write(_STOPPED)
+                        sys.stderr.flush()
+                    os._exit(130)
+
+    threading.Thread(target=watch, name="drum-hf-interrupt", daemon=True).start()
+    before = signal.set_wakeup_fd(signals.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        signals.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..types import TASKS
+from ..utils.redaction import shown_command, shown_path
 from .options import (
     data_options,
     ints,
@@ -73,10 +74,10 @@ def run(args: argparse.Namespace) -> None:
     results: dict[str, Any] = {}
     data: dict[str, str] = {}
     for task in tasks:
-        facts: dict[str, Any] = {"world_seed": None, "command": "drum-hf " + " ".join(sys.argv[1:])}
+        facts: dict[str, Any] = {"world_seed": None, "command": shown_command(["drum-hf", *sys.argv[1:]])}
         if tables is not None:
             support, queries = tables
-            facts["data"] = args.data
+            facts["data"] = shown_path(args.data)
         else:
             world = make_world(args.world_seed, task=task, difficulty=args.world)
             support, queries = world.support, world.queries
@@ -124,7 +125,7 @@ def _compare_tuning(args: argparse.Namespace) -> None:
         names["averaged"] = lvlms["averaged"].name
     store = ScoreStore(args.out / "scores.sqlite")
     found = compare_lvlms(lvlms, seed=args.world_seed, questions=2_000, store=store)
-    results = {"icl_tuning": found | {"lvlms": names, "command": "drum-hf " + " ".join(sys.argv[1:])}}
+    results = {"icl_tuning": found | {"lvlms": names, "command": shown_command(["drum-hf", *sys.argv[1:]])}}
     about = {"fingerprints": {names[key]: lvlm.fingerprint for key, lvlm in lvlms.items()}}
     for path in (args.out / "icl_tuning.json", args.json):
         write_json(path, results, seed=args.world_seed, lvlm=lvlms["tuned"], settings=about)

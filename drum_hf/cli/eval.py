@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..utils.redaction import shown_command
 from .options import (
     data_options,
     default_to_teacher,
@@ -160,9 +161,8 @@ def _run_suite(args: argparse.Namespace) -> None:
         if getattr(args, option) != usual:
             raise ValueError(f"--{option} does not go with --suite; a suite file says all of it: docs/suites.md")
     out = args.out or Path("out") / spec.name
-    summary = run_suite(
-        spec, out, make_world=make_world, store=args.store, command="drum-hf " + " ".join(sys.argv[1:])
-    )
+    command = shown_command(["drum-hf", *sys.argv[1:]])
+    summary = run_suite(spec, out, make_world=make_world, store=args.store, command=command)
     about = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
     write_json(args.json, summary, **{name: about[name] for name in ("seed", "data", "lvlm", "settings")})
     sys.stdout.write((out / "tables.md").read_text(encoding="utf-8") + f"\n{out / 'report.html'}\n")

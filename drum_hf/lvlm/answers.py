@@ -8,11 +8,38 @@ import numpy as np
 
 from ..types import ICLRequest
 
-__all__ = ["combine_answers", "log_softmax", "wanted_answers"]
+__all__ = ["REASONING", "combine_answers", "log_softmax", "strip_reasoning", "wanted_answers"]
+
+#: What most models write around their reasoning.
+REASONING = ("<think>", "</think>")
 
 
 def log_softmax(values: np.ndarray) -> np.ndarray:
     return values - np.logaddexp.reduce(values)
+
+
+def strip_reasoning(text: str, markers: tuple[str, str] | None = REASONING) -> str:
+    """An answer without the reasoning before it, stripped. The template may have written the opening marker.
+
+    Args:
+        markers: what opens and closes reasoning; None: nothing does.
+
+    Raises:
+        ValueError: the reasoning doesn't end.
+
+    >>> strip_reasoning("<think>It looks red.</think> red"), strip_reasoning("It looks red.</think> red")
+    ('red', 'red')
+    """
+    if markers is None:
+        return text.strip()
+    opening, closing = markers
+    answer = text.rpartition(closing)[2].strip()
+    if answer.startswith(opening):
+        raise ValueError(
+            f"expected an answer, but the reasoning that {opening} opens was cut off; raise max_new_tokens, or switch "
+            "reasoning off, such as by chat_template_kwargs={'enable_thinking': False}"
+        )
+    return answer
 
 
 def wanted_answers(request: ICLRequest) -> list[str]:

@@ -7,6 +7,8 @@ the transformers pipeline of its kind does. Importing this module registers the 
 vqa = transformers.pipeline("icl-vqa", model="HuggingFaceTB/SmolVLM-256M-Instruct", retriever="me/drum-okvqa")
 vqa(image="bus.jpg", question="What colour is the bus?")  # [{"answer": …, "demonstrations": […]}]
 ```
+
+`drum_hf.pipeline` takes any other LVLM as well, such as one behind an endpoint.
 """
 
 from __future__ import annotations
@@ -17,20 +19,23 @@ import inspect
 import logging
 import math
 import os
+import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from transformers import AutoModelForImageTextToText
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 
-from ..errors import RowError
+from ..errors import RowError, ScoringUnsupportedError
 from ..lvlm.local.model import TransformersLVLM
 from ..retriever.queries import as_query
 from ..selection import Order, Selector, TokenBudget, get_selector
-from ..types import Demonstration, ICLRequest, Query
+from ..types import LVLM, Demonstration, ICLRequest, Query
 from ..utils.optional import resolve_name
 from .inputs import as_inputs, pairs
 from .models import DEFAULT_LVLM, UnnamedLVLM, find_processor, find_retriever, no_teacher, teacher_of
@@ -49,13 +54,31 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+#: Inputs that an LVLM elsewhere gets at once, unless it says how many it takes.
+_AT_ONCE = 16
+#: Labels that a prompt names where the LVLM can't score them, at most.
+_NAMED_LABELS = 100
+
+
+class _Elsewhere:
+    """Stands in, before transformers' Pipeline, for the model of an LVLM that is none of transformers'."""
+
+    device = torch.device("cpu")
+    dtype = None
+    config = SimpleNamespace(_commit_hash=None, task_specific_params=None)
+    input_modalities, output_modalities = ("image", "text"), ("text",)
+    padding_value = padding_side = None  # it stands in for a feature extractor, too
+
+    def can_generate(self) -> bool:
+        return False
+
 
 # Hooks of Pipeline are declared wider than any pipeline's; they are narrowed here as in transformers' own subclasses.
 class ICLPipeline(Pipeline):
     """What the in-context learning pipelines share: inputs, draft, retrieval, and the conversation shown to the LVLM.
 
     Args:
-        model: an image-text-to-text model.
+        model: an image-text-to-text model, or any `LVLM`, such as an `OpenAILVLM`.
         processor: its processor; loaded from where the model came from if left out.
         retriever: a `DemoRetriever`, its directory or Hub id; None answers zero-shot, without demonstrations.
         lvlm: a `TransformersLVLM` around `model`, whose settings (system turn, image position, batch limits) are kept;
@@ -114,19 +137,26 @@ class ICLPipeline(Pipeline):
         local_files_only: bool = False,
         **kwargs: Any,
     ) -> None:
+        self.lvlm: Any = lvlm
+        if _is_lvlm(model):
+            self.lvlm, model = model, _Elsewhere()
+            at_once = getattr(self.lvlm, "max_concurrency", None) or _AT_ONCE
+            kwargs = {"batch_size": at_once} | kwargs | {"device": "cpu", "feature_extractor": model}
         self.retriever = find_retriever(retriever, local_files_only=local_files_only)
         if isinstance(model, UnnamedLVLM):
             model, processor = model.load(self.retriever, kwargs.get("dtype"), local_files_only)
-        if lvlm is not None and kwargs.get("device") is None and not hasattr(model, "hf_device_map"):
+        if self.lvlm is not None and kwargs.get("device") is None and not hasattr(model, "hf_device_map"):
             kwargs["device"] = model.device  # where the user put it, not the first accelerator
-        if processor is None:
+        if processor is None and not isinstance(model, _Elsewhere):
             processor = find_processor(model, local_files_only)
         super().__init__(model=model, processor=processor, **kwargs)
-        self.lvlm = lvlm or TransformersLVLM(self.model, processor, batch_size=self._batch_size or 16)
+        if self.lvlm is None:
+            self.lvlm = TransformersLVLM(self.model, processor, batch_size=self._batch_size or 16)
         self._common_prompt: tuple[Any, str] | None = None
         teacher = teacher_of(self.retriever)
-        if teacher is not None and teacher[0] != self.lvlm.name:
-            logger.info("the retriever learned from %s; %s answers", teacher[0], self.lvlm.name)
+        name = getattr(self.lvlm, "name", None)
+        if teacher is not None and name is not None and teacher[0] != name:
+            logger.info("the retriever learned from %s; %s answers", teacher[0], name)
 
     # ---- what a user calls ----
 
@@ -171,6 +201,7 @@ class ICLPipeline(Pipeline):
             save_directory: created if it is missing.
             kwargs: for the model's and the processor's `save_pretrained`.
         """
+        self._refuse_elsewhere()
         # Not the base class's way, which leaves the processor out and would write our source beside the weights.
         self.model.save_pretrained(save_directory, **kwargs)
         self.lvlm.processor.save_pretrained(save_directory, **kwargs)
@@ -187,9 +218,17 @@ class ICLPipeline(Pipeline):
         Returns:
             Address of the last commit.
         """
+        self._refuse_elsewhere()
         model: Any = self.model  # transformers wraps the method in a way that types lose `self`
         model.push_to_hub(repo_id, **kwargs)
         return self.lvlm.processor.push_to_hub(repo_id, **kwargs)
+
+    def _refuse_elsewhere(self) -> None:
+        if isinstance(self.model, _Elsewhere):
+            raise ValueError(
+                f"expected an LVLM of transformers to save, got {self.lvlm!r}, whose weights are elsewhere; save the "
+                "retriever"
+            )
 
     # ---- what Pipeline asks for ----
 
@@ -372,10 +411,13 @@ class ICLImageClassificationPipeline(ICLPipeline):
     `[{"label": str, "score": float}, …]`, best first; with `return_demonstrations=True` each also holds the
     `demonstrations` of its image.
 
+    An LVLM that can't score, as most endpoints, is asked for its answer instead, with the labels named in the prompt.
+    The result is the label that it names, with a score of 1; or the label None, where it names none or several.
+
     Args:
         candidate_labels: the classes. Default: the labels of the support set.
         top_k: labels in the result; 5 unless told, as in `image-classification`.
-        kwargs: see `ICLPipeline`. `max_new_tokens` limits the draft only.
+        kwargs: see `ICLPipeline`. `max_new_tokens` limits the draft, and the answer of an LVLM that can't score.
     """
 
     fallback_prompt = "What does the image show?"
@@ -405,14 +447,53 @@ class ICLImageClassificationPipeline(ICLPipeline):
             )
 
         def answer(requests: list[ICLRequest]) -> list[Any]:
-            asked = (ICLRequest(r.query, r.demonstrations, choices=labels) for r in requests)
-            return [dict(zip(labels, self.lvlm.label_scores(r).tolist(), strict=True)) for r in asked]
+            asked = [ICLRequest(r.query, r.demonstrations, choices=labels) for r in requests]
+            if hasattr(self.lvlm, "label_scores"):
+                return [dict(zip(labels, self.lvlm.label_scores(r).tolist(), strict=True)) for r in asked]
+            if self._scores:
+                try:
+                    each = [dataclasses.replace(r, responses=(label,)) for r in asked for label in labels]
+                    scores = self.lvlm.score(each).reshape(len(asked), len(labels))
+                    return [dict(zip(labels, row.tolist(), strict=True)) for row in scores]
+                except ScoringUnsupportedError as error:
+                    self._scores = False
+                    logger.warning("labels are read from answers, since they can't be scored: %s", error)
+            named = f"\nAnswer with one of: {', '.join(labels)}." if len(labels) <= _NAMED_LABELS else ""
+            texts = self.lvlm.generate(
+                [ICLRequest(_asked_further(r.query, named), r.demonstrations) for r in requests],
+                max_new_tokens=max_new_tokens,
+            )
+            return [{named_label(text, labels): 0.0} for text in texts]
 
         return answer
 
-    def _results(self, answer: dict[str, float], top_k: int = 5) -> list[dict[str, Any]]:
+    #: Whether the LVLM may be able to score; False once it said that it can't.
+    _scores = True
+
+    def _results(self, answer: dict[str | None, float], top_k: int = 5) -> list[dict[str, Any]]:
         best = sorted(answer.items(), key=lambda item: item[1], reverse=True)[:top_k]
         return [{"label": label, "score": math.exp(score)} for label, score in best]
+
+
+def _asked_further(query: Query, text: str) -> Query:
+    return Query(query.image, query.prompt + text, query.draft, query.id, query.group)
+
+
+def named_label(answer: str, labels: Sequence[str]) -> str | None:
+    """The label that an answer names as words of it; of labels within one another the longest. None: none or several.
+
+    >>> named_label("It is a polar bear.", ["bear", "polar bear", "cat"])
+    'polar bear'
+    >>> named_label("a bear or a cat", ["bear", "polar bear", "cat"]) is None
+    True
+    """
+    text, found = answer.casefold(), set()
+    for label in sorted(labels, key=len, reverse=True):
+        pattern = rf"(?<!\w){re.escape(label.casefold())}(?!\w)"
+        if re.search(pattern, text):
+            found.add(label)
+            text = re.sub(pattern, "\n", text)
+    return found.pop() if len(found) == 1 else None
 
 
 _TASKS: dict[str, type[ICLPipeline]] = {
@@ -426,6 +507,7 @@ def pipeline(
     task: str,
     model: Any = None,
     *,
+    endpoint: str | Sequence[str] | None = None,
     retriever: DemoRetriever | str | os.PathLike[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -436,8 +518,10 @@ def pipeline(
 
     Args:
         task: `icl-vqa`, `icl-image-classification` or `icl-image-captioning`.
-        model: an image-text-to-text model: Hub id, directory, loaded model or `TransformersLVLM`. Default: the LVLM
-            that the retriever learned from, at the revision it recorded.
+        model: an image-text-to-text model: Hub id, directory, loaded model or `TransformersLVLM`; or any other `LVLM`,
+            such as an `OpenAILVLM`. Default: the LVLM that the retriever learned from, at the revision it recorded.
+        endpoint: address of a chat endpoint, or several; `model` is then its name there. The key is in the environment
+            variable OPENAI_API_KEY; for other settings pass an `OpenAILVLM` as `model`.
         retriever: a `DemoRetriever`, its directory or Hub id; None answers zero-shot, without demonstrations.
         revision: of the model.
         token, local_files_only: for both, where they are named.
@@ -447,8 +531,8 @@ def pipeline(
         The task's `ICLPipeline`.
 
     Raises:
-        ValueError: the task is not one of the three; there is neither a model nor a retriever that names one; or an
-            argument is out of range.
+        ValueError: the task is not one of the three; there is neither a model nor a retriever that names one, or an
+            endpoint without the model's name there; or an argument is out of range.
         OSError: there is no such model or retriever.
     """
     import transformers
@@ -459,6 +543,14 @@ def pipeline(
     loaded = find_retriever(retriever, token=token, local_files_only=local_files_only)
     if local_files_only:
         kwargs["local_files_only"] = True
+    if endpoint is not None:
+        from ..lvlm.endpoint.model import OpenAILVLM
+
+        if not isinstance(model, str):
+            raise ValueError(f"expected model= as the model's name at {endpoint!r}, got {type(model).__name__}")
+        model = OpenAILVLM(model, base_url=endpoint, revision=revision)
+    if _is_lvlm(model):
+        return _TASKS[task](model, retriever=loaded, task=task, **kwargs)
     if isinstance(model, TransformersLVLM):
         kwargs |= {"lvlm": model, "processor": model.processor}
         model = model.model
@@ -480,6 +572,11 @@ def pipeline(
         )
     except OSError as error:
         raise no_teacher(name, error) from error
+
+
+def _is_lvlm(model: Any) -> bool:
+    """Whether it is an LVLM that is none of transformers'."""
+    return not isinstance(model, (torch.nn.Module, TransformersLVLM, str, os.PathLike)) and isinstance(model, LVLM)
 
 
 def _given(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -162,7 +162,7 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
             self.cascade = Cascade(self.feedback, cheap, keep=args.cascade_keep, seed=args.seed)
         self.held_out: HeldOut | None = None
         if eval_dataset is not None:
-            asked = TripletTable.from_dataset(eval_dataset)
+            asked = load_table(eval_dataset)
             self.held_out = HeldOut(
                 Feedback(self.feedback.lvlm, retriever.support, asked, **common),
                 candidates=args.eval_candidates,

@@ -10,15 +10,15 @@ import datetime
 import json
 import os
 import platform
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .optional import public_name
+from .redaction import redacted, shown_command
 
-__all__ = ["MANIFEST", "manifest_beside", "package_version", "shown_command", "write_manifest"]
+__all__ = ["MANIFEST", "manifest_beside", "package_version", "write_manifest"]
 
 MANIFEST = "manifest.json"
 
@@ -38,9 +38,6 @@ _PACKAGES = (
     "torch",
     "transformers",
 )
-_SECRET = re.compile(r"\b(hf_\w{8,}|sk-[\w-]{8,})")
-_SECRET_OPTION = re.compile(r"--?[\w-]*(token|key|secret|password)", re.IGNORECASE)
-_URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def package_version(name: str) -> str:
@@ -92,7 +89,7 @@ def write_manifest(
         "seed": seed,
         "data": dict(data or {}),
         "lvlm": _lvlm(lvlm),
-        "settings": dict(settings or {}),
+        "settings": redacted(dict(settings or {})),
     }
     path = Path(folder) / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,29 +107,6 @@ def manifest_beside(file: str | os.PathLike[str], **about: Any) -> Path:
     return write_manifest(
         path.parent, **about, name=f"{path.stem if path.suffix == '.json' else path.name}.{MANIFEST}"
     )
-
-
-def shown_command(words: Sequence[str]) -> str:
-    """A command without secrets, and with the last name alone of what lies in a folder of this machine.
-
-    Example:
-        >>> shown_command(["/usr/bin/drum-hf", "eval", "--data", "/home/me/birds", "--api-token", "abc"])
-        'drum-hf eval --data birds --api-token …'
-        >>> shown_command(["drum-hf", "eval", "--retriever", "epr=/home/me/epr"])
-        'drum-hf eval --retriever epr=epr'
-    """
-    shown: list[str] = []
-    hide = False
-    for word in words:
-        option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-        names_secret = bool(_SECRET_OPTION.fullmatch(option or word)) and not word.endswith("tokens")
-        if hide or (names_secret and equals):
-            value = "…"
-        else:
-            value = re.sub(r"[^=,]+", lambda part: Path(part[0]).name if os.path.isabs(part[0]) else part[0], value)
-        shown.append(option + equals + _URL_LOGIN.sub("", _SECRET.sub("…", value)))
-        hide = names_secret and not equals
-    return " ".join(shown)
 
 
 def _lvlm(lvlm: Any) -> dict[str, Any] | None:

@@ -6,11 +6,15 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import gzip
 import io
 import json
 import logging
+import resource
+import signal
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 
@@ -26,11 +30,13 @@ from drum_hf.errors import (
     ContextOverflowError,
     DrumError,
     EndpointError,
+    ImageError,
     NonFiniteScoreError,
     ScoringUnsupportedError,
 )
 from drum_hf.lvlm.endpoint import model as openai
 from drum_hf.lvlm.endpoint.model import EndpointCapabilities, OpenAILVLM, Spending
+from drum_hf.lvlm.endpoint.scores import first_alternatives, prompt_tokens
 from drum_hf.scores.cached import CachedLVLM
 from drum_hf.scores.store import ScoreStore
 from drum_hf.types import LVLM, Demonstration, ICLRequest, Query
@@ -384,6 +390,428 @@ def test_answers_of_odd_shapes(server):
         connect(server).generate([ask(1)])
 
 
+# Answers that nobody may trust
+
+
+def complete(message: dict | None = None, **more) -> dict:
+    """A chat completion; `more` replaces its parts."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": "ok"} | (message or {}), "finish_reason": "stop"}
+    return {"choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": 2}} | more
+
+
+def start(handler, **headers: str) -> None:
+    handler.send_response(200)
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.flush()
+
+
+def bomb(handler) -> None:
+    """Four GiB of blanks in 4 MiB of gzip."""
+    start(handler, Content_Encoding="gzip")
+    deflate = zlib.compressobj(9, zlib.DEFLATED, 31)
+    for _ in range(4096):
+        handler.wfile.write(deflate.compress(b" " * (1 << 20)))
+    handler.wfile.write(deflate.flush())
+
+
+def endless(handler) -> None:
+    start(handler, Transfer_Encoding="chunked")
+    while True:
+        handler.wfile.write(b"100000\r\n" + b" " * (1 << 20) + b"\r\n")
+
+
+def trickle(handler) -> None:
+    """A byte now and then: no read ever waits for long."""
+    start(handler, Content_Length="100000")
+    while True:
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+        time.sleep(0.05)
+
+
+def trickled_headers(handler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+    while True:
+        handler.wfile.write(b"X-More: 1\r\n")
+        handler.wfile.flush()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("write", [bomb, endless])
+def test_an_answer_has_a_bound_in_bytes(server, write):
+    server.script = [Reply(write=write)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(EndpointError, match="at most 32 MiB"):
+        connect(server).generate([ask(1)])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10  # KiB
+    server.script = [Reply(400, "x" * (5 << 20))]
+    with pytest.raises(EndpointError, match="answered 400: xxx") as caught:
+        connect(server).generate([ask(1)])
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("write", [trickle, trickled_headers])
+def test_a_request_has_one_limit_of_time(server, write):
+    server.script = [Reply(write=write)]
+    began = time.monotonic()
+    with pytest.raises(EndpointError, match=r"did not answer within 0\.5 s"):
+        connect(server, timeout=0.5, max_retries=0).generate([ask(1)])
+    assert 0.4 < time.monotonic() - began < 3
+
+
+def test_compressed_answers_are_read_and_broken_ones_asked_again(server):
+    def compressed(data: bytes, encoding: str = "gzip"):
+        def write(handler):
+            start(handler, Content_Encoding=encoding, Content_Length=str(len(data)))
+            handler.wfile.write(data)
+
+        return Reply(write=write)
+
+    whole = gzip.compress(json.dumps(complete()).encode())
+    server.script = [compressed(whole)]
+    assert connect(server).generate([ask(1)]) == ["ok"]
+    for broken in (whole[:-20], b"no gzip at all"):
+        server.script = [compressed(broken), compressed(whole)]
+        lvlm = connect(server)
+        assert lvlm.generate([ask(1)]) == ["ok"] and lvlm.spent.retries == 1
+    server.script = [compressed(b"?", "br")]
+    with pytest.raises(EndpointError, match="in gzip or plain, got 'br'"):
+        connect(server).generate([ask(1)])
+    assert server.headers[-1]["Accept-Encoding"] == "gzip"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("[" * 200_000 + "]" * 200_000, "not JSON.*gave up"),
+        ('{"choices": ' + "1" * 6000 + "}", "not JSON.*gave up"),
+        (complete(choices=[complete()["choices"][0]] * 2), "one answer"),
+        (complete({"content": None}), "got none.*'stop'"),
+        (complete({"content": {"text": "x"}}), "one answer"),
+        (complete({"content": 5}), "one answer"),
+        (complete({"content": [{"type": "text", "text": [1]}]}), "one answer"),
+        (complete(choices=["x"]), "one answer"),
+        (complete(choices={"0": 1}), "one answer"),
+        (complete({"content": None, "tool_calls": [1]}), "without tools"),
+    ],
+)
+def test_odd_answers_end_in_a_named_error(server, body, message):
+    server.rule = lambda _: Reply(200, body)
+    with pytest.raises(EndpointError, match=f"(?s){message}") as caught:
+        connect(server, max_retries=1).generate([ask(1)])
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        [1], "many", None, {"prompt_tokens": -(10**6), "completion_tokens": -5}, {"prompt_tokens": True},
+        {"prompt_tokens": 1e308, "completion_tokens": "x"}, {"prompt_tokens": 10**30}, {"prompt_tokens": [1]},
+        {"prompt_tokens": 3, "completion_tokens": -4}, {"prompt_tokens": float("nan"), "completion_tokens": 1},
+    ],
+)  # fmt: skip
+def test_a_lie_about_usage_never_lowers_what_is_spent(server, usage):
+    server.script = [Reply(200, complete()), Reply(200, complete(usage=usage)), Reply(200, complete())]
+    lvlm = connect(server, max_concurrency=1)
+    assert lvlm.generate([ask(i) for i in range(3)]) == ["ok"] * 3
+    assert 10 <= lvlm.spent.tokens <= 13 and lvlm.spent.requests == 3
+    server.script = [Reply(200, complete(usage=usage))]
+    lvlm = connect(server, max_tokens=1000, max_concurrency=1)
+    with pytest.raises(EndpointError, match="cap the spending with max_requests") as caught:
+        lvlm.generate([ask(i) for i in range(3)])
+    assert caught.value.partial == {0: "ok"} and lvlm.spent.requests == 1
+
+
+def test_what_an_endpoint_says_is_escaped_and_short(server):
+    server.script = [Reply(400, {"error": {"message": "\x1b]0;owned\x07\x1b[2J" + "All is well\r\n" * 999}})]
+    with pytest.raises(EndpointError, match=r"\\x1b\]0;owned\\x07") as caught:
+        connect(server).generate([ask(1)])
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 2000
+
+
+def test_answers_are_what_a_store_can_hold(server):
+    server.script = [
+        Reply(200, json.dumps(complete({"content": text}))) for text in ("a\ud800b", "a\x00b", "\U0001f41f")
+    ]
+    with ScoreStore() as store:
+        answers = CachedLVLM(connect(server, max_concurrency=1), store).generate([ask(i) for i in range(3)])
+    assert answers == ["a\ufffdb", "a\ufffdb", "\U0001f41f"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), "x", None, 3.0, [1], True])
+def test_log_probabilities_that_are_none_are_refused(value):
+    with serve(TinyChat(), logprobs="vllm") as server:
+        lvlm = connect(server)
+        assert lvlm.capabilities.prompt_logprobs
+        reply = server.chat.reply
+
+        def wrong(body, logprobs):
+            answer = reply(body, logprobs)
+            next(iter(answer["prompt_logprobs"][-1].values()))["logprob"] = value
+            return answer
+
+        server.chat.reply = wrong
+        with pytest.raises((NonFiniteScoreError, ScoringUnsupportedError)):
+            lvlm.score([shown(["Rome"])])
+    for entries in (5, "text", {"a": 1}, [5], [[]]):
+        with pytest.raises(ScoringUnsupportedError, match="position 0"):
+            prompt_tokens({"prompt_logprobs": entries})
+    for entries in (5, [5], [{"token": 1, "logprob": -1}], [{"token": "a", "logprob": value}]):
+        found = first_alternatives({"choices": [{"logprobs": {"content": [{"top_logprobs": entries}]}}]})
+        assert found is None or np.isnan(found[0][1])
+
+
+def test_cookies_are_not_kept_and_redirects_not_followed(server):
+    server.script = [Reply(200, complete(), {"Set-Cookie": "a=b; Path=/"}), Reply(307, "", {"Location": server.url})]
+    lvlm = connect(server)
+    lvlm.generate([ask(1)])
+    with pytest.raises(EndpointError, match="redirects are not followed"):
+        lvlm.generate([ask(2)])
+    assert not any("Cookie" in headers for headers in server.headers) and len(server.bodies) == 2
+
+
+# Secrets
+
+SECRET = "TOP-secret-12345"
+
+
+def test_a_key_in_the_address_is_sent_and_shown_nowhere(server, caplog):
+    caplog.set_level(logging.DEBUG)
+    server.rule = lambda body: Reply(400, {"error": f"bad api-key {SECRET} {SECRET.upper()} Bearer {KEY.upper()}"})
+    lvlm = OpenAILVLM("tiny", base_url=f"{server.url}?api-key={SECRET}&api-version=2024-02-01", api_key=KEY)
+    with pytest.raises(EndpointError, match="bad api-key") as caught:
+        lvlm.generate([ask(1)])
+    assert server.paths[0].endswith(f"?api-key={SECRET}&api-version=2024-02-01")
+    with pytest.raises(EndpointError) as unreachable:
+        OpenAILVLM("m", base_url=f"http://127.0.0.1:9/v1?key={SECRET}", max_retries=0).generate([ask(1)])
+    shown_texts = [repr(lvlm), str(lvlm.identity), caplog.text]
+    shown_texts += [part for error in (caught.value, unreachable.value) for part in (str(error), repr(error))]
+    shown_texts += [repr(unreachable.value.__cause__)]
+    for text in shown_texts:
+        assert SECRET.lower() not in text.lower() and KEY.lower() not in text.lower()
+    assert "HTTP Request: POST" in caplog.text and "api-key=…" in caplog.text  # what httpx logs itself
+
+
+@pytest.mark.parametrize(
+    "address", ["ftp://me:hunter2@gw/v1", "https://me:hunter2@[::1/v1", "https://me:hunter2@gw/v1"]
+)
+def test_a_password_in_an_address_is_not_repeated(address):
+    with pytest.raises(ValueError, match="base_url") as caught:
+        OpenAILVLM("m", base_url=address)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_secrets_in_extra_fields_are_sent_but_not_part_of_the_identity(server):
+    extra = {"api_key": SECRET, "metadata": {"token": SECRET}, "top_k": 1, "stop_token": "</s>"}
+    lvlm = connect(server, extra_body=extra)
+    lvlm.generate([ask(1)])
+    assert server.bodies[0]["api_key"] == server.bodies[0]["metadata"]["token"] == SECRET
+    assert SECRET not in str(lvlm.identity)
+    assert lvlm.fingerprint == connect(server, extra_body={**extra, "api_key": "other"}).fingerprint
+    assert lvlm.fingerprint != connect(server, extra_body={**extra, "stop_token": "</t>"}).fingerprint
+    server.rule = lambda body: Reply(400, {"error": f"no such key: {SECRET}"})
+    with pytest.raises(EndpointError, match=r"no such key: \[API key\]"):
+        lvlm.generate([ask(2)])
+
+
+# Fields that a server refuses
+
+
+def refusing(**reasons: str):
+    """A rule that refuses requests with such fields."""
+
+    def rule(body):
+        found = next((reason for field, reason in reasons.items() if field in body), None)
+        return None if found is None else Reply(400, {"error": {"message": found}})
+
+    return rule
+
+
+def test_a_refused_temperature_is_left_out_with_a_warning(server, caplog):
+    server.rule = refusing(
+        max_tokens="Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.",
+        temperature="Unsupported value: 'temperature' does not support 0 with this model.",
+    )
+    lvlm = connect(server, max_concurrency=1)
+    assert len(lvlm.generate([ask(i) for i in range(3)], max_new_tokens=9)) == 3
+    assert "refuses temperature=0" in caplog.text and caplog.text.count("refuses temperature=0") == 1
+    assert len(server.bodies) == 2 + 3
+    assert [set(body) & {"max_tokens", "max_completion_tokens", "temperature"} for body in server.bodies[-2:]] == [
+        {"max_completion_tokens"}
+    ] * 2
+    given = connect(server, extra_body={"temperature": 0.5, "max_tokens": None})
+    with pytest.raises(EndpointError, match="does not support 0"):
+        given.generate([ask(1)])  # what the user asks for is not dropped
+
+
+def test_a_refusal_for_another_reason_teaches_nothing(server):
+    bad = Reply(400, {"error": "invalid request {'temperature': 0, 'messages': …}"})
+    server.rule = lambda body: bad if "question 1" in str(body) else None
+    lvlm = connect(server)
+    with pytest.raises(EndpointError, match="invalid request"):
+        lvlm.generate([ask(1)])
+    lvlm.generate([ask(2)])
+    assert server.bodies[-1]["temperature"] == 0
+
+
+@pytest.mark.parametrize("most", [5, 2])
+def test_fewer_top_logprobs_are_enough_where_the_labels_are_among_them(most):
+    chat = TinyChat("turns", boost={"A": 19, "B": 18, "C": -20})
+
+    def rule(body):
+        if body.get("top_logprobs", 0) > most:
+            return Reply(400, {"error": f"Requested sample logprobs of 20, which is greater than max allowed: {most}"})
+        return None
+
+    with serve(chat, logprobs="openai") as server:
+        server.rule = rule
+        lvlm = connect(server)
+        request = shown(["A"], choices="AB")
+        assert np.allclose(lvlm.score([request]), oracle(chat, lvlm, request), atol=1e-12)
+        assert server.bodies[-1]["top_logprobs"] == most
+        with pytest.raises(ScoringUnsupportedError, match=rf"among the {most} first tokens .* gave \['A', 'B'\]"):
+            lvlm.score([shown(["A"], choices="ABC")])
+
+
+def test_extra_fields_win_over_ours():
+    with serve(TinyChat("turns", boost={"A": 19, "B": 18}), logprobs="openai") as server:
+        extra = {"max_tokens": 500, "temperature": 0.7, "top_logprobs": 4}
+        lvlm = connect(server, extra_body=extra, chat_template_kwargs={"enable_thinking": False})
+        lvlm.generate([ask(1)], max_new_tokens=9)
+        body = server.bodies[-1]
+        assert (body["max_tokens"], body["temperature"]) == (500, 0.7) and "top_logprobs" not in body
+        assert body["chat_template_kwargs"] == {"enable_thinking": False}
+        lvlm.score([shown(["A"], choices="AB")])
+        body = server.bodies[-1]
+        assert (body["top_logprobs"], body["logprobs"], body["max_tokens"]) == (4, True, 1)
+        connect(server, extra_body={"max_completion_tokens": 70}).generate([ask(1)])
+        assert server.bodies[-1]["max_completion_tokens"] == 70 and "max_tokens" not in server.bodies[-1]
+        same = connect(server, extra_body={**extra, "chat_template_kwargs": {"enable_thinking": False}})
+        assert same.fingerprint == lvlm.fingerprint
+
+
+# Reasoning, and what is cut
+
+
+@pytest.mark.parametrize(
+    ("message", "answer"),
+    [
+        ({"content": "<think>\nIt is red, so\n</think>\n\nred"}, "red"),
+        ({"content": "It is red.\n</think>\n\nred"}, "red"),  # the template opened it
+        ({"content": "red", "reasoning_content": "It is red."}, "red"),
+        ({"content": "red", "reasoning": "It is red."}, "red"),
+    ],
+)
+def test_reasoning_is_no_part_of_an_answer(server, message, answer):
+    server.rule = lambda body: Reply(200, complete(message))
+    assert connect(server).generate([ask(1)]) == [answer]
+
+
+@pytest.mark.parametrize(
+    ("message", "ending", "error"),
+    [
+        ({"content": "<think>It is red, so the ans"}, "length", "cut off; raise max_new_tokens"),
+        ({"content": "<think>It is red</think>"}, "length", "all tokens were spent on reasoning"),
+        ({"content": None, "reasoning_content": "It is"}, "length", "all tokens were spent on reasoning"),
+        ({"content": None}, "length", "all tokens were spent on reasoning"),
+        ({"content": None, "reasoning_content": "It is"}, "stop", "got none.*after reasoning"),
+    ],
+)
+def test_reasoning_that_was_cut_off_is_an_error(server, message, ending, error):
+    answer = complete(message, usage={"prompt_tokens": 3, "completion_tokens": 32})
+    answer["choices"][0]["finish_reason"] = ending
+    server.rule = lambda body: Reply(200, answer)
+    with pytest.raises(EndpointError, match=f"(?s)query 'q1': .*{error}"):
+        connect(server).generate([ask(1)])
+
+
+def test_markers_of_reasoning_can_be_set(server):
+    server.rule = lambda body: Reply(200, complete({"content": "<|channel>red?<channel|>red <think>"}))
+    assert connect(server, reasoning_markers=("<|channel>", "<channel|>")).generate([ask(1)]) == ["red <think>"]
+    assert connect(server, reasoning_markers=None).generate([ask(1)]) == ["<|channel>red?<channel|>red <think>"]
+    assert connect(server).fingerprint != connect(server, reasoning_markers=None).fingerprint
+    with pytest.raises(ValueError, match="two texts"):
+        connect(server, reasoning_markers=("", "x"))
+
+
+def test_a_conversation_that_the_server_cuts_is_noticed(server):
+    """As Ollama does: the first turns fall away, and `usage` counts what is left of 4,096 tokens."""
+
+    def rule(body):
+        tokens = min(4096, 20 + 700 * sum(isinstance(m["content"], list) for m in body["messages"]))
+        return Reply(200, complete(usage={"prompt_tokens": tokens, "completion_tokens": 1}))
+
+    server.rule = rule
+    lvlm = connect(server)
+    shots = tuple(Demonstration(f"d{i}", picture(i), "what?", "red") for i in range(8))
+    query = Query(picture(9), "what?", id="q")
+    assert lvlm.generate([ICLRequest(query, shots[:4])]) == ["ok"]  # 3,520 tokens fit
+    lvlm.generate([ICLRequest(query)])  # what one image takes is known from here on
+    assert lvlm.generate([ICLRequest(query, shots[:4])]) == ["ok"]
+    with pytest.raises(ContextOverflowError, match=r"counts 4096 tokens where there are at least .*OLLAMA"):
+        lvlm.generate([ICLRequest(query, shots * 2)])
+    words = ICLRequest(Query(None, "many words " * 4000, id="long"))
+    with pytest.raises(ContextOverflowError, match="query 'long'"):
+        connect(server).generate([words])
+
+
+def test_an_answer_cut_by_the_context_is_noticed(server):
+    answer = complete(usage={"prompt_tokens": 9, "completion_tokens": 6})
+    answer["choices"][0]["finish_reason"] = "length"
+    server.rule = lambda body: Reply(200, answer)
+    with pytest.raises(ContextOverflowError, match=r"up to 32 tokens .* ended after 6: its context is full"):
+        connect(server).generate([ask(1)])
+    assert connect(server).generate([ask(1)], max_new_tokens=6) == ["ok"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens",
+        "The input token count (1048577) exceeds the maximum number of tokens allowed (1048576).",
+        "prompt is too long: 210000 tokens > 200000 maximum",
+        "the request exceeds the available context size, try increasing it",
+    ],
+)
+def test_what_servers_call_a_full_context(server, message):
+    server.rule = lambda body: Reply(400, {"error": {"message": message}})
+    with pytest.raises(ContextOverflowError):
+        connect(server).generate([ask(1)])
+
+
+def test_an_image_is_an_image(server):
+    with pytest.raises(ImageError, match=r"a PIL image, got str; open a file with PIL.Image.open"):
+        Query("path.png")
+
+
+# Broken off
+
+
+def test_ctrl_c_breaks_off_what_is_under_way(server):
+    """The main thread waits for four requests that are never answered; two others were answered before."""
+    release = threading.Event()
+    server.rule = lambda body: None if "question 0" in str(body) or "question 1" in str(body) else Reply(hold=release)
+    lvlm = connect(server, max_concurrency=4, timeout=60)
+    pressed = []
+
+    def press() -> None:
+        while server.now < 4:
+            time.sleep(0.01)
+        pressed.append(time.monotonic())
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=press, daemon=True).start()
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            lvlm.generate([ask(i) for i in range(9)])
+        assert time.monotonic() - pressed[0] < 1 and set(caught.value.partial) == {0, 1}
+        assert not [thread for thread in threading.enumerate() if thread.name == "drum-hf-endpoint"]
+    finally:
+        release.set()
+
+
 # One fails, the others are kept
 
 
@@ -407,9 +835,9 @@ def test_what_is_under_way_is_waited_for_and_kept(server):
     lvlm = connect(server, max_concurrency=2)
     send = lvlm._client._send
 
-    def watched(data):
+    def watched(data, stop):
         try:
-            return send(data)
+            return send(data, stop)
         except EndpointError:
             refused.set()
             raise
@@ -439,10 +867,10 @@ def test_an_interrupt_keeps_what_is_answered(server, monkeypatch):
     lvlm = connect(server, max_concurrency=1)
     read = openai.answer_text
 
-    def interrupted(answer):
+    def interrupted(answer, markers):
         if len(server.bodies) == 3:
             raise KeyboardInterrupt
-        return read(answer)
+        return read(answer, markers)
 
     monkeypatch.setattr(openai, "answer_text", interrupted)
     with ScoreStore() as store:
@@ -704,7 +1132,13 @@ def test_labels_of_one_token_are_scored_over_the_choices():
         scores = lvlm.score(requests)
         assert np.allclose(scores, [oracle(chat, lvlm, request) for request in requests], atol=1e-12)
         assert np.isclose(np.exp(scores[:3]).sum(), 1)
-        assert len(server.bodies) == 2 + len(requests)  # two probes, then one request each
+        assert (
+            len(server.bodies) == 2 + 1
+        )  # two probes, then one request: all ask for the same conversation and labels
+        lvlm.score(
+            [shown(["A"], choices="ABC", prompt="which city?"), shown(["A"], choices="AB", prompt="which city?")]
+        )
+        assert len(server.bodies) == 3 + 2
         assert lvlm.capabilities == EndpointCapabilities(generate=True, prompt_logprobs=False, top_logprobs=True)
         with pytest.raises(ScoringUnsupportedError, match=r"prompt_logprobs: it ignores the field.*TransformersLVLM"):
             lvlm.score([shown(["A"])])

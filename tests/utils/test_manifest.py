@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from drum_hf.utils.manifest import manifest_beside, shown_command, write_manifest
+from drum_hf.utils.manifest import manifest_beside, write_manifest
+from drum_hf.utils.redaction import shown_command
 
 
 class LVLM:

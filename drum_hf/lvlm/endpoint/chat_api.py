@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
+import re
+import reprlib
 import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...types import ICLRequest, image_key
-from ..prompts import ImagePosition, build_messages
+from ...types import Demonstration, ICLRequest, Query, chat_messages, check_choices, data_url, image_key
+from ...utils.text import shown
+from ..answers import REASONING, strip_reasoning
+from ..prompts import ImagePosition
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ChatMessages", "answer_text"]
+__all__ = ["ChatMessages", "PromptLengths", "answer_text"]
 
 #: Bytes of encoded images that are kept: a demonstration's is sent again with each of its queries.
 _KEPT_IMAGES = 256 << 20
@@ -36,10 +37,7 @@ class ChatMessages:
         image_position: ImagePosition,
         system: str | None,
     ) -> None:
-        if image_format not in ("png", "jpeg"):
-            raise ValueError(f'expected image_format "png" or "jpeg", got {image_format!r}')
-        if image_position not in ("first", "last"):
-            raise ValueError(f'expected image_position "first" or "last", got {image_position!r}')
+        check_choices(image_format, image_position)
         self.image_format = image_format
         self.image_detail = image_detail
         self.image_position: ImagePosition = image_position
@@ -50,20 +48,13 @@ class ChatMessages:
 
     def messages(self, request: ICLRequest) -> list[dict[str, Any]]:
         """Messages whose content is a plain string where it is text alone."""
-        messages = []
-        for message in build_messages(request, image_position=self.image_position, system=self.system):
-            parts = [self._part(part) for part in message["content"]]
-            only_text = len(parts) == 1 and parts[0]["type"] == "text"
-            messages.append({"role": message["role"], "content": parts[0]["text"] if only_text else parts})
-        return messages
+        return chat_messages(request, self._part, image_position=self.image_position, system=self.system)
 
-    def _part(self, part: dict[str, Any]) -> dict[str, Any]:
-        if part["type"] == "text":
-            return part
-        image: dict[str, Any] = {"url": self._data_url(part["image"])}
+    def _part(self, image: Image) -> dict[str, Any]:
+        part: dict[str, Any] = {"url": self._data_url(image)}
         if self.image_detail is not None:
-            image["detail"] = self.image_detail
-        return {"type": "image_url", "image_url": image}
+            part["detail"] = self.image_detail
+        return {"type": "image_url", "image_url": part}
 
     def _data_url(self, image: Image) -> str:
         key = image_key(image)
@@ -71,9 +62,7 @@ class ChatMessages:
             if key in self._encoded:
                 self._encoded.move_to_end(key)
                 return self._encoded[key]
-        data = io.BytesIO()
-        image.save(data, self.image_format.upper(), **({"quality": 95} if self.image_format == "jpeg" else {}))
-        url = f"data:image/{self.image_format};base64,{base64.b64encode(data.getvalue()).decode()}"
+        url = data_url(image, self.image_format)
         with self._lock:
             if key not in self._encoded:
                 self._encoded[key] = url
@@ -84,28 +73,83 @@ class ChatMessages:
         return url
 
 
-def answer_text(answer: dict[str, Any]) -> str:
-    """The text of a chat completion, stripped; a refusal's, where there is one instead.
+def answer_text(answer: dict[str, Any], reasoning: tuple[str, str] | None = REASONING) -> str:
+    """The text of a chat completion without its reasoning, stripped; a refusal's, where there is one instead.
+
+    Args:
+        reasoning: what opens and closes reasoning within the text; see `strip_reasoning`.
 
     Raises:
         ValueError: it is no chat completion, or one that was cut off before it began to answer.
     """
     try:
-        choice = answer["choices"][0]
-        message = choice["message"]
-        text = message.get("content") or message.get("refusal") or ""
+        (choice,) = answer["choices"]
+        message, ending = choice["message"], choice.get("finish_reason")
+        content = message.get("content")
+        text = content or message.get("refusal") or ""
         if isinstance(text, list):
             text = "".join(part.get("text") or "" for part in text)
-        text = text.strip()
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        text = _storable(text.strip())
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"expected an answer in choices[0].message.content, got {json.dumps(answer)[:300]}; is it a chat endpoint?"
+            f"expected one answer in choices[0].message.content, got {shown(_repr.repr(answer))}; is it a chat "
+            "endpoint?"
         ) from error
-    thought = message.get("reasoning") or message.get("reasoning_content")
-    details = (answer.get("usage") or {}).get("completion_tokens_details") or {}
-    if not text and choice.get("finish_reason") == "length" and (thought or details.get("reasoning_tokens")):
+    plain = strip_reasoning(text, reasoning)
+    if plain or (content == "" and not text and ending != "length"):
+        return plain
+    thought = message.get("reasoning") or message.get("reasoning_content") or text
+    usage = answer.get("usage")
+    details = usage.get("completion_tokens_details") if isinstance(usage, dict) else None
+    hidden = isinstance(details, dict) and details.get("reasoning_tokens")
+    if ending == "length" and (thought or hidden or content is None):
         raise ValueError(
             "expected an answer, but all tokens were spent on reasoning; raise max_new_tokens, or switch it off "
-            "with extra_body="
+            "with chat_template_kwargs= or extra_body="
         )
-    return text
+    if content is None and ending != "content_filter":
+        raise ValueError(
+            f"expected an answer in choices[0].message.content, got none (finish_reason {shown(_repr.repr(ending))}"
+            f"{', after reasoning' if thought else ''}); is it the right model, and without tools?"
+        )
+    return plain
+
+
+#: Short, however deeply an answer is nested.
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxdict, _repr.maxstring, _repr.maxother = 4, 8, 100, 100
+
+
+def _storable(text: str) -> str:
+    """Without what no database holds: lone surrogates and NUL become U+FFFD."""
+    return re.sub("[\ud800-\udfff\x00]", "\ufffd", text)
+
+
+class PromptLengths:
+    """Notices conversations that an endpoint cut: it counts fewer tokens than there must have been.
+
+    Every word takes a token at least. What an image takes is learned from requests with a single one; until then it
+    counts as one token. Safe for several threads.
+    """
+
+    #: A count below this share of what it must be, and by so many tokens, is no error of the estimate (our choice).
+    share, margin = 0.75, 200
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._images: list[tuple[int, int]] = []  # pixels, and tokens that an image of so many takes at least
+
+    def lost(self, request: ICLRequest, counted: int) -> int | None:
+        """Tokens that the conversation has at least, where the endpoint counted far fewer; else None."""
+        turns: list[Demonstration | Query] = [*request.demonstrations, request.query]
+        texts = [turn.prompt for turn in turns] + [shot.response for shot in request.demonstrations]
+        images = [turn.image.width * turn.image.height for turn in turns if turn.image is not None]
+        with self._lock:
+            if len(images) == 1 and not request.demonstrations:
+                least = counted - sum(map(len, texts)) - self.margin  # no text has more tokens than characters
+                if least > 0 and len(self._images) < 1000:
+                    self._images.append((images[0], least))
+            known = list(self._images)
+        of_image = [min((tokens for size, tokens in known if size <= pixels), default=1) for pixels in images]
+        least = sum(len(text.split()) for text in texts) + sum(of_image)
+        return least if counted < min(self.share * least, least - self.margin) else None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...errors import EndpointError
-from .http import ChatClient, PassingError, StoppedError, wait_before
+from .http import ChatClient, PassingError, Stop, StoppedError, wait_before
 from .scores import PromptToken
 from .spending import Meter, Spending
 
@@ -79,7 +79,7 @@ class ChatFleet:
     endpoint is given up.
 
     Args:
-        base_urls, api_key, timeout, max_retries: as of `ChatClient`, of each endpoint.
+        base_urls, api_key, timeout, max_retries, secrets: as of `ChatClient`, of each endpoint.
         slots: requests under way at once, at each endpoint.
         max_requests, max_tokens: spending cap over the fleet.
         greet: asks an endpoint, through the function that it is given, how it answers to a fixed conversation.
@@ -102,10 +102,11 @@ class ChatFleet:
         max_retries: int,
         max_requests: int | None,
         max_tokens: int | None,
+        secrets: set[str],
         greet: Callable[[Callable[[dict[str, Any]], dict[str, Any]]], Greeting],
     ) -> None:
         self.meter = Meter(f"{len(base_urls)} endpoints", max_requests=max_requests, max_tokens=max_tokens)
-        how: dict[str, Any] = {"timeout": timeout, "max_retries": max_retries, "meter": self.meter}
+        how: dict[str, Any] = {"timeout": timeout, "max_retries": max_retries, "meter": self.meter, "secrets": secrets}
         self._members = [_Member(ChatClient(url, api_key, **how)) for url in base_urls]
         self.base_urls = [member.client.base_url for member in self._members]
         if len(set(self.base_urls)) < len(self.base_urls):
@@ -132,7 +133,7 @@ class ChatFleet:
         with self._turn:
             return {member.client.base_url: member.lost for member in self._members if member.lost is not None}
 
-    def complete(self, body: dict[str, Any], stop: threading.Event) -> dict[str, Any]:
+    def complete(self, body: dict[str, Any], stop: Stop) -> dict[str, Any]:
         """An endpoint's answer to one chat completion, as parsed JSON.
 
         Raises:
@@ -171,7 +172,7 @@ class ChatFleet:
                     member.busy -= 1
                     self._turn.notify_all()
 
-    def _enter(self, stop: threading.Event) -> _Member:
+    def _enter(self, stop: Stop) -> _Member:
         """The endpoint with the largest share of its slots free, one of them taken; waits until there is one."""
         with self._turn:
             while True:
@@ -197,7 +198,7 @@ class ChatFleet:
     def _proven(member: _Member) -> bool:
         return member.faults == 0 and member.greeting is not None
 
-    def _admit(self, member: _Member, stop: threading.Event) -> None:
+    def _admit(self, member: _Member, stop: Stop) -> None:
         """Greet an endpoint, and compare it with the first that was greeted."""
         greeting = self._greet(lambda body: member.client.attempt(body, stop))
         with self._turn:

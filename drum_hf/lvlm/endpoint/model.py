@@ -1,7 +1,7 @@
 """`OpenAILVLM`: a model behind any chat endpoint that speaks OpenAI's protocol.
 
-The protocol is one POST of JSON, so it is spoken through `requests` rather than through the `openai` package: the
-fields that scoring needs are vLLM's own, and repetitions must be ours, because each counts against the spending cap.
+The protocol is one POST of JSON, so it is spoken through `httpx` rather than through the `openai` package: the fields
+that scoring needs are vLLM's own, and repetitions must be ours, because each counts against the spending cap.
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
+import queue
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from ...errors import EndpointError, ScoringUnsupportedError
+from ...errors import ContextOverflowError, EndpointError, ScoringUnsupportedError
 from ...types import ICLRequest
 from ...utils.optional import bar_options
-from ..answers import combine_answers, wanted_answers
+from ...utils.redaction import body_secrets, redacted
+from ..answers import REASONING, combine_answers, wanted_answers
 from ..prompts import ImagePosition
-from .chat_api import ChatMessages, answer_text
+from .chat_api import ChatMessages, PromptLengths, answer_text
 from .fleet import ChatFleet, Greeting
-from .http import ChatClient, StoppedError
+from .http import ChatClient, Stop, StoppedError
 from .scores import (
     PromptToken,
     answer_start,
@@ -36,15 +38,17 @@ from .scores import (
     logprobs_of,
     prompt_tokens,
 )
-from .spending import Spending
+from .spending import Spending, is_count
 
 __all__ = ["EndpointCapabilities", "OpenAILVLM", "Spending"]
+
+logger = logging.getLogger(__name__)
 
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
-#: The most that OpenAI returns, and vLLM by default.
-_TOP_LOGPROBS = 20
+#: The most that OpenAI returns, and vLLM by default; where that is refused, fewer.
+_TOP_LOGPROBS = (20, 5, 2)
 
 #: Conversations that show how an endpoint answers to fields for scoring, and what its template writes before an
 #: answer; they end differently, so that what is common to them is the template's.
@@ -83,6 +87,29 @@ class _Probed:
     glued: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Accepted:
+    """What an endpoint takes of the fields that are sent by default; learned from its refusals."""
+
+    limit: str = "max_tokens"  # what every server knows, but OpenAI's newest models
+    temperature: bool = True
+    top_logprobs: int = _TOP_LOGPROBS[0]
+
+    def after(self, refusal: EndpointError, body: dict[str, Any], given: dict[str, Any]) -> _Accepted | None:
+        """What to try next, where the refusal is about such a field and the user didn't give it; else None."""
+        if refusal.status not in (400, 422):
+            return None
+        said = str(refusal).lower()
+        if self.limit == "max_tokens" in body and "max_tokens" not in given and "max_completion_tokens" in said:
+            return dataclasses.replace(self, limit="max_completion_tokens")
+        if self.temperature and "temperature" in body and "temperature" not in given and "temperature" in said:
+            return dataclasses.replace(self, temperature=False)
+        fewer = [count for count in _TOP_LOGPROBS if count < self.top_logprobs]
+        if fewer and "top_logprobs" in body and "top_logprobs" not in given and "logprobs" in said:
+            return dataclasses.replace(self, top_logprobs=fewer[0])
+        return None
+
+
 class OpenAILVLM:
     """An `LVLM` over any OpenAI-compatible chat endpoint: OpenAI itself, vLLM, `transformers serve`, and others.
 
@@ -100,7 +127,7 @@ class OpenAILVLM:
             servers of the same model (see below).
         api_key: sent as a bearer token; default: the environment variable OPENAI_API_KEY, or none. Never shown.
         max_concurrency: requests under way at once; at each of several endpoints.
-        timeout: seconds to wait for a connection, and for the endpoint's next byte.
+        timeout: seconds for one request, from the connection to the last byte of the answer.
         max_retries: repetitions of a request after 408, 409, 425, 429, 5xx, a timeout or a lost connection. Between
             them: what `Retry-After` says, or else a random time up to 1, 2, 4, … 30 s. Other refusals raise at once.
         max_requests: spending cap in requests over this object's life, repetitions and probes included; never
@@ -112,8 +139,12 @@ class OpenAILVLM:
         system: text of a system turn, or None.
         image_position: a turn's image before ("first") or after ("last") its text.
         seed: sent with each request, if given. Answers are greedy (temperature 0) in any case.
-        extra_body: fields added to each request, such as `{"chat_template_kwargs": {"enable_thinking": False}}`; a
-            None takes one of ours out, such as `{"temperature": None}` where a model refuses it.
+        chat_template_kwargs: arguments of the model's chat template, such as `{"enable_thinking": False}`, for servers
+            that take them (vLLM, SGLang, llama.cpp).
+        reasoning_markers: what opens and closes reasoning within an answer's text; it is left out of the answer.
+            None: nothing does. Reasoning that a server gives beside the text is left out in any case.
+        extra_body: fields added to each request; they win over ours, and a None takes one of ours out. Only the length
+            of a request that scores stays 1.
         name: what the model is called, where the endpoint's name for it is not the usual one.
         revision: what identifies the weights, such as a commit of the Hub repository.
 
@@ -143,7 +174,7 @@ class OpenAILVLM:
         base_url: str | Sequence[str],
         api_key: str | None = None,
         max_concurrency: int = 8,
-        timeout: float = 60.0,
+        timeout: float = 120.0,
         max_retries: int = 6,
         max_requests: int | None = None,
         max_tokens: int | None = None,
@@ -152,6 +183,8 @@ class OpenAILVLM:
         system: str | None = None,
         image_position: ImagePosition = "first",
         seed: int | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        reasoning_markers: tuple[str, str] | None = REASONING,
         extra_body: dict[str, Any] | None = None,
         name: str | None = None,
         revision: str | None = None,
@@ -172,9 +205,17 @@ class OpenAILVLM:
         )
         self.seed = seed
         self.extra_body = dict(extra_body or {})
+        if chat_template_kwargs:
+            self.extra_body = {"chat_template_kwargs": dict(chat_template_kwargs), **self.extra_body}
+        if reasoning_markers is not None and (len(reasoning_markers) != 2 or not all(reasoning_markers)):
+            raise ValueError(
+                f"expected reasoning_markers as two texts, such as {REASONING}, or None, got {reasoning_markers!r}"
+            )
+        self.reasoning_markers = reasoning_markers
         self._vouched = name is not None or revision is not None
         key = os.environ.get("OPENAI_API_KEY") if api_key is None else api_key
         how: dict[str, Any] = {"timeout": timeout, "max_retries": max_retries}
+        how["secrets"] = body_secrets(self.extra_body)
         how |= {"max_requests": max_requests, "max_tokens": max_tokens}
         urls = [base_url] if isinstance(base_url, str) else list(base_url)
         if not urls:
@@ -190,7 +231,8 @@ class OpenAILVLM:
         else:
             self._client = ChatFleet(urls, key, slots=max_concurrency, greet=self._greet, **how)
         self._slots = max_concurrency * len(urls)
-        self._limit = "max_tokens"  # what every server knows, but OpenAI's newest models
+        self._accepted = _Accepted()
+        self._lengths = PromptLengths()
         self._lock = threading.RLock()
         self._probed: dict[str, _Probed] = {}
 
@@ -209,8 +251,8 @@ class OpenAILVLM:
 
     @property
     def identity(self) -> dict[str, str | bool | None]:
-        """The named parts that the fingerprint is made of."""
-        return {
+        """The named parts that the fingerprint is made of; secrets in `extra_body` are left out."""
+        parts: dict[str, str | bool | None] = {
             "class": type(self).__name__,
             "name": self.name,
             "revision": self.revision,
@@ -220,8 +262,11 @@ class OpenAILVLM:
             "image_format": self._chat.image_format,
             "image_detail": self._chat.image_detail,
             "seed": None if self.seed is None else str(self.seed),
-            "extra_body": json.dumps(self.extra_body, sort_keys=True) if self.extra_body else None,
+            "extra_body": json.dumps(redacted(self.extra_body), sort_keys=True) if self.extra_body else None,
         }
+        if self.reasoning_markers != REASONING:
+            parts["reasoning_markers"] = json.dumps(self.reasoning_markers)
+        return parts
 
     @property
     def fingerprint(self) -> str:
@@ -260,16 +305,41 @@ class OpenAILVLM:
         if max_new_tokens < 1:
             raise ValueError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
 
-        def answer(request: ICLRequest, stop: threading.Event) -> str:
-            found = self._complete(self._messages(request), stop, **{self._limit: max_new_tokens})
+        def answer(request: ICLRequest, stop: Stop) -> str:
+            found = self._complete(self._messages(request), stop, max_new_tokens)
+            self._check_whole(request, found, max_new_tokens)
             try:
-                return answer_text(found)
+                return answer_text(found, self.reasoning_markers)
             except ValueError as error:
                 raise EndpointError(
                     f"{self.base_url}, asked for {max_new_tokens} tokens on query {request.query.id!r}: {error}"
                 ) from error
 
         return self._run(requests, answer, "generating", progress)
+
+    def _check_whole(self, request: ICLRequest, found: dict[str, Any], asked: int) -> None:
+        """
+        Raises:
+            ContextOverflowError: the endpoint cut the conversation, or the answer before the tokens it may have.
+        """
+        usage = found.get("usage")
+        usage = usage if isinstance(usage, dict) else {}
+        prompt, answered = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        least = self._lengths.lost(request, prompt) if is_count(prompt) and prompt else None
+        remedy = "raise its context (Ollama: OLLAMA_CONTEXT_LENGTH), or use fewer shots or smaller images"
+        if least is not None:
+            raise ContextOverflowError(
+                f"expected {self.base_url} to read all of query {request.query.id!r} and its demonstrations, but it "
+                f"counts {prompt} tokens where there are at least {least}: it cut them; {remedy}"
+            )
+        choices = found.get("choices")
+        ending = choices[0].get("finish_reason") if isinstance(choices, list) and _is_dict(choices[:1]) else None
+        limits = {"max_tokens", "max_completion_tokens"} & self.extra_body.keys()
+        if ending == "length" and is_count(answered) and 0 < answered < asked and not limits:
+            raise ContextOverflowError(
+                f"expected up to {asked} tokens of {self.base_url} on query {request.query.id!r}, but it ended after "
+                f"{answered}: its context is full; {remedy}"
+            )
 
     def score(self, requests: Sequence[ICLRequest], *, progress: bool = False) -> np.ndarray:
         """Log-likelihood of each request's gold response, as defined by `LVLM.score`; only where it is exact.
@@ -306,41 +376,71 @@ class OpenAILVLM:
     # ---- scores ----
 
     def _score_prompts(self, requests: Sequence[ICLRequest], wanted: list[list[str]], progress: bool) -> np.ndarray:
-        jobs = [(i, answer) for i, answers in enumerate(wanted) for answer in answers]
+        # Requests that differ in their responses alone share what is asked.
+        keys = [[(_conversation(request), answer) for answer in wanted[i]] for i, request in enumerate(requests)]
+        first: dict[tuple[Hashable, str], int] = {}
+        for i, mine in enumerate(keys):
+            for key in mine:
+                first.setdefault(key, i)
+        jobs = list(first.items())
 
-        def score(job: tuple[int, str], stop: threading.Event) -> np.ndarray:
-            return self._answer_logprobs(requests[job[0]], job[1], stop)
+        def score(job: tuple[tuple[Hashable, str], int], stop: Stop) -> np.ndarray:
+            (_, answer), i = job
+            return self._answer_logprobs(requests[i], answer, stop)
 
         def combined(parts: dict[int, np.ndarray]) -> dict[int, float]:
-            of_request: list[list[np.ndarray]] = [[] for _ in requests]
-            for j, (i, _) in enumerate(jobs):
-                of_request[i] += [parts[j]] if j in parts else []
+            values = {jobs[j][0]: part for j, part in parts.items()}
             return {
-                i: combine_answers(requests[i], mine)
-                for i, mine in enumerate(of_request)
-                if len(mine) == len(wanted[i])
+                i: combine_answers(requests[i], [values[key] for key in mine])
+                for i, mine in enumerate(keys)
+                if all(key in values for key in mine)
             }
 
-        try:
-            scores = combined(dict(enumerate(self._run(jobs, score, "scoring", progress))))
-        except BaseException as error:
-            error.partial = combined(getattr(error, "partial", {}))  # type: ignore[attr-defined]
-            raise
-        return np.array([scores[i] for i in range(len(requests))])
+        return self._combined(jobs, score, combined, len(requests), progress)
 
     def _score_labels(self, requests: Sequence[ICLRequest], wanted: list[list[str]], progress: bool) -> np.ndarray:
-        def score(i: int, stop: threading.Event) -> float:
-            fields = {"logprobs": True, "top_logprobs": _TOP_LOGPROBS, self._limit: 1}
-            answer = self._complete(self._messages(requests[i]), stop, **fields)
+        keys = [(_conversation(request), tuple(wanted[i])) for i, request in enumerate(requests)]
+        first: dict[Hashable, int] = {}
+        for i, key in enumerate(keys):
+            first.setdefault(key, i)
+        jobs = list(first.items())
+
+        def score(job: tuple[Hashable, int], stop: Stop) -> np.ndarray:
+            i = job[1]
+            fields = {"logprobs": True, "top_logprobs": self._accepted.top_logprobs}
+            answer = self._complete(self._messages(requests[i]), stop, 1, **fields)
             try:
-                values = label_logprobs(answer, wanted[i])
+                return label_logprobs(answer, wanted[i])
             except ScoringUnsupportedError as error:
                 raise ScoringUnsupportedError(f"query {requests[i].query.id!r}: {error}") from error
-            return combine_answers(requests[i], [value.reshape(1) for value in values])  # of one token each
 
-        return np.array(self._run(range(len(requests)), score, "scoring", progress))
+        def combined(parts: dict[int, np.ndarray]) -> dict[int, float]:
+            values = {jobs[j][0]: part for j, part in parts.items()}
+            return {  # each label is one token
+                i: combine_answers(requests[i], [value.reshape(1) for value in values[key]])
+                for i, key in enumerate(keys)
+                if key in values
+            }
 
-    def _answer_logprobs(self, request: ICLRequest, answer: str, stop: threading.Event) -> np.ndarray:
+        return self._combined(jobs, score, combined, len(requests), progress)
+
+    def _combined(
+        self,
+        jobs: Sequence[_Job],
+        work: Callable[[_Job, Stop], _Result],
+        combine: Callable[[dict[int, _Result]], dict[int, float]],
+        count: int,
+        progress: bool,
+    ) -> np.ndarray:
+        """Scores of requests that are made of jobs; those that are complete are kept where a job fails."""
+        try:
+            scores = combine(dict(enumerate(self._run(jobs, work, "scoring", progress))))
+        except BaseException as error:
+            error.partial = combine(getattr(error, "partial", {}))  # type: ignore[attr-defined]
+            raise
+        return np.array([scores[i] for i in range(count)])
+
+    def _answer_logprobs(self, request: ICLRequest, answer: str, stop: Stop) -> np.ndarray:
         messages = self._messages(request)
         whole = self._prefill([*messages, {"role": "assistant", "content": answer}], stop)
         probed = self._probe("prompt_logprobs")
@@ -358,18 +458,14 @@ class OpenAILVLM:
         return logprobs_of(whole[start:], request.query.id, answer)
 
     def _prefill(
-        self, messages: list[dict[str, Any]], stop: threading.Event, *, answered: bool = True
+        self, messages: list[dict[str, Any]], stop: Stop, *, answered: bool = True
     ) -> list[PromptToken] | None:
         """Tokens of a conversation up to the end of its last message, or to where the model begins to answer."""
-        return prompt_tokens(self._complete(messages, stop, **self._prefill_fields(answered=answered)))
+        return prompt_tokens(self._complete(messages, stop, 1, **self._prefill_fields(answered=answered)))
 
-    def _prefill_fields(self, *, answered: bool) -> dict[str, Any]:
-        return {
-            "prompt_logprobs": 0,
-            "add_generation_prompt": not answered,
-            "continue_final_message": answered,
-            self._limit: 1,
-        }
+    @staticmethod
+    def _prefill_fields(*, answered: bool) -> dict[str, Any]:
+        return {"prompt_logprobs": 0, "add_generation_prompt": not answered, "continue_final_message": answered}
 
     def _probe(self, field: str) -> _Probed:
         with self._lock:
@@ -390,10 +486,10 @@ class OpenAILVLM:
         glued: list[str] = []
         for asked, answer in _PROBES:
             messages = [{"role": "user", "content": asked}]
-            whole = self._prefill([*messages, {"role": "assistant", "content": answer}], threading.Event())
+            whole = self._prefill([*messages, {"role": "assistant", "content": answer}], Stop())
             if whole is None:
                 return _Probed("it ignores the field")
-            prompt = self._prefill(messages, threading.Event(), answered=False)
+            prompt = self._prefill(messages, Stop(), answered=False)
             found = None if prompt is None else answer_start(prompt, whole, answer)
             if found is None:
                 return _Probed("the tokens that it returns don't end with those of a given answer")
@@ -404,8 +500,8 @@ class OpenAILVLM:
 
     def _probe_labels(self) -> _Probed:
         messages = [{"role": "user", "content": _PROBES[0][0]}]
-        fields = {"logprobs": True, "top_logprobs": _TOP_LOGPROBS, self._limit: 1}
-        found = first_alternatives(self._complete(messages, threading.Event(), **fields))
+        fields = {"logprobs": True, "top_logprobs": self._accepted.top_logprobs}
+        found = first_alternatives(self._complete(messages, Stop(), 1, **fields))
         return _Probed(None if found else "it ignores the field")
 
     # ---- requests ----
@@ -413,23 +509,58 @@ class OpenAILVLM:
     def _messages(self, request: ICLRequest) -> list[dict[str, Any]]:
         return self._chat.messages(request)
 
-    def _complete(self, messages: list[dict[str, Any]], stop: threading.Event, **fields: Any) -> dict[str, Any]:
-        return self._sent(lambda body: self._client.complete(body, stop), messages, fields)
+    def _complete(self, messages: list[dict[str, Any]], stop: Stop, length: int, **fields: Any) -> dict[str, Any]:
+        return self._sent(lambda body: self._client.complete(body, stop), messages, length, fields)
 
     def _sent(
-        self, send: Callable[[dict[str, Any]], dict[str, Any]], messages: list[dict[str, Any]], fields: dict[str, Any]
+        self,
+        send: Callable[[dict[str, Any]], dict[str, Any]],
+        messages: list[dict[str, Any]],
+        length: int,
+        fields: dict[str, Any],
     ) -> dict[str, Any]:
-        body = {"model": self.model, "temperature": 0, "seed": self.seed, **self.extra_body}
+        """The answer to a conversation. A field of ours that the endpoint refuses is replaced or left out."""
+        accepted = known = self._accepted
+        while True:
+            body = self._body(accepted, messages, length, fields)
+            try:
+                answer = send(body)
+            except EndpointError as error:
+                others = accepted.after(error, body, self.extra_body)
+                if others is None:
+                    raise
+                accepted = others
+            else:
+                if accepted != known:  # only now is it known that the fields were the reason
+                    self._learn(accepted)
+                return answer
+
+    def _body(
+        self, accepted: _Accepted, messages: list[dict[str, Any]], length: int, fields: dict[str, Any]
+    ) -> dict[str, Any]:
+        body = {"model": self.model, "temperature": 0 if accepted.temperature else None, "seed": self.seed, **fields}
+        if "top_logprobs" in fields:
+            body["top_logprobs"] = accepted.top_logprobs
+        limits = {"max_tokens", "max_completion_tokens"} & self.extra_body.keys() or {accepted.limit}
+        body |= dict.fromkeys(limits, length)
+        body |= self.extra_body
         body = {field: value for field, value in body.items() if value is not None}
-        try:
-            return send({**body, **fields, "messages": messages})
-        except EndpointError as error:
-            other = "max_completion_tokens"
-            if error.status != 400 or "max_tokens" not in fields or other not in str(error):
-                raise
-            self._limit = other
-            fields[other] = fields.pop("max_tokens")
-            return send({**body, **fields, "messages": messages})
+        if fields:  # a score is read from the prompt or the first token: further ones would only be paid for
+            body |= dict.fromkeys(limits & body.keys(), length)
+        if not body.get("logprobs"):
+            body.pop("top_logprobs", None)  # refused without the other
+        return {**body, "messages": messages}
+
+    def _learn(self, accepted: _Accepted) -> None:
+        with self._lock:
+            before, self._accepted = self._accepted, accepted
+        if before.temperature and not accepted.temperature:
+            logger.warning(
+                "%s refuses temperature=0 for %s: its answers are drawn at a temperature of its own, and may differ "
+                "from run to run",
+                self.base_url,
+                self.model,
+            )
 
     def _greet(self, send: Callable[[dict[str, Any]], dict[str, Any]]) -> Greeting:
         """How one endpoint of several answers to a fixed conversation; up to two requests."""
@@ -438,57 +569,82 @@ class OpenAILVLM:
         answered = [*messages, {"role": "assistant", "content": answer}]
         tokens: list[PromptToken] = []
         try:
-            found = self._sent(send, answered, self._prefill_fields(answered=True))
+            found = self._sent(send, answered, 1, self._prefill_fields(answered=True))
             with contextlib.suppress(ScoringUnsupportedError):
                 tokens = prompt_tokens(found) or []
         except EndpointError as error:
             if error.status is None or error.status in _NOT_ABOUT_FIELDS:
                 raise
-            found = self._sent(send, messages, {self._limit: 1})
+            found = self._sent(send, messages, 1, {})
         usage = found.get("usage")
         length = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-        return Greeting(found.get("model"), length, tuple(tokens))
+        called = found.get("model")
+        return Greeting(
+            called[:200] if isinstance(called, str) else None, length if is_count(length) else None, tuple(tokens)
+        )
 
     # ---- many at once ----
 
     def _run(
         self,
         jobs: Sequence[_Job],
-        work: Callable[[_Job, threading.Event], _Result],
+        work: Callable[[_Job, Stop], _Result],
         title: str,
         progress: bool,
     ) -> list[_Result]:
-        """Results in order. When one fails, no other is begun, those under way end, and the exception has them all."""
+        """Results in order. When one fails, no other is begun, those under way end, and the exception has them all.
+
+        Ctrl-C breaks off those under way, too. The threads are daemons: none keeps the process from ending.
+        """
         from tqdm.auto import tqdm
 
         if not jobs:
             return []
-        stop = threading.Event()
+        stop, pending = Stop(), iter(range(len(jobs)))
+        found: queue.SimpleQueue[tuple[int, _Result | None, BaseException | None] | None] = queue.SimpleQueue()
 
-        def guarded(job: _Job) -> _Result:
-            try:
-                return work(job, stop)
-            except BaseException:
-                stop.set()  # here rather than below, so that this thread itself begins no other
-                raise
+        def run() -> None:
+            for i in pending:
+                try:
+                    found.put((i, work(jobs[i], stop), None))
+                except BaseException as error:
+                    stop.set()  # here rather than below, so that this thread itself begins no other
+                    found.put((i, None, error))
+                    break
+            found.put(None)
 
-        with contextlib.ExitStack() as stack:
-            bar = stack.enter_context(tqdm(total=len(jobs), desc=title, unit="request", **bar_options(progress)))
-            pool = stack.enter_context(ThreadPoolExecutor(min(self._slots, len(jobs)), "drum-hf-endpoint"))
-            futures = {pool.submit(guarded, job): i for i, job in enumerate(jobs)}
-            done: dict[int, _Result] = {}
-            try:
-                for future in as_completed(futures):
-                    if isinstance(future.exception(), StoppedError):
-                        continue  # the failure that stopped it comes, too
-                    done[futures[future]] = future.result()
+        done: dict[int, Any] = {}
+        failure: BaseException | None = None
+        running = min(self._slots, len(jobs))
+        for _ in range(running):
+            threading.Thread(target=run, name="drum-hf-endpoint", daemon=True).start()
+        with tqdm(total=len(jobs), desc=title, unit="request", **bar_options(progress)) as bar:
+            while running:
+                try:
+                    item = found.get()
+                except BaseException as error:  # Ctrl-C in this thread
+                    failure = failure or error
+                    stop.break_off()
+                    continue
+                if item is None:
+                    running -= 1
+                    continue
+                i, result, fault = item
+                if fault is None:
+                    done[i] = result
                     bar.update(1)
-            except BaseException as error:
-                stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                for future, i in futures.items():
-                    if not future.cancelled() and future.exception() is None:
-                        done[i] = future.result()
-                error.partial = done  # type: ignore[attr-defined]
-                raise
+                elif not isinstance(fault, StoppedError):  # the failure that stopped it comes, too
+                    failure = failure or fault
+        if failure is not None:
+            failure.partial = done  # type: ignore[attr-defined]
+            raise failure
         return [done[i] for i in range(len(jobs))]
+
+
+def _conversation(request: ICLRequest) -> Hashable:
+    """What requests share that differ in their responses alone."""
+    return request.query.key, tuple(demonstration.key for demonstration in request.demonstrations)
+
+
+def _is_dict(several: list[Any]) -> bool:
+    return bool(several) and isinstance(several[0], dict)

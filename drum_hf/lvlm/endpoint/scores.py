@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import reprlib
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import NonFiniteScoreError, ScoringUnsupportedError
+from ...utils.text import shown
 
 __all__ = [
     "PromptToken",
@@ -31,6 +33,8 @@ __all__ = [
 
 #: What vLLM writes for minus infinity, which JSON can't hold.
 _MINUS_INFINITY = -9999.0
+#: How far above 0 rounding takes the logarithm of a probability of 1, at most.
+_ROUNDING = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,19 +62,33 @@ def prompt_tokens(answer: dict[str, Any]) -> list[PromptToken] | None:
     if not entries:
         return None
     tokens = []
-    for position, entry in enumerate(entries):
+    for position, entry in enumerate(entries if isinstance(entries, list) else [entries]):
         if position == 0 and entry is None:
             tokens.append(PromptToken("", 0.0, ""))
             continue
         try:
             ((name, token),) = entry.items()
-            tokens.append(PromptToken(name, float(token["logprob"]), token.get("decoded_token") or ""))
+            text = token.get("decoded_token") or ""
+            tokens.append(PromptToken(name, _logprob(token["logprob"]), text + ""))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ScoringUnsupportedError(
                 "expected prompt_logprobs to hold the prompt's own token at each position, with its logprob, as "
-                f"vLLM returns them for prompt_logprobs=0; position {position} is {str(entry)[:200]}"
+                f"vLLM returns them for prompt_logprobs=0; position {position} is {shown(reprlib.repr(entry))}"
             ) from error
     return tokens
+
+
+def _logprob(value: Any) -> float:
+    """A log-probability: at most 0 but for rounding; or NaN, which `logprobs_of` names.
+
+    Raises:
+        ValueError, TypeError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"expected a number, got {type(value).__name__}")
+    if value > _ROUNDING:
+        raise ValueError(f"expected at most 0, got {value}")
+    return min(float(value), 0.0) if value == value else float("nan")
 
 
 def logprobs_of(tokens: Sequence[PromptToken], query: str | None, answer: str) -> np.ndarray:
@@ -175,8 +193,8 @@ def label_logprobs(answer: dict[str, Any], labels: Sequence[str]) -> np.ndarray:
         NonFiniteScoreError: a log-probability is NaN or infinite.
     """
     variants: dict[str, dict[str, float]] = {}
-    for entry in first_alternatives(answer) or []:
-        text, logprob = str(entry.get("token", "")), float(entry.get("logprob", np.nan))
+    alternatives = first_alternatives(answer) or []
+    for text, logprob in alternatives:
         label = text.strip()
         blank = text[: len(text) - len(text.lstrip())]
         if label in labels and blank + label == text:
@@ -185,9 +203,10 @@ def label_logprobs(answer: dict[str, Any], labels: Sequence[str]) -> np.ndarray:
     if not whole:
         seen = set().union(*variants.values()) if variants else set()
         raise ScoringUnsupportedError(
-            f"expected every label among the first tokens that the endpoint returns, but of {list(labels)} it gave "
-            f"{sorted(seen)}: top_logprobs score only labels that are one token each and few enough. Use short labels "
-            "such as A, B, C and name them in the prompt, or score with TransformersLVLM or a vLLM endpoint"
+            f"expected every label among the {len(alternatives)} first tokens that the endpoint returns, but of "
+            f"{list(labels)} it gave {sorted(seen)}: top_logprobs score only labels that are one token each and few "
+            "enough. Use labels such as A, B, C and name them in the prompt, or score with TransformersLVLM or a "
+            "vLLM endpoint"
         )
     best = max(whole, key=lambda found: np.logaddexp.reduce(list(found.values())))
     values = np.array([best[label] for label in labels])
@@ -196,10 +215,13 @@ def label_logprobs(answer: dict[str, Any], labels: Sequence[str]) -> np.ndarray:
     return values
 
 
-def first_alternatives(answer: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The likeliest first tokens from an answer to `"logprobs": true`; None where the endpoint ignored the field."""
+def first_alternatives(answer: dict[str, Any]) -> list[tuple[str, float]] | None:
+    """The likeliest first tokens and their log-probabilities from an answer to `"logprobs": true`.
+
+    None where the endpoint ignored the field, or answered with something else.
+    """
     try:
         entries = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    except (IndexError, KeyError, TypeError):
+        return [(entry["token"] + "", _logprob(entry["logprob"])) for entry in entries] or None
+    except (IndexError, KeyError, TypeError, ValueError):
         return None
-    return entries if isinstance(entries, list) and entries and isinstance(entries[0], dict) else None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from ...errors import BudgetExceededError, EndpointError
 
-__all__ = ["Meter", "Spending"]
+__all__ = ["Meter", "Spending", "is_count"]
+
+#: Tokens in one conversation, at most: a thousand times the longest context of today.
+_MOST_TOKENS = 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +75,8 @@ class Meter:
             if self.max_tokens is not None:
                 if not self._metered:
                     raise EndpointError(
-                        f"expected {self._where} to report the tokens of each answer in `usage`, which it doesn't: "
-                        "max_tokens can't be kept; cap the spending with max_requests"
+                        f"expected {self._where} to report the tokens of each answer in `usage`, which it doesn't "
+                        "always: max_tokens can't be kept; cap the spending with max_requests"
                     )
                 if spent.tokens >= self.max_tokens:
                     self._refuse("max_tokens", self.max_tokens)
@@ -88,13 +91,18 @@ class Meter:
         )
 
     def count(self, usage: Any) -> None:
-        """Add what an answer's `usage` says."""
+        """Add what an answer's `usage` says; what is no count of tokens adds nothing, and fails a cap of tokens."""
         counts = usage if isinstance(usage, dict) else {}
-        asked, answered = (counts.get(f"{part}_tokens") for part in ("prompt", "completion"))
+        asked, answered = counts.get("prompt_tokens"), counts.get("completion_tokens")
         with self._lock:
-            self._metered &= isinstance(asked, int)
+            self._metered &= is_count(asked) and is_count(0 if answered is None else answered)
             self._spent = dataclasses.replace(
                 self._spent,
-                prompt_tokens=self._spent.prompt_tokens + (asked if isinstance(asked, int) else 0),
-                completion_tokens=self._spent.completion_tokens + (answered if isinstance(answered, int) else 0),
+                prompt_tokens=self._spent.prompt_tokens + (asked if is_count(asked) else 0),
+                completion_tokens=self._spent.completion_tokens + (answered if is_count(answered) else 0),
             )
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether an endpoint may be believed that this is a number of tokens."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_TOKENS
