@@ -124,7 +124,7 @@ def _export(store: ScoreStore, args: argparse.Namespace) -> None:
 
 
 def _push_scores(store: ScoreStore, args: argparse.Namespace) -> None:
-    from ..scores.hub import push_scores
+    from ..scores.transfer import push_scores
 
     url, done = push_scores(
         store,
@@ -164,7 +164,7 @@ def _say(done: Exported, where: str) -> None:
 def _take(store: ScoreStore, lvlm: Any, args: argparse.Namespace) -> None:
     how: dict[str, Any] = {"lvlm": lvlm, "any_lvlm": args.any_lvlm, "progress": True}
     if args.verb == "pull":
-        from ..scores.hub import pull_scores
+        from ..scores.transfer import pull_scores
 
         merged = pull_scores(args.repo, store, revision=args.revision, **how)
     else:

@@ -1,4 +1,4 @@
-"""Scores from one store to another, through a parquet file that says what each of them is made of.
+"""Scores from one store to another, by a parquet file or the Hub.
 
 A row carries all that its key is computed from, so a reader can recompute the key and need not trust the writer; the
 file's metadata describes the LVLMs, so that scores of another model or template are told apart by name.
@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,10 @@ from typing import TYPE_CHECKING, Any
 from ..errors import NonFiniteScoreError, SavedFileError
 from ..lvlm.fingerprint import differences
 from ..types import LVLM
+from ..utils import hub as _hub
 from ..utils.files import check_size, plain_schema, read_batches, refuse_special
+from ..utils.manifest import write_manifest
+from ..utils.model_card import render_scores_card
 from ..utils.optional import bar_options, public_name
 from .store import Entry, Merged, RequestParts, ScoreStore
 
@@ -27,9 +31,11 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
     from tqdm import tqdm
 
-__all__ = ["Exported", "export_scores", "import_scores", "public_identity"]
+__all__ = ["SCORES", "Exported", "export_scores", "import_scores", "public_identity", "pull_scores", "push_scores"]
 
 _FORMAT_VERSION = 1
+#: The file in the repository.
+SCORES = "scores.parquet"
 #: Where the file's metadata says what it is.
 _ABOUT = b"drum_hf"
 
@@ -339,3 +345,97 @@ def _refuse_strangers(
         f"{path}: expected scores of {whose}, got scores of another LVLM: {reason}. To take them all the same, for "
         "that LVLM alone, import with any_lvlm=True (--any-lvlm); to leave them out, export with --fingerprint"
     )
+
+
+# ---- the Hub ----
+
+
+def push_scores(
+    store: ScoreStore,
+    repo_id: str,
+    *,
+    fingerprints: Collection[str] | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    progress: bool = False,
+) -> tuple[str, Exported]:
+    """Upload a store's scores and generations to a data set repository, in place of earlier ones there.
+
+    The file holds responses and generations as text, but no prompt and no picture: of these, hashes. It carries what
+    each key is made of, and what the LVLMs are.
+
+    Args:
+        repo_id: "name" or "owner/name"; made where it is missing.
+        fingerprints: only these LVLMs' entries.
+        private, token, commit_message, revision, create_pr: as in `DemoRetriever.push_to_hub`.
+
+    Returns:
+        The address of the commit or pull request, and what was written.
+
+    Raises:
+        ValueError: the store has nothing of one of the fingerprints.
+        HubError: the Hub refused; the message says what to do.
+    """
+    repo_id = _hub.make_repository(repo_id, private=private, token=token, repo_type="dataset")
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        done = export_scores(store, folder / SCORES, fingerprints=fingerprints, progress=progress)
+        identities = store.identities()
+        lvlms: list[dict[str, Any]] = [
+            {"fingerprint": name, **(public_identity(identities[name]) or {})}
+            for name in (identities if fingerprints is None else fingerprints)
+        ]
+        card = render_scores_card({"repo_id": repo_id, "scores": done.scores, "texts": done.texts, "lvlms": lvlms})
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_manifest(folder, settings={"fingerprints": [each["fingerprint"] for each in lvlms]})
+        url = _hub.commit_folder(
+            repo_id,
+            folder,
+            message=commit_message or "Upload LVLM scores",
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            repo_type="dataset",
+        )
+    return url, done
+
+
+def pull_scores(
+    repo_id: str,
+    store: ScoreStore,
+    *,
+    lvlm: LVLM | None = None,
+    any_lvlm: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    progress: bool = False,
+) -> Merged:
+    """Take the scores and generations of a data set repository into a store, checked as `import_scores` checks them.
+
+    Args:
+        repo_id: what `push_scores` wrote to.
+        lvlm, any_lvlm: as in `import_scores`.
+        revision, token, cache_dir, local_files_only, force_download: as in `DemoRetriever.from_pretrained`.
+
+    Raises:
+        HubError: it can't be fetched; the message says what to do.
+        SavedFileError: it has no scores, or they are damaged, altered or of another LVLM (the message says in what
+            they differ).
+    """
+    folder = _hub.fetch_snapshot(
+        repo_id,
+        patterns=[SCORES],
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        force_download=force_download,
+        repo_type="dataset",
+    )
+    return import_scores(folder / SCORES, store, lvlm=lvlm, any_lvlm=any_lvlm, progress=progress)

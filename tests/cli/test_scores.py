@@ -69,7 +69,7 @@ def test_export_and_import(store, tmp_path, capsys):
     with ScoreStore(store) as one, ScoreStore(new) as two:
         assert list(one.entries()) == list(two.entries())
     with ScoreStore(new) as two:
-        two._connection.execute("UPDATE scores SET value = -2.0")
+        two._backend.connection.execute("UPDATE scores SET value = -2.0")
     told = json.loads((tmp_path / "s.parquet.manifest.json").read_text())
     with ScoreStore(store) as one:
         assert told["settings"]["fingerprints"] == sorted(one.identities())
