@@ -24,6 +24,7 @@ from ..utils.files import check_size, plain_schema, read_batches, refuse_special
 from ..utils.manifest import write_manifest
 from ..utils.model_card import render_scores_card
 from ..utils.optional import bar_options, public_name
+from ..utils.text import shown, well_formed
 from .store import Entry, Merged, RequestParts, ScoreStore
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ __all__ = ["SCORES", "Exported", "export_scores", "import_scores", "public_ident
 _FORMAT_VERSION = 1
 #: The file in the repository.
 SCORES = "scores.parquet"
+#: Longest metadata that is read (bytes); ours take hundreds for each LVLM.
+_LONGEST_ABOUT = 1 << 20
+#: Most demonstrations, responses or choices of a row, and longest text (characters); our choice, far above what fits
+#: an LVLM's context.
+_MOST, _LONGEST = 10_000, 1_000_000
 #: Where the file's metadata says what it is.
 _ABOUT = b"drum_hf"
 
@@ -245,16 +251,20 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[pq.ParquetFile, dict
             refuse_special(path)
             file = stack.enter_context(pq.ParquetFile(os.fspath(path)))
             check_size(path, file)
-            about = json.loads((file.schema_arrow.metadata or {})[_ABOUT])
+            written = (file.schema_arrow.metadata or {})[_ABOUT]
+            if len(written) > _LONGEST_ABOUT:
+                raise ValueError(f"its metadata has {len(written):,} bytes")
+            about = json.loads(written)
             kind, version, identities = (about[name] for name in ("kind", "format_version", "fingerprints"))
         except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, RecursionError) as error:
             raise SavedFileError(
-                f"{path}: expected what `drum-hf scores export` wrote; reading it failed: {error}; export it again"
+                f"{path}: expected what `drum-hf scores export` wrote; reading it failed: {shown(error)}; "
+                "export it again"
             ) from error
         if kind != "scores" or version != _FORMAT_VERSION:
             raise SavedFileError(
-                f"{path}: expected scores of format version {_FORMAT_VERSION}, got {kind} of version {version}; "
-                "update drum-hf, or export it again"
+                f"{path}: expected scores of format version {_FORMAT_VERSION}, got {shown(kind)} of version "
+                f"{shown(version)}; update drum-hf, or export it again"
             )
         for identity in identities.values() if isinstance(identities, dict) else [identities]:
             if not (isinstance(identity, dict) or (identity is None and isinstance(identities, dict))):
@@ -275,7 +285,9 @@ def _groups(path: str | os.PathLike[str], file: pq.ParquetFile) -> Iterator[list
             table.validate(full=True)
             columns = table.cast(schema).to_pydict()
         except (OSError, pa.ArrowException, ValueError) as error:
-            raise SavedFileError(f"{path}: row group {number} can't be read: {error}; export it again") from error
+            raise SavedFileError(
+                f"{path}: row group {number} can't be read: {shown(error)}; export it again"
+            ) from error
         yield [_entry(path, number, i, *row) for i, row in enumerate(zip(*columns.values(), strict=True))]
 
 
@@ -304,9 +316,12 @@ def _entry(
     lists = (demonstrations, responses, weights, choices)
     if None in (kind, key, fingerprint, query, *lists) or any(each is None for some in lists for each in some):
         raise refuse("lacks a part of its key")
+    texts = (fingerprint, query, text or "", *demonstrations, *responses, *choices)
+    if any(len(some) > _MOST for some in lists) or any(len(each) > _LONGEST for each in texts):
+        raise refuse(f"has more than {_MOST:,} items in a list, or a text of more than {_LONGEST:,} characters")
     value, other = (score, text) if kind == "score" else (text, score)
     if kind not in ("score", "generate") or (kind == "generate") != (max_new_tokens is not None) or value is None:
-        raise refuse(f"is of kind {kind!r} and has not what belongs to it")
+        raise refuse(f"is of kind {shown(repr(kind))} and has not what belongs to it")
     if other is not None:
         raise refuse("has both a score and a text")
     if kind == "score" and not math.isfinite(score):
@@ -319,8 +334,8 @@ def _entry(
     )
     computed = parts.key(fingerprint)
     if computed.hex() != key:
-        raise refuse(f"has the key {key}, but its parts give {computed.hex()}: one of them was altered")
-    return Entry(kind, computed, value, fingerprint, parts)
+        raise refuse(f"has the key {shown(key)}, but its parts give {computed.hex()}: one of them was altered")
+    return Entry(kind, computed, well_formed(value) if kind == "generate" else value, fingerprint, parts)
 
 
 def _refuse_strangers(
@@ -338,9 +353,11 @@ def _refuse_strangers(
     told = [differences(ours, theirs) for ours in here.values() if ours is not None and theirs is not None]
     if told:
         nearest = min(told, key=len)
-        reason = "; ".join(nearest) or f"their named parts are the same, but its fingerprint is {name}"
+        reason = "; ".join(nearest) or f"their named parts are the same, but its fingerprint is {shown(name)}"
     else:
-        reason = f"fingerprint {next(iter(here))} here, {name} there; what they are made of was not recorded"
+        reason = (
+            f"fingerprint {shown(next(iter(here)))} here, {shown(name)} there; what they are made of was not recorded"
+        )
     raise SavedFileError(
         f"{path}: expected scores of {whose}, got scores of another LVLM: {reason}. To take them all the same, for "
         "that LVLM alone, import with any_lvlm=True (--any-lvlm); to leave them out, export with --fingerprint"
