@@ -304,6 +304,7 @@ class CachedLVLM:
         errors are raised, the first such row is enough: no other is searched for.
         """
         requests = [batch[i] for i in rows]
+        values: list[Any]
         try:
             if kind == "score":
                 values = np.asarray(self.lvlm.score(requests), dtype=np.float64).reshape(-1).tolist()

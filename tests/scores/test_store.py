@@ -574,7 +574,9 @@ def test_a_request_under_anothers_key_is_refused(store):
 def test_a_bad_score_is_named_and_the_rest_kept(store):
     stub = Stub({"q2": float("nan"), "q3": float("inf")})
     lvlm = CachedLVLM(stub, store, batch_size=3)
-    with pytest.raises(NonFiniteScoreError, match=r"nan for query 'q2' with demonstrations \['d2\.0', 'd2\.1'\]"):
+    with pytest.raises(
+        NonFiniteScoreError, match=r"'q2' with demonstrations \['d2\.0', 'd2\.1'\]: expected finite scores, got nan"
+    ):
         lvlm.score([request(i, shots=2) for i in range(1, 9)])
     assert len(stub.batches) == 1 and len(store) == 1
     stub.scores.clear()
