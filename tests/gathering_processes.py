@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tiny_training import coloured_table
 from two_processes import make_trainer, raised, summary
 
-from drum_hf.scores.sharding import Processes
+from drum_hf.scores.processes import Processes
 from drum_hf.training import DrumTrainer, ListwiseLVLMLoss
 from drum_hf.training.losses import ListBatch, join_batches
 

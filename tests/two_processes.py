@@ -19,7 +19,7 @@ from drum_hf.errors import ContextOverflowError
 from drum_hf.retriever.retriever import DemoRetriever
 from drum_hf.scores.cached import CachedLVLM
 from drum_hf.scores.feedback import Feedback
-from drum_hf.scores.sharding import Processes
+from drum_hf.scores.processes import Processes
 from drum_hf.scores.store import ScoreStore
 from drum_hf.training import DrumTrainer, DrumTrainingArguments
 from drum_hf.training.pricing import price

@@ -12,7 +12,7 @@ from unittest import mock
 from tiny_encoders import tiny_clip
 from two_processes import make_trainer, summary
 
-from drum_hf.scores.sharding import Processes
+from drum_hf.scores.processes import Processes
 from drum_hf.training import CandidateTable
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..scores.sharding import Processes
+    from ..scores.processes import Processes
 
 __all__ = ["joined"]
 
@@ -20,7 +20,7 @@ def joined() -> Iterator[Processes]:
     if os.environ.get("RANK", "0") != "0":
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is first imported
         logging.getLogger("drum_hf").setLevel(logging.WARNING)
-    from ..scores.sharding import Processes
+    from ..scores.processes import Processes
 
     processes = Processes.current()
     try:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..utils.text import shown
 from .options import default_to_no_lvlm, load_lvlm, model_options
 from .push import hub_options
 
@@ -109,7 +110,7 @@ def _stats(store: ScoreStore, args: argparse.Namespace) -> None:
         return
     sys.stdout.write(f"{stats['scores']} scores, {stats['texts']} generations, {_size(stats['bytes'])}\n")
     for lvlm in lvlms:
-        said = f"{lvlm['fingerprint']}  {lvlm['scores']} scores, {lvlm['texts']} generations"
+        said = f"{shown(lvlm['fingerprint'])}  {lvlm['scores']} scores, {lvlm['texts']} generations"
         sys.stdout.write(f"{said}  {_title(lvlm['lvlm'])}\n")
 
 
@@ -124,7 +125,7 @@ def _export(store: ScoreStore, args: argparse.Namespace) -> None:
 
 
 def _push_scores(store: ScoreStore, args: argparse.Namespace) -> None:
-    from ..scores.hub import push_scores
+    from ..scores.transfer import push_scores
 
     url, done = push_scores(
         store,
@@ -149,7 +150,8 @@ def _chosen(store: ScoreStore, args: argparse.Namespace) -> list[str] | None:
             found = [each for each, identity in identities.items() if identity and identity.get("name") == name]
             if not found:
                 names = sorted({str(identity["name"]) for identity in identities.values() if identity})
-                raise ValueError(f"{store.path} has no scores recorded under {name!r}; it has {', '.join(names)}")
+                known = shown(", ".join(names))
+                raise ValueError(f"{store.path} has no scores recorded under {name!r}; it has {known}")
             chosen += found
         chosen = list(dict.fromkeys(chosen))
     return chosen
@@ -164,7 +166,7 @@ def _say(done: Exported, where: str) -> None:
 def _take(store: ScoreStore, lvlm: Any, args: argparse.Namespace) -> None:
     how: dict[str, Any] = {"lvlm": lvlm, "any_lvlm": args.any_lvlm, "progress": True}
     if args.verb == "pull":
-        from ..scores.hub import pull_scores
+        from ..scores.transfer import pull_scores
 
         merged = pull_scores(args.repo, store, revision=args.revision, **how)
     else:
@@ -211,7 +213,7 @@ def _named(identities: Mapping[str, Any], beginnings: Collection[str]) -> list[s
         if len(found) != 1:
             raise ValueError(
                 f"expected one fingerprint that begins with {beginning!r}, got {len(found)}; the store has "
-                f"{', '.join(identities) or 'none'}"
+                f"{shown(', '.join(identities)) or 'none'}"
             )
         chosen += found
     return chosen
@@ -222,7 +224,7 @@ def _title(identity: Mapping[str, Any] | None) -> str:
         return "(not recorded which LVLM)"
     revision = identity.get("revision")
     return " ".join(
-        str(part)
+        shown(part, most=100)
         for part in (identity.get("name"), f"@{str(revision)[:8]}" if revision else None, identity.get("dtype"))
         if part
     )

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from ..errors import RowError
+from ..utils.text import normalize_text
 
 __all__ = ["check_references", "exact_match", "letter_match", "normalize_vqa_answer", "top1", "vqa_accuracy"]
 
@@ -104,8 +105,10 @@ def vqa_accuracy(prediction: str, references: Sequence[str], *, official: bool =
 def exact_match(prediction: str, references: Sequence[str], *, normalize: bool = True) -> float:
     """1.0 if the prediction equals any of the references, else 0.0.
 
-    Our choice of `normalize`: case is ignored, white space is squeezed, and trailing sentence punctuation (.,;:!?)
-    goes, unless nothing else would be left.
+    Our choice of `normalize`: texts that look the same are the same (case, white space, accents composed or not,
+    full-width digits, curly quotes, dashes, zero-width characters; see
+    [`normalize_text`][drum_hf.utils.text.normalize_text]), and trailing sentence punctuation (.,;:!?) goes, unless
+    nothing else would be left.
 
     Raises:
         RowError: no reference, or a string in place of the list.
@@ -115,12 +118,12 @@ def exact_match(prediction: str, references: Sequence[str], *, normalize: bool =
     """
     check_references(references, "exact_match")
     if normalize:
-        return float(_squeeze(prediction) in {_squeeze(reference) for reference in references})
+        return float(_plain(prediction) in {_plain(reference) for reference in references})
     return float(prediction in references)
 
 
-def _squeeze(text: str) -> str:
-    text = " ".join(text.casefold().split())
+def _plain(text: str) -> str:
+    text = normalize_text(text)
     return text.rstrip(".,;:!? ") or text
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..types import ICLRequest
+from ..utils.text import shown
 
 if TYPE_CHECKING:
     from .prompts import ChatFormat
@@ -71,7 +72,7 @@ def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
         ['dtype differs: float32 here, bfloat16 there']
     """
     return [
-        f"{name.replace('_', ' ')} differs: {_shown(here.get(name))} here, {_shown(there.get(name))} there"
+        f"{_shown(name.replace('_', ' '))} differs: {_shown(here.get(name))} here, {_shown(there.get(name))} there"
         for name in dict.fromkeys([*here, *there])
         if here.get(name) != there.get(name)
     ]
@@ -81,7 +82,7 @@ def _shown(value: Any) -> str:
     text = "none" if value is None else str(value)
     if len(text) >= 32 and not set(text) - set("0123456789abcdef"):
         return f"{text[:8]}…"
-    return text if len(text) <= 60 else f"{text[:57]}…"
+    return shown(text, most=58)
 
 
 def _hash(*parts: bytes) -> str:

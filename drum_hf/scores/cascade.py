@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .feedback import Feedback
-from .sharding import ALONE, Processes
+from .processes import ALONE, Processes
 
 __all__ = ["Cascade", "CascadeReport"]
 

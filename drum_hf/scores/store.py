@@ -1,40 +1,71 @@
-"""Every LVLM score and generation ever paid for, and what each is made of, in one SQLite file."""
+"""Every LVLM score and generation ever paid for, and what each is made of."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+import struct
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from ..errors import NonFiniteScoreError
+from ..errors import NonFiniteScoreError, SavedFileError
 from ..lvlm.fingerprint import RequestKind, RequestParts
 from ..types import ICLRequest
-from .store_file import StoreFile, transaction
-from .store_rows import (
-    TABLES,
-    Entry,
-    Sweep,
-    TableName,
-    as_written,
-    checked_name,
-    checked_value,
-    file_size,
-    insert,
-    look_up,
-    numbers_in,
-    read,
-    register,
-)
+from ..utils.text import shown as printable
+from ..utils.text import well_formed
+from .sqlite import SQLiteFile
 
 __all__ = ["Collected", "Entry", "Merged", "RequestParts", "ScoreStore", "request_key"]
 
+TableName = Literal["scores", "texts"]
+_TABLES: dict[RequestKind, TableName] = {"score": "scores", "generate": "texts"}
+_REQUEST_COLUMNS = ("query", "shown", "responses", "weights", "choices")
+#: Values a query; SQLite builds before 3.32 take 999 variables.
+_CHUNK = 900
+#: Longest named parts of an LVLM (characters of JSON), and longest fingerprint; ours take hundreds.
+_LONGEST_IDENTITY, _LONGEST_NAME = 100_000, 1000
 #: Two scores of one key that differ by more (log-likelihood) were not computed alike.
 _TOLERANCE = 1e-3
+
+
+class Connection(Protocol):
+    """What the store needs of a database: SQL with `?` for values."""
+
+    def execute(self, statement: str, values: Sequence[Any] = ..., /) -> Any: ...
+
+    def executemany(self, statement: str, rows: Iterable[Any], /) -> Any: ...
+
+
+class Backend(Protocol):
+    """Where a store keeps its tables. `SQLiteFile` is one; another takes the same SQL."""
+
+    path: str
+
+    def reading(self, action: str) -> AbstractContextManager[Connection]: ...
+
+    def writing(self, action: str) -> AbstractContextManager[Connection]: ...
+
+    def size(self, connection: Any) -> int: ...
+
+    def shrink(self, action: str) -> int: ...
+
+    def close(self) -> None: ...
+
+
+class Entry(NamedTuple):
+    """One answer: `value` is a float (kind "score") or a text ("generate"); `parts` is None where not known."""
+
+    kind: RequestKind
+    key: bytes
+    value: float | str
+    fingerprint: str
+    parts: RequestParts | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,19 +127,18 @@ def request_key(
     return RequestParts.of(request, max_new_tokens).key(fingerprint)
 
 
-class ScoreStore(StoreFile):
+class ScoreStore:
     """Scores and generations by key (`request_key`), in one SQLite file.
 
     Several threads and processes of one machine may use a file at once. A batch is one transaction: it is there
-    whole or not at all, whenever a process is killed. A key keeps the first value it was given. A file of an earlier
-    format version is brought up to date when it is opened, and loses nothing.
+    whole or not at all, whenever a process is killed. A key keeps the first value it was given.
 
     Args:
         path: the file, made where it is missing; ":memory:" for one that goes with the object.
         timeout: seconds to wait for other processes' writes.
 
     Raises:
-        SavedFileError: the file is not SQLite, not a score store, damaged, of a later format version, or can't be
+        SavedFileError: the file is not SQLite, not a score store, damaged, of another format version, or can't be
             opened; from the methods too, where it can't be read or written.
 
     Example:
@@ -119,7 +149,12 @@ class ScoreStore(StoreFile):
     """
 
     def __init__(self, path: str | os.PathLike[str] = ":memory:", *, timeout: float = 60.0) -> None:
-        super().__init__(path, timeout)
+        self._backend: Backend = SQLiteFile(path, timeout)
+        self.path = self._backend.path
+
+    def close(self) -> None:
+        """Close it; closing twice does nothing."""
+        self._backend.close()
 
     def __enter__(self) -> ScoreStore:
         return self
@@ -184,6 +219,8 @@ class ScoreStore(StoreFile):
     ) -> None:
         """Write generations in one transaction; a key that is there already keeps its value.
 
+        Every text is kept `well_formed`: half a surrogate pair and NUL as U+FFFD, at most a million characters.
+
         Args:
             fingerprint, parts, identity: as in `put_scores`; parts carry `max_new_tokens`.
 
@@ -194,7 +231,7 @@ class ScoreStore(StoreFile):
         for value in values:
             if not isinstance(value, str):
                 raise TypeError(f"a generation is a string, got {value!r} of type {type(value).__name__}")
-        self._put("generate", keys, list(values), fingerprint, parts, identity)
+        self._put("generate", keys, [well_formed(value) for value in values], fingerprint, parts, identity)
 
     def merge(
         self, entries: Sequence[Entry], identities: Mapping[str, Mapping[str, Any] | None] | None = None
@@ -209,18 +246,18 @@ class ScoreStore(StoreFile):
             counts; a conflict is a known key whose score differs by more than 1e-3, or whose text differs.
         """
         counted = Merged()
-        with self._use("writing to it") as connection, transaction(connection):
+        with self._backend.writing("writing to it") as connection:
             for fingerprint, identity in (identities or {}).items():
-                register(connection, fingerprint, identity)
-            for kind, table in TABLES.items():
+                _register(connection, fingerprint, identity)
+            for kind, table in _TABLES.items():
                 chosen = [entry for entry in entries if entry.kind == kind]
-                known = look_up(
+                known = _look_up(
                     connection, f"SELECT key, value FROM {table} WHERE key", [entry.key for entry in chosen]
                 )
                 differ = sum(entry.key in known and _differ(entry.value, known[entry.key]) for entry in chosen)
                 fresh = len({entry.key for entry in chosen} - known.keys())
                 counted += Merged(fresh, len(chosen) - fresh, differ)
-                insert(connection, kind, chosen)
+                _insert(connection, kind, chosen)
         return counted
 
     # What it holds
@@ -238,11 +275,11 @@ class ScoreStore(StoreFile):
 
     def _pages(self, wanted: str | None, page_size: int) -> Iterator[list[Entry]]:
         own = "" if wanted is None else f"AND fingerprint IN ({wanted})"
-        for kind in TABLES:
+        for kind in _TABLES:
             last = b""
             while True:
-                with self._use("reading it") as connection, transaction(connection, "DEFERRED"):
-                    page = read(connection, kind, f"key > ? {own} ORDER BY key LIMIT {page_size:d}", (last,))
+                with self._backend.reading("reading it") as connection, self._as_written():
+                    page = _read(connection, kind, f"key > ? {own} ORDER BY key LIMIT {page_size:d}", (last,))
                 if not page:
                     break
                 last = page[-1].key
@@ -250,28 +287,28 @@ class ScoreStore(StoreFile):
 
     def identities(self) -> dict[str, dict[str, Any] | None]:
         """Fingerprint -> the LVLM's named parts (None where they were not recorded), for each LVLM it has seen."""
-        with self._use("reading it") as connection:
+        with self._backend.reading("reading it") as connection:
             rows = connection.execute("SELECT name, details FROM fingerprints ORDER BY number").fetchall()
-            with as_written():
-                return {checked_name(name): dict(json.loads(details)) if details else None for name, details in rows}
+            with self._as_written():
+                return {_checked_name(name): _checked_identity(details) for name, details in rows}
 
     def stats(self) -> dict[str, Any]:
         """`scores` and `texts` (how many), `by_fingerprint` (both counts for each LVLM), `bytes` (of the file)."""
         by_fingerprint: dict[str, dict[str, int]] = {}
-        with self._use("counting its entries") as connection, transaction(connection, "DEFERRED"), as_written():
+        with self._backend.reading("counting its entries") as connection, self._as_written():
             names = dict(connection.execute("SELECT number, name FROM fingerprints ORDER BY number"))
-            for table in TABLES.values():
+            for table in _TABLES.values():
                 for number, count in connection.execute(f"SELECT fingerprint, COUNT(*) FROM {table} GROUP BY 1"):
                     by_fingerprint.setdefault(names[number], {"scores": 0, "texts": 0})[table] = count
-            size = file_size(connection)
+            size = self._backend.size(connection)
         totals: dict[str, int] = {
-            table: sum(counts[table] for counts in by_fingerprint.values()) for table in TABLES.values()
+            table: sum(counts[table] for counts in by_fingerprint.values()) for table in _TABLES.values()
         }
         return {**totals, "by_fingerprint": by_fingerprint, "bytes": size}
 
     def __len__(self) -> int:
         """How many scores it holds; `stats` counts generations too."""
-        with self._use("counting its scores") as connection:
+        with self._backend.reading("counting its scores") as connection:
             return connection.execute("SELECT COUNT(*) FROM scores").fetchone()[0]
 
     def collect(
@@ -300,42 +337,73 @@ class ScoreStore(StoreFile):
         if keep and drop:
             raise ValueError("expected fingerprints to keep or to drop, got both")
         named = set(self._numbers_of(keep or drop or ()).values())
-        with self._use("collecting what is no longer wanted") as connection:
-            with transaction(connection, "DEFERRED" if dry_run else "IMMEDIATE"):
+        action = "collecting what is no longer wanted"
+        with (self._backend.reading if dry_run else self._backend.writing)(action) as connection:
+            with self._as_written():
                 gone = named
                 if keep:
                     gone = {number for (number,) in connection.execute("SELECT number FROM fingerprints")} - named
-                here = None if not contents else numbers_in(connection, contents)
-                before = file_size(connection)
-                sweep = Sweep(connection, gone, here)
-                if not dry_run:
-                    sweep.remove()
+                here = None if not contents else _numbers_in(connection, contents)
+                before = self._backend.size(connection)
+                sweep = _Sweep(connection, gone, here)
             if not dry_run:
-                connection.execute("VACUUM")
-                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            scores, texts = (len(sweep.doomed[table]) for table in TABLES.values())
-            total = scores + texts + sweep.kept
-            freed = before * (scores + texts) // max(1, total) if dry_run else before - file_size(connection)
+                sweep.remove()
+        scores, texts = (len(sweep.doomed[table]) for table in _TABLES.values())
+        total = scores + texts + sweep.kept
+        freed = before * (scores + texts) // max(1, total) if dry_run else before - self._backend.shrink(action)
         return Collected(scores, texts, sweep.kept, sweep.unknown, freed)
 
+    def check_writable(self, fingerprint: str) -> None:
+        """Take the lock for writing and give it back: before answers are paid for that could not be kept.
+
+        Args:
+            fingerprint: of the LVLM that will give them.
+
+        Raises:
+            ValueError: the fingerprint can't be kept.
+            SavedFileError: the store can't be written to.
+        """
+        if not isinstance(fingerprint, str) or well_formed(fingerprint, most=_LONGEST_NAME) != fingerprint:
+            raise ValueError(
+                f"expected a fingerprint of at most {_LONGEST_NAME} characters that is valid Unicode, got "
+                f"{printable(repr(fingerprint), most=80)}; use a hash"
+            )
+        with self._backend.writing("writing to it"):
+            pass
+
+    @contextlib.contextmanager
+    def _as_written(self) -> Iterator[None]:
+        """What is read must be as it was written here.
+
+        Raises:
+            SavedFileError: it is not.
+        """
+        try:
+            yield
+        except (AttributeError, LookupError, TypeError, ValueError, RecursionError, struct.error) as error:
+            raise SavedFileError(
+                f"{printable(self.path)}: an entry is not what drum-hf wrote ({printable(repr(error))}); restore a "
+                "copy, or move the file away to start a new one"
+            ) from error
+
     def _numbers_of(self, fingerprints: Collection[str] | None) -> dict[str, int]:
-        with self._use("reading it") as connection:
+        with self._backend.reading("reading it") as connection:
             known = dict(connection.execute("SELECT name, number FROM fingerprints ORDER BY number"))
         strangers = set(fingerprints or ()) - known.keys()
         if strangers:
             raise ValueError(
                 f"{self.path} has nothing of the LVLM with fingerprint {min(strangers)!r}; it knows "
-                f"{', '.join(known) or 'none yet'}"
+                f"{printable(', '.join(known)) or 'none yet'}"
             )
         return known if fingerprints is None else {name: known[name] for name in fingerprints}
 
     def _get(self, table: TableName, keys: Sequence[bytes]) -> list[Any]:
-        with self._use("reading it") as connection:
+        with self._backend.reading("reading it") as connection:
             # In the order of the file, so that each page is read once.
-            known = look_up(connection, f"SELECT key, value FROM {table} WHERE key", sorted(set(keys)))
+            known = _look_up(connection, f"SELECT key, value FROM {table} WHERE key", sorted(set(keys)))
             kind: RequestKind = "score" if table == "scores" else "generate"
-            with as_written():
-                values = {key: checked_value(kind, value) for key, value in known.items()}
+            with self._as_written():
+                values = {key: _checked_value(kind, value) for key, value in known.items()}
         return [values.get(key) for key in keys]
 
     def _put(
@@ -360,12 +428,199 @@ class ScoreStore(StoreFile):
             Entry(kind, key, value, fingerprint, part)
             for key, value, part in zip(keys, values, described, strict=True)
         ]
-        with self._use("writing to it") as connection, transaction(connection):
-            register(connection, fingerprint, identity)
-            insert(connection, kind, entries)
+        with self._backend.writing("writing to it") as connection:
+            _register(connection, fingerprint, identity)
+            _insert(connection, kind, entries)
 
 
 def _differ(one: float | str, other: float | str) -> bool:
     if isinstance(one, str) or isinstance(other, str):
         return one != other
     return abs(one - other) > _TOLERANCE
+
+
+# ---- writing ----
+
+
+def _register(connection: Connection, fingerprint: str, identity: Mapping[str, Any] | None) -> None:
+    details = None if identity is None else json.dumps(dict(identity), default=str)
+    if len(details or "") > _LONGEST_IDENTITY:
+        details = None  # what was paid for is kept all the same
+    connection.execute(
+        "INSERT INTO fingerprints (name, details) VALUES (?, ?) ON CONFLICT (name) DO UPDATE "
+        "SET details = excluded.details WHERE details IS NULL AND excluded.details IS NOT NULL",
+        (fingerprint, details),
+    )
+
+
+def _insert(connection: Connection, kind: RequestKind, entries: Sequence[Entry]) -> None:
+    """Write entries; one that is there without its parts is given them."""
+    names = list(dict.fromkeys(entry.fingerprint for entry in entries))
+    connection.executemany(
+        "INSERT INTO fingerprints (name) VALUES (?) ON CONFLICT DO NOTHING", zip(names, strict=True)
+    )
+    numbers = _look_up(connection, "SELECT name, number FROM fingerprints WHERE name", names)
+    described = [entry.parts for entry in entries if entry.parts is not None]
+    contents = _interned(
+        connection,
+        "contents",
+        (key for parts in described for key in (parts.query, *parts.demonstrations)),
+    )
+    lists = _interned(connection, "lists", (each for parts in described for each in parts[2:5]))
+    limits = ["max_new_tokens"] * (kind == "generate")
+
+    def row(entry: Entry) -> tuple[Any, ...]:
+        fixed = (entry.key, entry.value, numbers[entry.fingerprint])
+        parts = entry.parts
+        if parts is None:
+            return fixed + (None,) * (len(_REQUEST_COLUMNS) + len(limits))
+        shown = struct.pack(f"<{len(parts.demonstrations)}I", *(contents[key] for key in parts.demonstrations))
+        made_of = (contents[parts.query], shown, *(lists[each] for each in parts[2:5]))
+        return fixed + made_of + (parts.max_new_tokens,) * len(limits)
+
+    columns = (*_REQUEST_COLUMNS, *limits)
+    connection.executemany(
+        f"INSERT INTO {_TABLES[kind]} (key, value, fingerprint, {', '.join(columns)}) "
+        f"VALUES ({', '.join('?' * (3 + len(columns)))}) ON CONFLICT (key) DO UPDATE "
+        f"SET {', '.join(f'{column} = excluded.{column}' for column in columns)} "
+        "WHERE query IS NULL AND excluded.query IS NOT NULL",
+        map(row, entries),
+    )
+
+
+def _interned(connection: Connection, table: str, items: Iterable[Any]) -> dict[Any, int]:
+    """Number of each item in a side table; what is not there is added."""
+    stored = {item: json.dumps(item) for item in dict.fromkeys(items)}
+    known = _look_up(connection, f"SELECT value, number FROM {table} WHERE value", list(stored.values()))
+    for value in stored.values():
+        if value not in known:
+            inserted = connection.execute(f"INSERT INTO {table} (value) VALUES (?) RETURNING number", (value,))
+            known[value] = inserted.fetchone()[0]
+    return {item: known[value] for item, value in stored.items()}
+
+
+# ---- reading ----
+
+
+def _look_up(connection: Connection, select: str, items: Sequence[Any]) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for start in range(0, len(items), _CHUNK):
+        chunk = items[start : start + _CHUNK]
+        found.update(connection.execute(f"{select} IN ({','.join('?' * len(chunk))})", chunk))
+    return found
+
+
+def _read(connection: Connection, kind: RequestKind, condition: str, values: Sequence[Any]) -> list[Entry]:
+    """Entries of one kind under a condition; to be used within one transaction."""
+    limit = ["max_new_tokens"] * (kind == "generate")
+    columns = ", ".join(("key", "value", "fingerprint", *_REQUEST_COLUMNS, *limit))
+    rows = connection.execute(f"SELECT {columns} FROM {_TABLES[kind]} WHERE {condition}", values).fetchall()
+    names = _look_up(connection, "SELECT number, name FROM fingerprints WHERE number", list({row[2] for row in rows}))
+    described = [row for row in rows if row[3] is not None]
+    numbers = {number for row in described for number in (row[3], *_unpack_shown(row[4]))}
+    contents = _look_up(connection, "SELECT number, value FROM contents WHERE number", list(numbers))
+    numbers = {number for row in described for number in row[5:8]}
+    lists = _look_up(connection, "SELECT number, value FROM lists WHERE number", list(numbers))
+    keys = {number: json.loads(value) for number, value in contents.items()}
+    tuples = {number: tuple(json.loads(value)) for number, value in lists.items()}
+
+    def parts(query: int | None, shown: bytes, *others: Any) -> RequestParts | None:
+        if query is None:
+            return None
+        responses, weights, choices = (tuples[number] for number in others[:3])
+        demonstrations = tuple([keys[number] for number in _unpack_shown(shown)])
+        made_of = RequestParts(keys[query], demonstrations, responses, weights, choices, *others[3:])
+        texts = (made_of.query, *demonstrations, *responses, *choices)
+        if not all(isinstance(each, str) for each in texts) or not all(isinstance(w, (int, float)) for w in weights):
+            raise ValueError("parts of other types")
+        limit = made_of.max_new_tokens
+        if limit is not None and not (isinstance(limit, int) and 0 <= limit < 1 << 31):
+            raise ValueError(f"a limit of {limit!r:.80} tokens")
+        return made_of
+
+    return [
+        Entry(kind, _checked_key(key), _checked_value(kind, value), _checked_name(names[number]), parts(*made_of))
+        for key, value, number, *made_of in rows
+    ]
+
+
+def _checked_name(name: Any) -> str:
+    if not isinstance(name, str):
+        raise ValueError(f"the fingerprint {name!r:.80}")
+    return name
+
+
+def _checked_identity(details: Any) -> dict[str, Any] | None:
+    if details is None:
+        return None
+    if not isinstance(details, str) or len(details) > _LONGEST_IDENTITY:
+        raise ValueError("named parts of an LVLM that are too long")
+    return dict(json.loads(details))
+
+
+def _checked_key(key: Any) -> bytes:
+    if not isinstance(key, bytes):
+        raise ValueError(f"the key {key!r:.80}")
+    return key
+
+
+def _checked_value(kind: RequestKind, value: Any) -> Any:
+    """A score or text as it was read: SQLite keeps any value in any column.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, str) if kind == "generate" else isinstance(value, float) and math.isfinite(value):
+        return value
+    raise ValueError(f"{value!r:.80} for a {kind}")
+
+
+def _unpack_shown(shown: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(shown) // 4}I", shown)
+
+
+# ---- removing ----
+
+
+def _numbers_in(connection: Connection, contents: Collection[str]) -> set[int]:
+    wanted = contents if isinstance(contents, (set, frozenset)) else set(contents)
+    rows = connection.execute("SELECT number, value FROM contents")
+    return {number for number, value in rows if json.loads(value) in wanted}
+
+
+class _Sweep:
+    """Which entries go, and what the others are made of; to be used within one transaction."""
+
+    def __init__(self, connection: Connection, gone: set[int], here: set[int] | None) -> None:
+        self.connection, self.gone, self.here = connection, gone, here
+        self.doomed: dict[str, list[bytes]] = {table: [] for table in _TABLES.values()}
+        self.kept = self.unknown = 0
+        self.contents: set[int] = set()
+        self.lists: set[int] = set()
+        self._look()
+
+    def _look(self) -> None:
+        here = self.here
+        for table, doomed in self.doomed.items():
+            rows = self.connection.execute(f"SELECT key, fingerprint, {', '.join(_REQUEST_COLUMNS)} FROM {table}")
+            for key, fingerprint, query, shown, *lists in rows:
+                made_of = () if query is None else (query, *_unpack_shown(shown))
+                if fingerprint in self.gone or (here is not None and not here.issuperset(made_of)):
+                    doomed.append(key)
+                    continue
+                self.kept += 1
+                self.contents.update(made_of)
+                if query is None:
+                    self.unknown += here is not None
+                else:
+                    self.lists.update(lists)
+
+    def remove(self) -> None:
+        for table, doomed in self.doomed.items():
+            self.connection.executemany(f"DELETE FROM {table} WHERE key = ?", ((key,) for key in doomed))
+        for table, used in (("contents", self.contents), ("lists", self.lists)):
+            rows = self.connection.execute(f"SELECT number FROM {table}").fetchall()
+            unused = [row for row in rows if row[0] not in used]
+            self.connection.executemany(f"DELETE FROM {table} WHERE number = ?", unused)
+        numbers = [(number,) for number in self.gone]
+        self.connection.executemany("DELETE FROM fingerprints WHERE number = ?", numbers)

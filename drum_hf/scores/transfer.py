@@ -1,4 +1,4 @@
-"""Scores from one store to another, through a parquet file that says what each of them is made of.
+"""Scores from one store to another, by a parquet file or the Hub.
 
 A row carries all that its key is computed from, so a reader can recompute the key and need not trust the writer; the
 file's metadata describes the LVLMs, so that scores of another model or template are told apart by name.
@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import NonFiniteScoreError, SavedFileError
 from ..lvlm.fingerprint import differences
 from ..types import LVLM
+from ..utils import hub as _hub
 from ..utils.files import check_size, plain_schema, read_batches, refuse_special
+from ..utils.manifest import write_manifest
+from ..utils.model_card import render_scores_card
 from ..utils.optional import bar_options, public_name
+from ..utils.text import shown, well_formed
 from .store import Entry, Merged, RequestParts, ScoreStore
 
 if TYPE_CHECKING:
@@ -27,9 +32,16 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
     from tqdm import tqdm
 
-__all__ = ["Exported", "export_scores", "import_scores", "public_identity"]
+__all__ = ["SCORES", "Exported", "export_scores", "import_scores", "public_identity", "pull_scores", "push_scores"]
 
 _FORMAT_VERSION = 1
+#: The file in the repository.
+SCORES = "scores.parquet"
+#: Longest metadata that is read (bytes); ours take hundreds for each LVLM.
+_LONGEST_ABOUT = 1 << 20
+#: Most demonstrations, responses or choices of a row, and longest text (characters); our choice, far above what fits
+#: an LVLM's context.
+_MOST, _LONGEST = 10_000, 1_000_000
 #: Where the file's metadata says what it is.
 _ABOUT = b"drum_hf"
 
@@ -239,16 +251,20 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[pq.ParquetFile, dict
             refuse_special(path)
             file = stack.enter_context(pq.ParquetFile(os.fspath(path)))
             check_size(path, file)
-            about = json.loads((file.schema_arrow.metadata or {})[_ABOUT])
+            written = (file.schema_arrow.metadata or {})[_ABOUT]
+            if len(written) > _LONGEST_ABOUT:
+                raise ValueError(f"its metadata has {len(written):,} bytes")
+            about = json.loads(written)
             kind, version, identities = (about[name] for name in ("kind", "format_version", "fingerprints"))
         except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, RecursionError) as error:
             raise SavedFileError(
-                f"{path}: expected what `drum-hf scores export` wrote; reading it failed: {error}; export it again"
+                f"{path}: expected what `drum-hf scores export` wrote; reading it failed: {shown(error)}; "
+                "export it again"
             ) from error
         if kind != "scores" or version != _FORMAT_VERSION:
             raise SavedFileError(
-                f"{path}: expected scores of format version {_FORMAT_VERSION}, got {kind} of version {version}; "
-                "update drum-hf, or export it again"
+                f"{path}: expected scores of format version {_FORMAT_VERSION}, got {shown(kind)} of version "
+                f"{shown(version)}; update drum-hf, or export it again"
             )
         for identity in identities.values() if isinstance(identities, dict) else [identities]:
             if not (isinstance(identity, dict) or (identity is None and isinstance(identities, dict))):
@@ -270,7 +286,9 @@ def _groups(path: str | os.PathLike[str], file: pq.ParquetFile) -> Iterator[list
             table.validate(full=True)
             columns = table.cast(schema).to_pydict()
         except (OSError, pa.ArrowException, ValueError) as error:
-            raise SavedFileError(f"{path}: row group {number} can't be read: {error}; export it again") from error
+            raise SavedFileError(
+                f"{path}: row group {number} can't be read: {shown(error)}; export it again"
+            ) from error
         yield [_entry(path, number, i, *row) for i, row in enumerate(zip(*columns.values(), strict=True))]
 
 
@@ -299,9 +317,12 @@ def _entry(
     lists = (demonstrations, responses, weights, choices)
     if None in (kind, key, fingerprint, query, *lists) or any(each is None for some in lists for each in some):
         raise refuse("lacks a part of its key")
+    texts = (fingerprint, query, text or "", *demonstrations, *responses, *choices)
+    if any(len(some) > _MOST for some in lists) or any(len(each) > _LONGEST for each in texts):
+        raise refuse(f"has more than {_MOST:,} items in a list, or a text of more than {_LONGEST:,} characters")
     value, other = (score, text) if kind == "score" else (text, score)
     if kind not in ("score", "generate") or (kind == "generate") != (max_new_tokens is not None) or value is None:
-        raise refuse(f"is of kind {kind!r} and has not what belongs to it")
+        raise refuse(f"is of kind {shown(repr(kind))} and has not what belongs to it")
     if other is not None:
         raise refuse("has both a score and a text")
     if kind == "score" and not math.isfinite(score):
@@ -314,8 +335,8 @@ def _entry(
     )
     computed = parts.key(fingerprint)
     if computed.hex() != key:
-        raise refuse(f"has the key {key}, but its parts give {computed.hex()}: one of them was altered")
-    return Entry(kind, computed, value, fingerprint, parts)
+        raise refuse(f"has the key {shown(key)}, but its parts give {computed.hex()}: one of them was altered")
+    return Entry(kind, computed, well_formed(value) if kind == "generate" else value, fingerprint, parts)
 
 
 def _refuse_strangers(
@@ -333,10 +354,106 @@ def _refuse_strangers(
     told = [differences(ours, theirs) for ours in here.values() if ours is not None and theirs is not None]
     if told:
         nearest = min(told, key=len)
-        reason = "; ".join(nearest) or f"their named parts are the same, but its fingerprint is {name}"
+        reason = "; ".join(nearest) or f"their named parts are the same, but its fingerprint is {shown(name)}"
     else:
-        reason = f"fingerprint {next(iter(here))} here, {name} there; what they are made of was not recorded"
+        reason = (
+            f"fingerprint {shown(next(iter(here)))} here, {shown(name)} there; what they are made of was not recorded"
+        )
     raise SavedFileError(
         f"{path}: expected scores of {whose}, got scores of another LVLM: {reason}. To take them all the same, for "
         "that LVLM alone, import with any_lvlm=True (--any-lvlm); to leave them out, export with --fingerprint"
     )
+
+
+# ---- the Hub ----
+
+
+def push_scores(
+    store: ScoreStore,
+    repo_id: str,
+    *,
+    fingerprints: Collection[str] | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    progress: bool = False,
+) -> tuple[str, Exported]:
+    """Upload a store's scores and generations to a data set repository, in place of earlier ones there.
+
+    The file holds responses and generations as text, but no prompt and no picture: of these, hashes. It carries what
+    each key is made of, and what the LVLMs are.
+
+    Args:
+        repo_id: "name" or "owner/name"; made where it is missing.
+        fingerprints: only these LVLMs' entries.
+        private, token, commit_message, revision, create_pr: as in `DemoRetriever.push_to_hub`.
+
+    Returns:
+        The address of the commit or pull request, and what was written.
+
+    Raises:
+        ValueError: the store has nothing of one of the fingerprints.
+        HubError: the Hub refused; the message says what to do.
+    """
+    repo_id = _hub.make_repository(repo_id, private=private, token=token, repo_type="dataset")
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        done = export_scores(store, folder / SCORES, fingerprints=fingerprints, progress=progress)
+        identities = store.identities()
+        lvlms: list[dict[str, Any]] = [
+            {"fingerprint": name, **(public_identity(identities[name]) or {})}
+            for name in (identities if fingerprints is None else fingerprints)
+        ]
+        card = render_scores_card({"repo_id": repo_id, "scores": done.scores, "texts": done.texts, "lvlms": lvlms})
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_manifest(folder, settings={"fingerprints": [each["fingerprint"] for each in lvlms]})
+        url = _hub.commit_folder(
+            repo_id,
+            folder,
+            message=commit_message or "Upload LVLM scores",
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            repo_type="dataset",
+        )
+    return url, done
+
+
+def pull_scores(
+    repo_id: str,
+    store: ScoreStore,
+    *,
+    lvlm: LVLM | None = None,
+    any_lvlm: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    progress: bool = False,
+) -> Merged:
+    """Take the scores and generations of a data set repository into a store, checked as `import_scores` checks them.
+
+    Args:
+        repo_id: what `push_scores` wrote to.
+        lvlm, any_lvlm: as in `import_scores`.
+        revision, token, cache_dir, local_files_only, force_download: as in `DemoRetriever.from_pretrained`.
+
+    Raises:
+        HubError: it can't be fetched; the message says what to do.
+        SavedFileError: it has no scores, or they are damaged, altered or of another LVLM (the message says in what
+            they differ).
+    """
+    folder = _hub.fetch_snapshot(
+        repo_id,
+        patterns=[SCORES],
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        force_download=force_download,
+        repo_type="dataset",
+    )
+    return import_scores(folder / SCORES, store, lvlm=lvlm, any_lvlm=any_lvlm, progress=progress)

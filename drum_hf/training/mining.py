@@ -214,6 +214,8 @@ class CandidateTable:
     def extend(self, mined: Mapping[str, Sequence[tuple[str, int]]], scores: Sequence[float] | np.ndarray) -> None:
         """Add a round: per query its (candidate id, retriever's place) pairs; `scores` in the same flat order.
 
+        Candidates whose score is NaN (requests that a `CachedLVLM` skipped) are left out.
+
         Raises:
             MissingIdError: a query is not in the table.
             ValueError: there are not as many scores as pairs.
@@ -227,8 +229,14 @@ class CandidateTable:
         )
         candidates = np.fromiter((self._number(c) for found in mined.values() for c, _ in found), np.int64, count)
         places = np.fromiter((place for found in mined.values() for _, place in found), np.int32, count)
+        known = ~np.isnan(np.asarray(scores, np.float64))
         self._add(
-            self.rounds, rows, candidates, np.asarray(scores, np.float64), places, np.full(count, np.nan, np.float64)
+            self.rounds,
+            rows[known],
+            candidates[known],
+            np.asarray(scores, np.float64)[known],
+            places[known],
+            np.full(int(known.sum()), np.nan, np.float64),
         )
         self.bought.append(len(self))
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..data import TripletTable
 from ..scores.feedback import Feedback
-from ..scores.sharding import ALONE, Processes, shard
+from ..scores.processes import ALONE, Processes, shard
 from ..scores.store import ScoreStore
 from ..types import LVLM
 from .mining import FIRST_RANDOM_SHARE, CandidateTable, mine_candidates

@@ -21,7 +21,7 @@ from ..errors import ContextOverflowError, SavedFileError, TooFewDemonstrationsE
 from ..retriever.retriever import DemoRetriever
 from ..scores.cascade import Cascade
 from ..scores.feedback import Feedback
-from ..scores.sharding import Processes
+from ..scores.processes import Processes
 from ..scores.store import ScoreStore
 from ..types import LVLM, Query
 from .arguments import DrumTrainingArguments

@@ -69,7 +69,7 @@ def test_export_and_import(store, tmp_path, capsys):
     with ScoreStore(store) as one, ScoreStore(new) as two:
         assert list(one.entries()) == list(two.entries())
     with ScoreStore(new) as two:
-        two._connection.execute("UPDATE scores SET value = -2.0")
+        two._backend.connection.execute("UPDATE scores SET value = -2.0")
     told = json.loads((tmp_path / "s.parquet.manifest.json").read_text())
     with ScoreStore(store) as one:
         assert told["settings"]["fingerprints"] == sorted(one.identities())
@@ -150,3 +150,20 @@ def test_what_is_not_there_is_named_and_nothing_is_made(store, tmp_path, monkeyp
     before = sorted(os.listdir())
     assert run(*words) == 2
     assert said in capsys.readouterr().err and sorted(os.listdir()) == before
+
+
+def test_a_strangers_names_do_not_reach_the_terminal_raw(tmp_path, capsys):
+    path = tmp_path / "s.sqlite"
+    with ScoreStore(path) as made:
+        identity = {"name": "\x1b]0;owned\x07\x1b[8mhidden", "dtype": "float32\nfake line: all checked, safe"}
+        made.put_scores([b"k" * 16], [-1.0], fingerprint="94c5\x1b[2K\rforged\n0 scores", identity=identity)
+    assert run("stats", path) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("1 scores, 0 generations") and second == (
+        r"94c5\x1b[2K\rforged\n0 scores  1 scores, 0 generations  \x1b]0;owned\x07\x1b[8mhidden "
+        r"float32\nfake line: all checked, safe"
+    )
+    for words in (["gc", path, "--drop", "x"], ["export", path, tmp_path / "x.parquet", "--lvlm", "x"]):
+        assert run(*words) == 2
+        said = capsys.readouterr().err
+        assert "\x1b" not in said and len(said.splitlines()) == 1

@@ -79,6 +79,24 @@ def test_an_answers_letter(answer, letter):
     assert {other for other in "ABCD" if letter_match(answer, other)} == {letter}
 
 
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("Cafe\u0301", "café"),  # as macOS writes file names
+        ("\uff11\uff12", "12"),
+        ("don\u2019t know", "Don't know."),
+        ("\u201cstop\u201d", '"stop"'),
+        ("left\u200b fugi", "left fugi"),
+        ("STRASSE", "straße"),
+        ("new\u00a0york", "New York"),
+        ("ﬁsh", "fish"),
+    ],
+)
+def test_texts_that_look_the_same_are_the_same(answer, gold):
+    assert exact_match(answer, [gold]) == top1(gold, answer) == 1.0
+    assert exact_match(answer, [gold], normalize=False) == 0.0
+
+
 @pytest.mark.parametrize("answer", ["", "a bus", "Bus", "The answer is a bus", "I can't tell", "both", "B or not"])
 def test_answers_without_a_letter(answer):
     assert not any(letter_match(answer, letter) for letter in "ABCD")

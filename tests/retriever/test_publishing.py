@@ -17,8 +17,8 @@ from tiny_encoders import picture, tiny_clip
 
 from drum_hf import DemoRetriever, DrumTrainer, DrumTrainingArguments, Query, TransformersLVLM, load_table
 from drum_hf.errors import SavedFileError
-from drum_hf.scores.hub import push_scores
 from drum_hf.scores.store import ScoreStore
+from drum_hf.scores.transfer import push_scores
 from drum_hf.tuning import ICLTuner, ICLTuningArguments
 from drum_hf.tuning.episodes import Conversation, Turn
 from drum_hf.types import ICLRequest

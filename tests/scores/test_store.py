@@ -213,8 +213,8 @@ def test_stats_and_reopening(store):
         }
         assert again.get_texts([b"a", b"b"]) == ["Größe\n", None]
         assert again.get_scores([b"a"]) == [-1.0] and len(again) == 3
-        assert again._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        assert again._connection.execute("PRAGMA synchronous").fetchone() == (1,)
+        assert again._backend.connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert again._backend.connection.execute("PRAGMA synchronous").fetchone() == (1,)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -282,9 +282,9 @@ def test_another_programs_database_is_left_as_it_is(tmp_path):
 
 
 def test_another_format_version(store):
-    store._connection.execute("UPDATE meta SET value = '99'")
+    store._backend.connection.execute("UPDATE meta SET value = '99'")
     store.close()
-    with pytest.raises(SavedFileError, match="expected a format version of at most 2, got 99; update"):
+    with pytest.raises(SavedFileError, match="expected format version 3, got 99; use the version"):
         ScoreStore(store.path)
 
 
@@ -297,7 +297,7 @@ def test_a_damaged_file(store, monkeypatch, checked):
     data[16384:] = b"\xff" * len(data[16384:])
     Path(store.path).write_bytes(data)
     if not checked:  # a file too large to read through at each opening
-        monkeypatch.setattr("drum_hf.scores.store_file._CHECKED_SIZE", 0)
+        monkeypatch.setattr("drum_hf.scores.sqlite._CHECKED_SIZE", 0)
     with pytest.raises(SavedFileError, match=r"scores\.sqlite.*damaged; restore"), ScoreStore(store.path) as broken:
         broken.get_scores(keys)
 
@@ -320,14 +320,14 @@ def test_a_folder_for_a_file(tmp_path):
 
 def test_read_only_full_and_busy_say_what_to_do(store):
     store.put_scores([b"a"], [-1.0], fingerprint="f")
-    store._connection.execute("PRAGMA query_only = ON")
+    store._backend.connection.execute("PRAGMA query_only = ON")
     with pytest.raises(SavedFileError, match=r"scores\.sqlite: writing.*make the file and its folder writable"):
         store.put_scores([b"b"], [-1.0], fingerprint="f")
-    store._connection.execute("PRAGMA query_only = OFF")
-    store._connection.execute("PRAGMA max_page_count = 1")
+    store._backend.connection.execute("PRAGMA query_only = OFF")
+    store._backend.connection.execute("PRAGMA max_page_count = 1")
     with pytest.raises(SavedFileError, match="free space"):
         store.put_scores([i.to_bytes(16, "big") for i in range(5000)], np.zeros(5000), fingerprint="f")
-    store._connection.execute("PRAGMA max_page_count = 1000000")
+    store._backend.connection.execute("PRAGMA max_page_count = 1000000")
     other = sqlite3.connect(store.path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with ScoreStore(store.path, timeout=0.05) as hasty:
@@ -463,7 +463,7 @@ def test_entries_of_other_contents_are_collected(contents):
         done = store.collect(contents=contents)
         assert set(survivors(store)) == wanted
         assert (done.kept, done.unknown) == (len(wanted), 1) and done.scores + done.texts == 221 - len(wanted)
-        left = {value for (value,) in store._connection.execute("SELECT value FROM contents")}
+        left = {value for (value,) in store._backend.connection.execute("SELECT value FROM contents")}
         used = {key for entry in wanted if entry.parts for key in (entry.parts.query, *entry.parts.demonstrations)}
         assert left == {json.dumps(key) for key in used}  # nothing lies about that no entry needs
         store.merge(before)
@@ -490,86 +490,6 @@ def test_nothing_is_collected_without_a_criterion(tmp_path):
         with pytest.raises(ValueError, match="nothing of the LVLM with fingerprint 'F'"):
             store.collect(keep=["F"])
         assert len(survivors(store)) == 221
-
-
-# -- files of the first format version --------------------------------------------------
-
-VERSION_1 = """
-    CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-    CREATE TABLE fingerprints (number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
-    CREATE TABLE scores (key BLOB PRIMARY KEY, value REAL NOT NULL, fingerprint INTEGER NOT NULL) WITHOUT ROWID;
-    CREATE TABLE texts (key BLOB PRIMARY KEY, value TEXT NOT NULL, fingerprint INTEGER NOT NULL) WITHOUT ROWID;
-    INSERT INTO meta VALUES ('format_version', '1');
-    INSERT INTO fingerprints VALUES (1, 'stub@1');
-"""
-
-
-@pytest.fixture
-def version_1(tmp_path):
-    """A file as version 1 wrote it, with the scores of `request(0)` to `request(499)` and a text."""
-    path = tmp_path / "old.sqlite"
-    connection = sqlite3.connect(path, isolation_level=None)
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.executescript(VERSION_1)
-    connection.execute("BEGIN")
-    for i in range(500):
-        connection.execute("INSERT INTO scores VALUES (?, ?, 1)", (request_key(request(i), "stub@1"), -float(i)))
-    key = request_key(request(1), "stub@1", kind="generate", max_new_tokens=5)
-    connection.execute("INSERT INTO texts VALUES (?, 'old', 1)", (key,))
-    connection.execute("COMMIT")
-    connection.close()
-    return path
-
-
-def schema_of(path):
-    connection = sqlite3.connect(path)
-    tables = connection.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall()
-    version = connection.execute("SELECT value FROM meta").fetchone()
-    connection.close()
-    return tables, version
-
-
-def test_an_old_file_answers_as_before_and_is_extended(version_1, store):
-    lvlm = CachedLVLM(Stub(), old := ScoreStore(version_1))
-    assert lvlm.score([request(i) for i in range(502)]).tolist() == [-float(i) for i in range(502)]
-    assert lvlm.generate([request(1)], max_new_tokens=5) == ["old"] and lvlm.calls == 2
-    known = [entry for page in old.entries() for entry in page]
-    assert len(known) == 503 and sum(entry.parts is not None for entry in known) == 2
-    assert old.collect(contents=["nothing"]).unknown == 501
-    old.close()
-    assert schema_of(version_1) == schema_of(store.path) and schema_of(version_1)[1] == ("2",)
-    with ScoreStore(version_1) as again:
-        assert len(again) == 500
-
-
-def test_an_upgrade_that_fails_leaves_the_old_file(version_1, monkeypatch):
-    before = schema_of(version_1)
-    from drum_hf.scores import store_file as _store_file
-
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            _store_file, "_STEPS", (_store_file._STEPS[0], _store_file._STEPS[1] + ";\nCREATE TABLE meta (x)")
-        )
-        with pytest.raises(SavedFileError, match="table meta already exists"):
-            ScoreStore(version_1)
-    assert schema_of(version_1) == before
-    with ScoreStore(version_1) as store:
-        assert len(store) == 500
-
-
-def test_several_open_an_old_file_at_once(version_1):
-    faults = []
-
-    def work():
-        with ScoreStore(version_1) as store:
-            assert len(store) == 500
-
-    threads = [threading.Thread(target=_catch, args=(faults, work)) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not faults
 
 
 # -- the caching LVLM --------------------------------------------------
@@ -655,7 +575,9 @@ def test_a_request_under_anothers_key_is_refused(store):
 def test_a_bad_score_is_named_and_the_rest_kept(store):
     stub = Stub({"q2": float("nan"), "q3": float("inf")})
     lvlm = CachedLVLM(stub, store, batch_size=3)
-    with pytest.raises(NonFiniteScoreError, match=r"nan for query 'q2' with demonstrations \['d2\.0', 'd2\.1'\]"):
+    with pytest.raises(
+        NonFiniteScoreError, match=r"'q2' with demonstrations \['d2\.0', 'd2\.1'\]: expected finite scores, got nan"
+    ):
         lvlm.score([request(i, shots=2) for i in range(1, 9)])
     assert len(stub.batches) == 1 and len(store) == 1
     stub.scores.clear()
@@ -682,7 +604,7 @@ def test_progress_only_for_long_work(store, capsys):
     assert capsys.readouterr().err == ""
     lvlm.score([request(i) for i in range(20)])
     bar = capsys.readouterr().err
-    assert "LVLM score" in bar and "14/14" in bar and "from cache=30%" in bar
+    assert "LVLM score" in bar and "14/14" in bar and "new=14, known=6" in bar
     lvlm.score([request(i) for i in range(40)], progress=False)
     lvlm.score([request(i) for i in range(40)], progress=True)  # nothing new
     assert capsys.readouterr().err == ""
@@ -765,7 +687,7 @@ def test_four_processes_write_the_same_keys(tmp_path):
             request_key(r, "stub@1"): -float(i) for i, r in enumerate(zero_shot(0, 300))
         }
         assert all(entry.parts.key("stub@1") == entry.key for entry in found)
-        (contents,) = store._connection.execute("SELECT COUNT(*) FROM contents").fetchone()
+        (contents,) = store._backend.connection.execute("SELECT COUNT(*) FROM contents").fetchone()
         assert contents == 300
 
 
@@ -795,7 +717,7 @@ def test_kills_at_any_moment_leave_whole_batches(tmp_path):
             time.sleep(chance.uniform(0, 0.15))
             writer.send_signal(signal.SIGKILL)
         with ScoreStore(path) as store:
-            assert store._connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            assert store._backend.connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
             batches = {}
             for entry in (entry for page in store.entries() for entry in page):
                 assert entry.parts.key("f") == entry.key

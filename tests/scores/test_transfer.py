@@ -341,3 +341,17 @@ def test_an_import_that_was_killed_is_completed_by_repeating_it(tmp_path):
         # Though the store is not empty any more, it takes the other LVLM, which came with the first group.
         assert import_scores(file, store) == Merged(new=len(expected) - 20, known=20)
         assert content(store) == expected and store.identities() == {"f": IDENTITY, "g": OTHER}
+
+
+def test_lists_texts_and_metadata_of_an_export_are_bounded(file, tmp_path):
+    altered(file, lambda rows: rows[20].update(choices=["x"] * 10_001))
+    with ScoreStore() as store:
+        with pytest.raises(SavedFileError, match="row 20 of row group 0 has more than 10,000 items"):
+            import_scores(file, store)
+        _described(file, file, more="x" * (1 << 20))
+        with pytest.raises(SavedFileError, match="its metadata has"):
+            import_scores(file, store)
+        _described(file, file, more="", format_version=["\x1b[2J"])
+        with pytest.raises(SavedFileError) as caught:
+            import_scores(file, store)
+        assert "\x1b" not in str(caught.value)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drum_hf import errors
-from drum_hf.scores.sharding import ALONE, Processes, _error_of, shard
+from drum_hf.scores.processes import ALONE, Processes, _error_of, shard
 
 names = st.lists(st.sampled_from("abcdefgh"), max_size=60)
 
