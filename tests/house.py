@@ -12,8 +12,8 @@ import drum_hf
 
 PACKAGE = Path(drum_hf.__file__).parent
 
-#: Data flows down this list: a room imports only from rooms above it. (`types` needs the function of `utils` that opens
-#: images, for a content key is made of pixels.)
+#: Data flows down this list: a room imports only from rooms above it. A content key, in `types`, is made of pixels,
+#: which `utils` opens.
 ROOMS = (
     *("errors", "utils", "types", "data", "encoders", "index", "lvlm", "scores", "selection", "retriever", "training"),
     *("tuning", "evaluation", "pipelines", "serving", "integrations", "experiments", "playground", "cli"),
