@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..data import TripletTable, find_twins
+from ..encoders.loading import prepare_training
 from ..errors import ContextOverflowError, SavedFileError, TooFewDemonstrationsError
 from ..retriever.retriever import DemoRetriever
 from ..scores.cascade import Cascade
@@ -265,6 +266,7 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
                     in_batch=args.in_batch,
                     **common,
                 )
+        prepare_training(retriever.encoder)
         rows = Dataset.from_dict({"query": self.queries.ids})
         collate: Any = ListCollator(self)  # any callable will do, but the platform names its own class
         super().__init__(

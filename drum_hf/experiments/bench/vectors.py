@@ -232,7 +232,7 @@ def _embed_batch(number: int, path: str) -> None:
 
 @functools.cache
 def _encoder() -> SentenceTransformer:
-    from ...encoders.joint import build_encoder
+    from ...encoders.loading import build_encoder
 
     return build_encoder("playground/clip", device="cpu")
 
