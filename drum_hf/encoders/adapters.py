@@ -1,6 +1,6 @@
 """LoRA adapters on a model: several beside one another, one of them in use, or merged into the weights.
 
-By peft's own functions, not transformers' integration of it, which in some versions asks for a peft that doesn't exist.
+By peft's own functions, not transformers' integration, which in some versions asks for a peft that doesn't exist.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ def _put_back(module: Transformer, place: str, layer: Any, active: str | None) -
     if hasattr(layer, "get_base_layer"):
         plain = layer.get_base_layer()
     else:
-        plain = layer.modules_to_save[active] if active in layer.modules_to_save else layer.original_module
+        copies = layer.modules_to_save  # by adapter; a ModuleDict, which has no `get`
+        plain = copies[active] if active is not None and active in copies else layer.original_module
     above, _, own = place.rpartition(".")
     setattr(module.model.get_submodule(above), own, plain)
 

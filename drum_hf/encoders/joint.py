@@ -48,14 +48,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 _FAMILIES = ("clip", "siglip")
 _KEYS = frozenset({"image", "text"})
-#: What `save` writes the weights of the parts to, by sentence-transformers' name, and its keys; only the last two are
-#: read.
+#: What `save` writes the weights of the parts to, by sentence-transformers' name, and its keys; only the last three
+#: are read.
 SAVED_CONFIG = "sentence_bert_config.json"
 _SAVED: dict[str, tuple[type, ...]] = {
     "transformer_task": (str,),
     "modality_config": (dict,),
     "module_output_name": (str,),
     "unpad_inputs": (bool,),
+    "dtype": (str,),
     "learn_weights": (bool,),
     "log_weights": (list,),
 }
@@ -262,8 +263,8 @@ class JointEncoder(Transformer):
             used = [part for part, weight in self.weights.items() if weight]
             has = [part for part, there in zip(PARTS, present[row].tolist(), strict=True) if there]
             raise ValueError(
-                f"expected items with at least one of {', '.join(used)}, the parts that have weight; item "
-                f"{first + row} has {', '.join(has) or 'none'}. Fill the part in, leave the item out, or set `.weights`"
+                f"expected items with at least one of {', '.join(used)}, the parts that have weight; "
+                f"item {first + row} has {', '.join(has) or 'none'}. Fill the part in, leave it out, or set `.weights`"
             )
         return items, usable
 
@@ -368,7 +369,8 @@ class JointEncoder(Transformer):
     def get_config_dict(self) -> dict[str, Any]:
         """The module's configuration; `log_weights` is null for a part that is left out."""
         kept = [value if math.isfinite(value) else None for value in self.log_weight_list]  # a float32, exactly
-        return super().get_config_dict() | {"log_weights": kept}
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return super().get_config_dict() | {"dtype": dtype, "log_weights": kept}
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Write the model (with LoRA: the adapter alone), processor, configuration and weights of the parts.
@@ -458,8 +460,8 @@ class JointEncoder(Transformer):
         place = Path(source.place)
         saved = read_saved(place) if (place / SAVED_CONFIG).is_file() else {}
         if learn_weights is None:
-            learn_weights = bool(saved.get("learn_weights", False))
-        options: dict[str, Any] = {"learn_weights": learn_weights, "dtype": dtype, **hub}
+            learn_weights = saved.get("learn_weights", False)
+        options: dict[str, Any] = {"learn_weights": learn_weights, "dtype": dtype or saved.get("dtype"), **hub}
         if weights is not None:
             options["weights"] = weights
         if (place / ADAPTER_CONFIG).is_file():  # not left to transformers, which knows no base model but the one noted
@@ -474,6 +476,7 @@ class JointEncoder(Transformer):
             module = cls(os.fspath(base_model), revision=base_revision, **options)
             attach(module, place, "default")
         else:
+            options["force_download"] = False  # they have just been
             module = cls(os.fspath(name_or_path), revision=revision, **options)
         if weights is None and "log_weights" in saved:
             module.log_weight_list = saved["log_weights"]
@@ -613,7 +616,7 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def read_saved(folder: Path) -> dict[str, Any]:
-    """What `JointEncoder.save` noted: `learn_weights`, and `log_weights` with -inf for a part that is left out.
+    """What `JointEncoder.save` noted: `dtype`, `learn_weights`, `log_weights` with -inf for a part that is left out.
 
     Returns:
         {} for a checkpoint that `JointEncoder` did not save.
@@ -641,7 +644,15 @@ def read_saved(folder: Path) -> dict[str, Any]:
             f"{path}: expected what was saved with the encoder or adapter, {str(noted['log_weights'])[:80]} are no "
             "weights of its parts; download or save it again"
         )
-    return {"learn_weights": noted.get("learn_weights", False), "log_weights": weights}
+    if noted.get("dtype", "float32") not in DTYPES:
+        raise SavedFileError(
+            f"{path}: expected one of the dtypes {', '.join(DTYPES)}, got {noted['dtype'][:80]!r}; save it again"
+        )
+    return (
+        {"learn_weights": False}
+        | {key: noted[key] for key in ("dtype", "learn_weights") if key in noted}
+        | {"log_weights": weights}
+    )
 
 
 def _check_encoder(folder: Path, name: str | os.PathLike[str]) -> None:

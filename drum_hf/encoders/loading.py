@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL.Image import new as new_image
@@ -124,17 +124,13 @@ def load_encoder(
 
 
 def prepare_training(encoder: SentenceTransformer) -> None:
-    """Put what is trained into float32: steps on float16 or bfloat16 weights are mostly rounded away.
+    """Put an encoder's weights into float32.
 
-    With an adapter that is the adapter alone. For half precision in the forward pass, use the trainer's `bf16=True` or
-    `fp16=True`.
+    Steps on float16 or bfloat16 weights are mostly rounded away, and gradients that pass through float16 weights, an
+    adapter's for one, vanish. For half precision in the forward pass, use the trainer's `bf16=True` or `fp16=True`.
+    `DrumTrainer` does this by itself; call it before training by sentence-transformers' own trainer.
     """
-    module: Any = encoder[0]
-    if not adapter_names(module):
-        module.model.float()
-    for parameter in encoder.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    encoder.float()
 
 
 def add_adapter(module: JointEncoder, folder: Path, name: str) -> list[float] | None:
