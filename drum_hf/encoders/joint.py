@@ -400,7 +400,9 @@ class JointEncoder(Transformer):
 
         Args:
             subfolder: where in the folder or repository it is.
-            **kwargs: sentence-transformers' others; left aside.
+            trust_remote_code: left aside: sentence-transformers asks for it to import this class, and nothing of the
+                files needs it.
+            **kwargs: sentence-transformers' others; left aside, too.
         """
         if subfolder:
             hub: dict[str, Any] = {"token": token, "cache_folder": cache_folder, "revision": revision}
@@ -416,7 +418,6 @@ class JointEncoder(Transformer):
             token=token,
             cache_dir=cache_folder,
             local_files_only=local_files_only,
-            trust_remote_code=trust_remote_code,
         )
 
     @classmethod
