@@ -632,7 +632,7 @@ def read_saved(folder: Path) -> dict[str, Any]:
     for name, value in noted.items():
         if not isinstance(value, _SAVED.get(name, ())):
             raise SavedFileError(
-                f"{path}: expected what was saved with the encoder or adapter, which has no such {name[:80]!r}; "
+                f"{path}: expected what was saved with the adapter or encoder, which has no such {name[:80]!r}; "
                 "download or save it again"
             )
     weights = [-math.inf if value is None else value for value in noted["log_weights"]]
@@ -642,7 +642,7 @@ def read_saved(folder: Path) -> dict[str, Any]:
         or max(weights) == -math.inf
     ):
         raise SavedFileError(
-            f"{path}: expected what was saved with the encoder or adapter, {str(noted['log_weights'])[:80]} are no "
+            f"{path}: expected what was saved with the adapter or encoder, {str(noted['log_weights'])[:80]} are no "
             "weights of its parts; download or save it again"
         )
     if noted.get("dtype", "float32") not in DTYPES:

@@ -219,7 +219,7 @@ TOKENIZERS = {
         },
         r"1e\+08 times as long",
     ),
-    "map": ({"type": "Precompiled", "precompiled_charsmap": "AAAA" + "AEFB" * 1_000}, "bytes of a character"),
+    "map": ({"type": "Precompiled", "precompiled_charsmap": "AAAAAGFh" + "YWFh" * 1_000}, "bytes of a character"),
     "panic": ({"type": "Precompiled", "precompiled_charsmap": "//////8A"}, "could not be loaded"),
 }
 
