@@ -41,7 +41,7 @@ extras["dev"] = [
     "pytest>=8",
     "pytest-xdist>=3.5",
     "ruff>=0.6",
-    "transformers[serving]>=5",
+    "transformers[serving]>=5.20",
     "twine>=6",
 ]
 
@@ -57,25 +57,28 @@ setup(
     package_data={"drum_hf": ["py.typed", "playground/models/**/*", "experiments/suites/specs/*.yaml"]},
     python_requires=">=3.11",
     install_requires=[
-        "accelerate>=1.1",
+        # The lowest that were tried, with torch 2.6: below, training or a processor fails (accelerate 1.2 lacks
+        # keep_torch_compile, peft 0.17 imports what transformers dropped, pyarrow 15 lacks RecordBatch.cast).
+        "accelerate>=1.5",
         "datasets>=4",
         "evaluate>=0.4.3",
         "faiss-cpu>=1.10",
         "httpx>=0.27",
         "huggingface_hub>=1.0",
         "numpy>=1.24",
-        "peft>=0.17",
+        "peft>=0.20",
         "psutil>=5.9",
         "Pillow>=10",
         "PyYAML>=6",
-        "pyarrow>=15",
+        "pyarrow>=16",
         "regex>=2023.8",
         "safetensors>=0.4.5",
         "scikit-learn>=1.3",
         "sentence-transformers>=6",
         "torch>=2.6",
         "tqdm>=4.65",
-        "transformers>=5",
+        # 5.0 to 5.2 lack conv_cache, 5.4 to 5.10 the image processors, 5.16 demands torchvision.
+        "transformers>=5.20",
         "wrapt>=1.16",
     ],
     extras_require=extras,

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .options import data_options, model_options, read_table
+from .options import data_options, encoder_dtype_option, model_options, read_table
 
 __all__ = ["add", "run"]
 
@@ -37,6 +37,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--remove", metavar="ID", nargs="+", help="remove these demonstrations")
     data_options(parser, required=False, queries=None, task=False, metric=False)
     model_options(parser, lvlm=False)
+    encoder_dtype_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
             strategy=args.strategy,
             index_kind=args.kind,
             index_options=options,
+            dtype=args.encoder_dtype,
             device=args.device,
         )
         retriever.save_pretrained(folder)

@@ -28,6 +28,7 @@ __all__ = [
     "data_options",
     "default_to_no_lvlm",
     "default_to_teacher",
+    "encoder_dtype_option",
     "group_of",
     "image_check",
     "ints",
@@ -55,6 +56,14 @@ def ints(text: str) -> tuple[int, ...]:
 
 def names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def encoder_dtype_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--encoder-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the encoder; by default as it was saved. It is trained in float32 in any case",
+    )
 
 
 def model_options(parser: argparse.ArgumentParser, *, lvlm: bool = True, encoder: bool = True) -> None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .options import TRAINING_QUERIES, data_options, load_lvlm, model_options, read_table
+from .options import TRAINING_QUERIES, data_options, encoder_dtype_option, load_lvlm, model_options, read_table
 from .processes import joined
 
 __all__ = ["add", "run"]
@@ -25,6 +25,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     data_options(parser, required=True, queries=TRAINING_QUERIES, metric=False)
     model_options(parser)
+    encoder_dtype_option(parser)
     parser.add_argument("--candidates", type=int, default=10, help="pairs for each query (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
     parser.set_defaults(run=run)
@@ -44,7 +45,11 @@ def run(args: argparse.Namespace) -> None:
             retriever = DemoRetriever.from_pretrained(args.retriever, support=support, device=args.device)
         else:
             retriever = DemoRetriever.from_encoder(
-                args.encoder, support=support, strategy="sit+draft", device=args.device
+                args.encoder,
+                support=support,
+                strategy="sit+draft",
+                dtype=args.encoder_dtype,
+                device=args.device,
             )
         queries = read_table(args.queries, args) if args.queries else None
         lvlm = load_lvlm(args)

@@ -12,6 +12,7 @@ from ..errors import SavedFileError
 from .options import (
     TRAINING_QUERIES,
     data_options,
+    encoder_dtype_option,
     load_lvlm,
     make_settings,
     model_options,
@@ -72,6 +73,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the trained retriever")
     data_options(parser, required=True, queries=TRAINING_QUERIES, metric=False)
     model_options(parser)
+    encoder_dtype_option(parser)
     training_options(parser)
     parser.set_defaults(run=run)
 
@@ -105,7 +107,12 @@ def run(args: argparse.Namespace) -> None:
         )
         set_seed(settings.seed)  # adapters start at random
         retriever = DemoRetriever.from_encoder(
-            args.encoder, support=support, strategy="sit+draft", lora=args.lora, device=args.device
+            args.encoder,
+            support=support,
+            strategy="sit+draft",
+            lora=args.lora,
+            dtype=args.encoder_dtype,
+            device=args.device,
         )
         lvlm, cheap = load_lvlm(args), None
         if args.cascade < 1.0:

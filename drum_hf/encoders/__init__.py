@@ -1,5 +1,6 @@
 """Vision-language embedding models: loading, joint embeddings, LoRA adapters."""
 
-from .joint import JointEncoder, build_encoder, load_encoder
+from .joint import PARTS, JointEncoder, encode_items
+from .loading import build_encoder, load_encoder, prepare_training
 
-__all__ = ["JointEncoder", "build_encoder", "load_encoder"]
+__all__ = ["PARTS", "JointEncoder", "build_encoder", "encode_items", "load_encoder", "prepare_training"]

@@ -7,7 +7,6 @@ of the parts' cosines. The paper describes the embedding as joint without giving
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 import os
@@ -19,32 +18,49 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
-from PIL.Image import new as new_image
-from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from torch import nn
 
-from ..errors import NonFiniteEmbeddingError
-from ..utils.hub import commit_of
+from ..errors import NonFiniteEmbeddingError, SavedFileError
 from ..utils.images import load_image
-from ..utils.optional import bar_options, loading, local_name, resolve_name
-from .adapters import ADAPTER_CONFIG, active_adapter, attach
+from ..utils.optional import bar_options, local_name, resolve_name
+from ..utils.safe_models import (
+    ADAPTER_CONFIG,
+    check_adapter,
+    check_extent,
+    check_sizes,
+    find_model,
+    read_object,
+)
+from .adapters import active_adapter, attach, save_adapter
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from sentence_transformers import SentenceTransformer
 
-__all__ = ["PARTS", "JointEncoder", "build_encoder", "encode_items", "load_encoder"]
+__all__ = ["DTYPES", "PARTS", "JointEncoder", "encode_items", "read_saved"]
 
 logger = logging.getLogger(__name__)
 
 #: The parts of an item, in the order in which their vectors stand in the embedding.
 PARTS = ("image", "prompt", "response")
 
+#: What an encoder may be loaded in.
+DTYPES = ("float32", "bfloat16", "float16")
+
 _FAMILIES = ("clip", "siglip")
 _KEYS = frozenset({"image", "text"})
-_ARGUMENTS_OF_PARTS = ("model_kwargs", "processor_kwargs", "config_kwargs")  # sentence-transformers' names
-# The towers' own attention only: the projection in SigLIP's pooling head is read as a bare weight, past any adapter.
-_LORA_TARGETS = r".*encoder\.layers\..*\.(q_proj|k_proj|v_proj|out_proj)"
+#: What `save` writes the weights of the parts to, by sentence-transformers' name, and its keys; only the last three
+#: are read.
+SAVED_CONFIG = "sentence_bert_config.json"
+_SAVED: dict[str, tuple[type, ...]] = {
+    "transformer_task": (str,),
+    "modality_config": (dict,),
+    "module_output_name": (str,),
+    "unpad_inputs": (bool,),
+    "dtype": (str,),
+    "learn_weights": (bool,),
+    "log_weights": (list,),
+}
 _CHUNK = 16  # batches held as decoded images at once while a table is encoded
 _BAR_FROM = 8  # batches; fewer are over before a progress bar could be read
 
@@ -64,14 +80,18 @@ class JointEncoder(Transformer):
     in proportion. So the vectors have unit length and, for two items that have all parts, the dot product is
     `sum(weight[part] * cosine[part])`. A part of weight 0 is left out: it costs nothing and is not looked at.
 
-    Texts are cut to the length of the text tower (77 tokens for CLIP, 64 for SigLIP), with one warning in the log.
+    Texts are cut to the length of the text tower (77 tokens for CLIP, 64 for SigLIP), with one warning in the log that
+    says how many.
 
     Args:
         model_name_or_path: a CLIP or SigLIP checkpoint on the Hub, or a folder.
         weights: of image, prompt and response, in this order or by name; not negative, scaled to sum to 1. Equal
             weights are our choice.
         learn_weights: train those weights that are not 0 along with the towers.
-        **kwargs: as for `sentence_transformers.base.modules.Transformer`.
+        dtype: of the towers, one of `DTYPES` or a `torch.dtype`. None: as they were saved.
+        revision, token, cache_dir, local_files_only, force_download: as everywhere in transformers.
+        trust_remote_code: load pickles, and run code that the model's files name. False: the files are checked, and
+            only plain values, texts and safetensors are read.
 
     Attributes:
         base_model: what the weights of the towers were loaded from: the name or folder as it was given; a name where
@@ -79,7 +99,9 @@ class JointEncoder(Transformer):
         base_revision: the commit of `base_model`, where it came from the Hub.
 
     Raises:
-        ValueError: another model family, or weights that are negative, not finite, or all zero.
+        ValueError: another model family or dtype, or weights that are negative, not finite, or all zero.
+        SavedFileError: the model's files are not such as may be loaded.
+        HubError: the model can't be fetched.
     """
 
     model: Any
@@ -91,29 +113,41 @@ class JointEncoder(Transformer):
         *,
         weights: Sequence[float] | Mapping[str, float] = (1 / 3, 1 / 3, 1 / 3),
         learn_weights: bool = False,
-        **kwargs: Any,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        trust_remote_code: bool = False,
     ) -> None:
         log_weights = _log_weights(weights)
-        super().__init__(resolve_name(model_name_or_path), **{"unpad_inputs": False} | kwargs)
+        dtype = str(dtype or "auto").removeprefix("torch.")
+        if dtype not in (*DTYPES, "auto"):
+            raise ValueError(f"expected one of the dtypes {', '.join(DTYPES)}, or None, got {dtype!r}")
+        source = find_model(
+            model_name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            trust_remote_code=trust_remote_code,
+        )
+        if not trust_remote_code:
+            _check_encoder(Path(source.place), model_name_or_path)
+        super().__init__(
+            source.place,
+            model_kwargs={**source.options, **source.weights, "dtype": dtype},
+            processor_kwargs=dict(source.options),
+            config_kwargs=dict(source.options),
+            unpad_inputs=False,
+        )
         family = self.config.model_type
-        if family not in _FAMILIES or not (
-            hasattr(self.processor, "image_processor") and hasattr(self.processor, "tokenizer")
-        ):
-            raise ValueError(
-                f"expected a CLIP or SigLIP model with its image processor and tokenizer, got {model_name_or_path!r} "
-                f"of type {family!r}; pass one such as 'openai/clip-vit-base-patch32' or "
-                "'google/siglip-base-patch16-224'"
-            )
-        given = kwargs.get("model_kwargs") or {}
-        revision = given.get("revision")
-        self.base_model, self.base_revision = local_name(model_name_or_path), revision
-        if adapters := getattr(self.model, "peft_config", None):
-            adapter = next(iter(adapters.values()))
-            self.base_model, self.base_revision = str(adapter.base_model_name_or_path), adapter.revision
-        elif not os.path.isdir(resolve_name(model_name_or_path)):
-            # Not from the configuration, in which transformers 5.2x no longer notes it.
-            commit = commit_of(model_name_or_path, revision=revision, cache_dir=given.get("cache_dir"))
-            self.base_revision = commit or revision
+        if not (hasattr(self.processor, "image_processor") and hasattr(self.processor, "tokenizer")):
+            family = "without a processor of images and texts"
+        _check_family(family, model_name_or_path)
+        self.base_model, self.base_revision = local_name(model_name_or_path), source.commit or revision
         # SigLIP was trained on texts padded to full length, with the padding attended to and the last token read.
         self._whole_length = family == "siglip"
         text = self.config.text_config
@@ -203,19 +237,9 @@ class JointEncoder(Transformer):
         Raises:
             ValueError: an item of another form, or one without any part that has weight.
         """
-        items = [_parse(item, row) for row, item in enumerate(inputs)]
+        items, usable = self._usable(inputs, 0)
         if prompt:
             items = [item._replace(prompt=prompt + item.prompt if item.prompt else None) for item in items]
-        present = torch.tensor([[part is not None for part in item] for item in items], dtype=torch.bool)
-        usable = present & self._has_weight()
-        if not bool(usable.any(dim=1).all()):
-            row = int((~usable.any(dim=1)).nonzero()[0])
-            used = [part for part, weight in self.weights.items() if weight]
-            has = [part for part, there in zip(PARTS, present[row].tolist(), strict=True) if there]
-            raise ValueError(
-                f"expected items with at least one of {', '.join(used)}, the parts that have weight; item {row} of "
-                f"the batch has {', '.join(has) or 'none'}. Fill the part in, leave the item out, or set `.weights`"
-            )
         features = {"present": usable}
         if self._used[0]:
             features["pixel_values"] = self._pixels([item.image for item in items])
@@ -225,6 +249,25 @@ class JointEncoder(Transformer):
                 texts += [item.prompt if self._used[1] else None, item.response if self._used[2] else None]
             features |= self._tokens(texts, kwargs.get("max_length"))
         return features
+
+    def _usable(self, inputs: Sequence[Any], first: int) -> tuple[list[_Item], torch.Tensor]:
+        """The items' parts, and which of them are there and have weight: (B, 3) bool.
+
+        Args:
+            first: the number of the first item, for errors.
+        """
+        items = [_parse(item, number) for number, item in enumerate(inputs, first)]
+        present = torch.tensor([[part is not None for part in item] for item in items], dtype=torch.bool)
+        usable = present & self._has_weight()
+        if not bool(usable.any(dim=1).all()):
+            row = int((~usable.any(dim=1)).nonzero()[0])
+            used = [part for part, weight in self.weights.items() if weight]
+            has = [part for part, there in zip(PARTS, present[row].tolist(), strict=True) if there]
+            raise ValueError(
+                f"expected items with at least one of {', '.join(used)}, the parts that have weight; "
+                f"item {first + row} has {', '.join(has) or 'none'}. Fill the part in, leave it out, or set `.weights`"
+            )
+        return items, usable
 
     def _pixels(self, images: list[Image | None]) -> torch.Tensor:
         rows = [row for row, image in enumerate(images) if image is not None]
@@ -266,18 +309,20 @@ class JointEncoder(Transformer):
         }
 
     def _warn_of_cut(self, texts: list[str], full: torch.Tensor, limit: int) -> None:
-        for row in full.nonzero()[:, 0].tolist():
-            length = len(self.processor.tokenizer(texts[row], verbose=False)["input_ids"])
-            if length > limit:
-                self._warned_of_cut = True
-                logger.warning(
-                    "A text of %d tokens was cut to the %d that the text tower takes, and others may be (this is "
-                    "said once): %.60r…",
-                    length,
-                    limit,
-                    texts[row],
-                )
-                return
+        filled = [texts[row] for row in full.nonzero()[:, 0].tolist()]
+        lengths = [len(ids) for ids in self.processor.tokenizer(filled, verbose=False)["input_ids"]]
+        cut = [text for text, length in zip(filled, lengths, strict=True) if length > limit]
+        if cut:
+            self._warned_of_cut = True
+            logger.warning(
+                "%d of %d texts are longer than the %d tokens that the text tower reads (the longest has %d): what "
+                "follows is ignored, here and in later texts. The first is %.60r…",
+                len(cut),
+                len(texts),
+                limit,
+                max(lengths),
+                cut[0],
+            )
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Embed what `preprocess` made: adds `sentence_embedding`, (B, 3 * projection) float32 of unit length.
@@ -325,92 +370,56 @@ class JointEncoder(Transformer):
     def get_config_dict(self) -> dict[str, Any]:
         """The module's configuration; `log_weights` is null for a part that is left out."""
         kept = [value if math.isfinite(value) else None for value in self.log_weight_list]  # a float32, exactly
-        return super().get_config_dict() | {"log_weights": kept}
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return super().get_config_dict() | {"dtype": dtype, "log_weights": kept}
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Write the model (with LoRA: the adapter alone), processor, configuration and weights of the parts.
 
         An adapter's configuration names the base model as it was given to us, and its commit.
         """
-        adapters = getattr(self.model, "peft_config", None) or {}
-        names = {name: config.base_model_name_or_path for name, config in adapters.items()}
-        try:
-            # Given a name that is no folder, peft asks the Hub for its configuration, only to compare vocabularies.
-            for config in adapters.values():
-                config.base_model_name_or_path = ""
+        if not self.has_adapter:
             super().save(output_path, *args, safe_serialization=safe_serialization, **kwargs)
-        finally:
-            for name, config in adapters.items():
-                config.base_model_name_or_path = names[name]
-        adapter = Path(output_path) / ADAPTER_CONFIG
-        if self.has_adapter and adapter.is_file():
-            config = json.loads(adapter.read_text(encoding="utf-8"))
-            config |= {"base_model_name_or_path": self.base_model, "revision": self.base_revision}
-            adapter.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+            return
+        save_adapter(self, Path(output_path), base_model=self.base_model, base_revision=self.base_revision)
+        self.processor.save_pretrained(output_path)
+        self.save_config(output_path)
 
     @classmethod
     def load(
         cls,
         model_name_or_path: str,
-        *args: Any,
         subfolder: str = "",
-        weights: Sequence[float] | Mapping[str, float] | None = None,
-        learn_weights: bool | None = None,
-        base_model: str | os.PathLike[str] | None = None,
-        base_revision: str | None = None,
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> JointEncoder:
-        """Load what `save` wrote, or any CLIP or SigLIP checkpoint; see `from_pretrained`.
+        """What sentence-transformers calls to load a module; see `from_pretrained`.
 
         Args:
-            subfolder: where in the folder or repository it lies, as sentence-transformers says it of a module.
+            subfolder: where in the folder or repository it is.
+            trust_remote_code: left aside: sentence-transformers asks for it to import this class, and nothing of the
+                files needs it.
+            **kwargs: sentence-transformers' others; left aside, too.
         """
-        model_name_or_path = resolve_name(model_name_or_path)
         if subfolder:
-            names = ("token", "cache_folder", "revision", "local_files_only")
-            hub = {name: kwargs[name] for name in names if name in kwargs}
-            folder = cls.load_dir_path(model_name_or_path, subfolder=subfolder, **hub)
+            hub: dict[str, Any] = {"token": token, "cache_folder": cache_folder, "revision": revision}
+            folder = cls.load_dir_path(
+                resolve_name(model_name_or_path), subfolder=subfolder, local_files_only=local_files_only, **hub
+            )
             if folder is None:
                 raise OSError(f"{model_name_or_path!r} has no folder {subfolder!r}; it is not a saved encoder")
-            kwargs["revision"] = None  # of the repository, not of the base model that an adapter names
-            model_name_or_path = folder
-        adapter_file = Path(model_name_or_path) / ADAPTER_CONFIG
-        if adapter_file.is_file():  # not left to transformers, which knows no base model but the one noted
-            noted = json.loads(adapter_file.read_text(encoding="utf-8"))
-            if base_model in (None, noted["base_model_name_or_path"]):
-                base_model, base_revision = noted["base_model_name_or_path"], base_revision or noted.get("revision")
-            config = cls.load_config(model_name_or_path)
-            learn = config.get("learn_weights") if learn_weights is None else learn_weights
-            kwargs["revision"] = base_revision
-            module = cls.load(os.fspath(base_model), *args, weights=weights, learn_weights=learn, **kwargs)
-            attach(module.model, model_name_or_path, "default")
-            for adapter in module.model.peft_config.values():  # peft looks there when it saves; `save` notes the name
-                adapter.base_model_name_or_path = resolve_name(base_model)
-            if weights is None and "log_weights" in config:
-                module._set_log_weights([-math.inf if value is None else value for value in config["log_weights"]])
-            module.eval()  # the adapter's layers are new
-            return module
-        init_defaults = kwargs.pop("init_defaults", None) or {}
-        init = init_defaults | cls._load_init_kwargs(model_name_or_path, *args, **kwargs)
-        saved = init.pop("log_weights", None)
-        if learn_weights is not None:
-            init["learn_weights"] = learn_weights
-        if weights is not None:
-            init["weights"] = weights
-        elif saved is not None:
-            # The ranges are checked with the rest; the exact values are put in afterwards.
-            init["weights"] = [0.0 if value is None else math.exp(value) for value in saved]
-        module = cls(model_name_or_path, **init)
-        if weights is None and saved is not None:
-            module._set_log_weights([-math.inf if value is None else value for value in saved])
-        return module
-
-    @classmethod
-    def load_config(cls, model_name_or_path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The saved configuration; {} for a checkpoint that this class did not save."""
-        config = super().load_config(model_name_or_path, *args, **kwargs)
-        # For other checkpoints the modalities of a text model would be filled in; they are inferred instead.
-        return config if "log_weights" in config else {}
+            model_name_or_path, revision = folder, None  # that of the repository is not the base model's
+        return cls.from_pretrained(
+            model_name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_folder,
+            local_files_only=local_files_only,
+        )
 
     @classmethod
     def from_pretrained(
@@ -419,6 +428,7 @@ class JointEncoder(Transformer):
         *,
         weights: Sequence[float] | Mapping[str, float] | None = None,
         learn_weights: bool | None = None,
+        dtype: str | torch.dtype | None = None,
         base_model: str | os.PathLike[str] | None = None,
         base_revision: str | None = None,
         revision: str | None = None,
@@ -436,30 +446,44 @@ class JointEncoder(Transformer):
             name_or_path: on the Hub, or a folder; "playground/clip" is the one that ships with the package.
             weights: of image, prompt and response. None: those that were saved, else equal ones.
             learn_weights: train them. None: as saved, else not.
-            base_model, base_revision: where the base model of the adapter in the folder lies on this machine, or its
+            base_model, base_revision: where the base model of the adapter in the folder is on this machine, or its
                 name and commit on the Hub. None: as noted beside the adapter.
             revision: branch, tag or commit on the Hub.
-            token, cache_dir, local_files_only, force_download, trust_remote_code: as everywhere in transformers.
+            dtype, token, cache_dir, local_files_only, force_download, trust_remote_code: as in the class.
 
         Raises:
             ValueError: another model family, or weights that can't be used.
+            SavedFileError: the files are not such as may be loaded, or don't fit one another.
+            HubError: it can't be fetched.
         """
-        anew: dict[str, Any] = (
-            {name: {"force_download": True} for name in _ARGUMENTS_OF_PARTS} if force_download else {}
-        )
-        return cls.load(
-            os.fspath(name_or_path),
-            weights=weights,
-            learn_weights=learn_weights,
-            base_model=base_model,
-            base_revision=base_revision,
-            revision=revision,
-            token=token,
-            cache_folder=None if cache_dir is None else os.fspath(cache_dir),
-            local_files_only=local_files_only,
-            trust_remote_code=trust_remote_code,
-            **anew,
-        )
+        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        hub |= {"force_download": force_download, "trust_remote_code": trust_remote_code}
+        source = find_model(name_or_path, revision=revision, adapter=True, **hub)
+        place = Path(source.place)
+        saved = read_saved(place) if (place / SAVED_CONFIG).is_file() else {}
+        if learn_weights is None:
+            learn_weights = saved.get("learn_weights", False)
+        options: dict[str, Any] = {"learn_weights": learn_weights, "dtype": dtype or saved.get("dtype"), **hub}
+        if weights is not None:
+            options["weights"] = weights
+        if (place / ADAPTER_CONFIG).is_file():  # not left to transformers, which knows no base model but the one noted
+            noted = check_adapter(place)
+            if base_model in (None, noted.get("base_model_name_or_path")):
+                base_model = noted.get("base_model_name_or_path")
+                base_revision = base_revision or noted.get("revision")
+            if not base_model:
+                raise SavedFileError(
+                    f"{place / ADAPTER_CONFIG}: expected the base model's name, got none; pass base_model="
+                )
+            module = cls(os.fspath(base_model), revision=base_revision, **options)
+            attach(module, place, "default")
+        else:
+            options["force_download"] = False  # they have just been
+            module = cls(os.fspath(name_or_path), revision=revision, **options)
+        if weights is None and "log_weights" in saved:
+            module.log_weight_list = saved["log_weights"]
+        module.eval()  # an adapter's layers are new
+        return module
 
     @property
     def has_adapter(self) -> bool:
@@ -470,94 +494,6 @@ class JointEncoder(Transformer):
         weights = ", ".join(f"{part}={weight:.3g}" for part, weight in self.weights.items())
         model = type(self.model).__name__ + (" with adapter" if self.has_adapter else "")
         return f"JointEncoder({model}, dimension={self.get_embedding_dimension()}, {weights})"
-
-
-def build_encoder(
-    name_or_path: str | os.PathLike[str],
-    *,
-    weights: Sequence[float] | Mapping[str, float] | None = None,
-    learn_weights: bool | None = None,
-    lora: bool | LoraConfig = False,
-    device: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-    trust_remote_code: bool = False,
-) -> SentenceTransformer:
-    """A `SentenceTransformer` whose one module is a `JointEncoder`.
-
-    Args:
-        name_or_path: a CLIP or SigLIP checkpoint on the Hub, or a folder; "playground/clip" is the one that ships with
-            the package.
-        weights, learn_weights: as in `JointEncoder.from_pretrained`.
-        lora: train a LoRA adapter and leave the towers as they are. True: rank 16, alpha 32 on the query, key, value
-            and output projections of both towers' attention (our choice); or a `peft.LoraConfig`.
-        device: "cuda", "cpu", … None: the fastest there is.
-        revision, token, cache_dir, local_files_only, force_download, trust_remote_code: as everywhere in transformers.
-
-    Raises:
-        ModelError: there is no such model.
-        ValueError: another model family, or weights that can't be used.
-    """
-    with loading("a CLIP or SigLIP", name_or_path):
-        module = JointEncoder.from_pretrained(
-            name_or_path,
-            weights=weights,
-            learn_weights=learn_weights,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            force_download=force_download,
-            trust_remote_code=trust_remote_code,
-        )
-    encoder = SentenceTransformer(modules=[module], device=device, similarity_fn_name="dot")
-    if lora:
-        encoder.add_adapter(_lora_config() if lora is True else lora)
-    return encoder
-
-
-def load_encoder(
-    directory: str | os.PathLike[str],
-    *,
-    base_model: str | os.PathLike[str] | None = None,
-    base_revision: str | None = None,
-    device: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-    trust_remote_code: bool = False,
-) -> SentenceTransformer:
-    """Load a folder that an encoder of `build_encoder` was saved to; embeddings are as before.
-
-    Args:
-        directory: what `SentenceTransformer.save` wrote.
-        base_model, base_revision: as in `JointEncoder.from_pretrained`.
-        device: "cuda", "cpu", … None: the fastest there is.
-        token, cache_dir, local_files_only, force_download, trust_remote_code: for the base model, as everywhere in
-            transformers.
-
-    Raises:
-        Exception: nearly anything that transformers raises of files that are no model, or that don't fit one another:
-            a blank picture and two texts are embedded to find that out.
-    """
-    module = JointEncoder.from_pretrained(
-        directory,
-        base_model=base_model,
-        base_revision=base_revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        force_download=force_download,
-        trust_remote_code=trust_remote_code,
-    )
-    encoder = SentenceTransformer(modules=[module], device=device, similarity_fn_name="dot")
-    encoder.eval()
-    encoder.encode([{"image": new_image("RGB", (8, 8)), "text": ["a", "b"]}], show_progress_bar=False)
-    return encoder
 
 
 def encode_items(
@@ -594,6 +530,8 @@ def encode_items(
     try:
         with tqdm(total=total, desc="encoding", unit="item", **bar_options(shown)) as bar:
             for chunk in _chunks(items, _CHUNK * batch_size):
+                # Now, as sentence-transformers encodes them in another order.
+                encoder[0]._usable(chunk, count)  # type: ignore[operator]
                 vectors = encoder.encode(chunk, batch_size=batch_size, show_progress_bar=False)
                 vectors = np.asarray(vectors, dtype=np.float32)
                 bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
@@ -673,13 +611,66 @@ def _log_weights(weights: Sequence[float] | Mapping[str, float]) -> list[float]:
     return [math.log(value / total) if value else -math.inf for value in values]
 
 
-def _lora_config() -> LoraConfig:
-    from peft import LoraConfig
-
-    return LoraConfig(r=16, lora_alpha=32, target_modules=_LORA_TARGETS)
-
-
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(items)
     while chunk := list(itertools.islice(iterator, size)):
         yield chunk
+
+
+def read_saved(folder: Path) -> dict[str, Any]:
+    """What `JointEncoder.save` noted: `dtype`, `learn_weights`, `log_weights` with -inf for a part that is left out.
+
+    Returns:
+        {} for a checkpoint that `JointEncoder` did not save.
+
+    Raises:
+        SavedFileError: it holds anything else.
+    """
+    path = folder / SAVED_CONFIG
+    noted = read_object(path)
+    if "log_weights" not in noted:
+        return {}
+    for name, value in noted.items():
+        if not isinstance(value, _SAVED.get(name, ())):
+            raise SavedFileError(
+                f"{path}: expected what was saved with the adapter or encoder, which has no such {name[:80]!r}; "
+                "download or save it again"
+            )
+    weights = [-math.inf if value is None else value for value in noted["log_weights"]]
+    if (
+        len(weights) != len(PARTS)
+        or not all(isinstance(value, (int, float)) and value < math.inf for value in weights)
+        or max(weights) == -math.inf
+    ):
+        raise SavedFileError(
+            f"{path}: expected what was saved with the adapter or encoder, {str(noted['log_weights'])[:80]} are no "
+            "weights of its parts; download or save it again"
+        )
+    if noted.get("dtype", "float32") not in DTYPES:
+        raise SavedFileError(
+            f"{path}: expected one of the dtypes {', '.join(DTYPES)}, got {noted['dtype'][:80]!r}; save it again"
+        )
+    return (
+        {"learn_weights": False}
+        | {key: noted[key] for key in ("dtype", "learn_weights") if key in noted}
+        | {"log_weights": weights}
+    )
+
+
+def _check_encoder(folder: Path, name: str | os.PathLike[str]) -> None:
+    """Refuse another family, and sizes beyond any encoder's or the weights', before anything is made of that size."""
+    for file in ("config.json", "processor_config.json", "preprocessor_config.json"):
+        if (folder / file).is_file():
+            content = read_object(folder / file)
+            if file == "config.json":
+                _check_family(str(content.get("model_type")), name)
+            check_sizes(folder / file, content)
+    check_extent(folder)
+
+
+def _check_family(family: str, name: str | os.PathLike[str]) -> None:
+    if family not in _FAMILIES:
+        raise ValueError(
+            f"expected a CLIP or SigLIP model with its image processor and tokenizer, got {os.fspath(name)!r} of type "
+            f"{family!r}; pass one such as 'openai/clip-vit-base-patch32' or 'google/siglip-base-patch16-224'"
+        )

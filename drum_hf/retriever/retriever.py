@@ -23,6 +23,7 @@ from .swapping import Swappable
 
 if TYPE_CHECKING:
     import datasets
+    import torch
     from peft import LoraConfig
     from sentence_transformers import SentenceTransformer
 
@@ -143,6 +144,7 @@ class DemoRetriever(Shared, Swappable):
         weights: Sequence[float] | Mapping[str, float] | None = None,
         learn_weights: bool | None = None,
         lora: bool | LoraConfig = False,
+        dtype: str | torch.dtype | None = None,
         index_kind: str = "flat",
         index_options: Mapping[str, Any] | None = None,
         draft_lvlm: LVLM | None = None,
@@ -165,7 +167,7 @@ class DemoRetriever(Shared, Swappable):
             support: a table, or what [`load_table`][drum_hf.data.load_table] takes: a path, a Dataset, rows, ….
             strategy: a name in `PART_WEIGHTS`, such as "si" or "sit". None: "sit+draft", or what the encoder has.
             weights: of image, prompt and response, instead of a strategy.
-            learn_weights, lora, device: as in `build_encoder`.
+            learn_weights, lora, dtype, device: as in `build_encoder`.
             index_kind, index_options, draft_lvlm, teacher, top_k, batch_size: as in the class.
             revision, token, cache_dir, local_files_only, force_download, trust_remote_code: as everywhere in
                 transformers.
@@ -174,7 +176,7 @@ class DemoRetriever(Shared, Swappable):
             ValueError: an unknown strategy or model family, or weights that can't be used.
             ColumnError, RowError, ImageError, DuplicateIdError, EmptySupportError: the support set can't be used.
         """
-        from ..encoders.joint import build_encoder
+        from ..encoders.loading import build_encoder
 
         table = load_table(support)
         if strategy is not None:
@@ -188,6 +190,7 @@ class DemoRetriever(Shared, Swappable):
                 weights=weights,
                 learn_weights=learn_weights,
                 lora=lora,
+                dtype=dtype,
                 device=device,
                 revision=revision,
                 token=token,
@@ -198,8 +201,10 @@ class DemoRetriever(Shared, Swappable):
             )
         else:
             encoder = name_or_path
-            if lora:
-                raise ValueError("lora= is for an encoder that is loaded here: pass it to build_encoder instead")
+            if lora or dtype is not None:
+                raise ValueError(
+                    "lora= and dtype= are for an encoder that is loaded here: pass them to build_encoder instead"
+                )
         retriever = cls(
             encoder,
             table,

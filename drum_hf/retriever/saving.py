@@ -9,13 +9,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..encoders.adapters import ADAPTER_CONFIG, plain_copy
+from ..encoders.loading import plain_copy
 from ..errors import SavedFileError
 from ..utils import hub as _hub
 from ..utils.files import checksum, leads_outside, refuse_special
 from ..utils.manifest import package_version, write_manifest
 from ..utils.model_card import render_card
 from ..utils.optional import is_folder, public_name, resolve_name
+from ..utils.safe_models import ADAPTER_CONFIG, check_sizes
 
 if TYPE_CHECKING:
     from .retriever import DemoRetriever
@@ -46,15 +47,6 @@ Images = Literal["embedded", "reference"]
 
 #: 1 always held the index, and a support set with its images in it.
 _FORMAT_VERSION = 2
-#: Part of a setting's name -> the most that it may be; "" for every other (vocabularies have a million entries).
-_LARGEST = {
-    "layers": 1 << 10,
-    "height": 1 << 12,
-    "width": 1 << 12,
-    "edge": 1 << 12,
-    "image_size": 1 << 12,
-    "": 1 << 24,
-}
 #: What an encoder and an index are saved as. None of it is a pickle, and torch would read one where it found one.
 _SUFFIXES = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja", ".md"})
 CONFIG, CARD, SUPPORT, ENCODER, INDEX = "drum_config.json", "README.md", "support.parquet", "encoder", "index"
@@ -324,7 +316,7 @@ def read_config(folder: Path, *, parts: Iterable[str] = PARTS) -> dict[str, Any]
     for name in ("config.json", "adapter_config.json", "processor_config.json", "preprocessor_config.json"):
         for part in (ENCODER, SUPPORT_ENCODER):
             if part in parts and f"{part}/{name}" in config["files"]:
-                _check_sizes(folder / part / name, _read_json(folder / part / name))
+                check_sizes(folder / part / name, _read_json(folder / part / name))
     return config
 
 
@@ -339,17 +331,6 @@ def _brought_up_to_date(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     while version != _FORMAT_VERSION:
         config, version = _MIGRATIONS[version](config), version + 1
     return config | {"format_version": version}
-
-
-def _check_sizes(path: Path, content: Any, name: str = "") -> None:
-    """Refuse numbers that would have the loader make a model, or pictures, larger than any machine's memory."""
-    if isinstance(content, (dict, list)):
-        for key, value in content.items() if isinstance(content, dict) else ((name, value) for value in content):
-            _check_sizes(path, value, str(key))
-    elif isinstance(content, (int, float)):
-        most = next((limit for part, limit in _LARGEST.items() if part in name), _LARGEST[""])
-        if not abs(content) <= most:
-            raise SavedFileError(f"{path}: {name!r} is {content:.3g}, far beyond what any encoder has; do not use it")
 
 
 def _strays(folder: Path, listed: Collection[str]) -> Iterator[str]:

@@ -197,7 +197,7 @@ class Shared:
             DimensionMismatchError: the index holds vectors of another width than the encoder's.
             ValueError: `mmap` of an `hnsw` index, which can't be mapped.
         """
-        from ..encoders.joint import load_encoder
+        from ..encoders.loading import load_encoder
 
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         hub["force_download"] = force_download

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..encoders.adapters import active_adapter, adapter_names, add_adapter, merge_adapter, use
+from ..encoders.adapters import active_adapter, adapter_names, merge_adapter, use
+from ..encoders.loading import add_adapter
 from ..errors import SavedFileError
 from . import saving as _saved
 

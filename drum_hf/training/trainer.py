@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..data import TripletTable, find_twins, load_table
+from ..encoders.loading import prepare_training
 from ..errors import ContextOverflowError, SavedFileError, TooFewDemonstrationsError
 from ..retriever.retriever import DemoRetriever
 from ..scores.cascade import Cascade
@@ -147,7 +148,7 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
         if args.frozen_candidates and retriever.support_encoder is None:
             retriever.freeze_support()
         self.queries = retriever.support if train_dataset is None else load_table(train_dataset)
-        _widen(retriever.encoder)
+        prepare_training(retriever.encoder)
         store = ScoreStore(args.score_store or Path(args.output_dir) / "scores.sqlite")
         common: dict[str, Any] = {"store": store, "choices": choices, "max_new_tokens": args.draft_tokens}
         self.feedback = Feedback(lvlm, retriever.support, self.queries, **common)
@@ -588,13 +589,6 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
                 f"expected the loss's parameters in {folder / _LOSS_FILE}; reading failed ({error}). Resume from "
                 "another checkpoint"
             ) from error
-
-
-def _widen(encoder: torch.nn.Module) -> None:
-    """Half-precision weights as float32: an optimizer's steps are smaller than their last digit."""
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in encoder.parameters()):
-        encoder.float()
-        logger.info("the encoder's weights are in half precision; training them in float32")
 
 
 def _pairs(mined: dict[str, list[tuple[str, int]]]) -> list[tuple[str, tuple[str, ...]]]:

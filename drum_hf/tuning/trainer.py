@@ -17,7 +17,6 @@ from datasets import Dataset
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback, set_seed
 
-from ..encoders.adapters import ADAPTER_CONFIG
 from ..errors import SavedFileError
 from ..lvlm.local.model import TransformersLVLM
 from ..lvlm.local.processors import load_processor
@@ -25,7 +24,8 @@ from ..training.checkpoints import WholeCheckpoints, last_checkpoint
 from ..utils.hub import commit_folder, commit_of, make_repository
 from ..utils.manifest import write_manifest
 from ..utils.model_card import render_tuned_card
-from ..utils.optional import local_name, public_name, resolve_name
+from ..utils.optional import loading, local_name, public_name, resolve_name
+from ..utils.safe_models import ADAPTER_CONFIG, find_model
 from .arguments import ICLTuningArguments
 from .collator import MASKED, ConversationCollator, ConversationFormat
 from .episodes import Conversation, Mix, MixReport, check_disjoint
@@ -496,14 +496,13 @@ def _load(
 ) -> tuple[Any, Any, str]:
     from transformers import AutoModelForImageTextToText
 
-    hub: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if revision is not None:
-        hub["revision"] = revision
-    place = resolve_name(name)
     # Steps this small would vanish in half precision.
     dtype = dtype or (torch.float32 if full else "auto")
-    model: Any = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype, **hub, **model_kwargs)
-    processor = processor or load_processor(place, model.config, **hub)
+    with loading("an LVLM", name):
+        source = find_model(name, revision=revision, trust_remote_code=trust_remote_code)
+        options = {**source.options, **source.weights, **model_kwargs}
+        model: Any = AutoModelForImageTextToText.from_pretrained(source.place, dtype=dtype, **options)
+        processor = processor or load_processor(source.place, model.config, **source.options)
     return model, processor, local_name(name)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from types import ModuleType
 
-from ..errors import DependencyError, DrumError, ModelError
+from ..errors import DependencyError, DrumError, HubError, ModelError
 
 #: Import name -> the extra of drum-hf that brings it.
 _EXTRAS = {"matplotlib": "plot", "bm25s": "bm25", "gradio": "app"}
@@ -77,21 +77,28 @@ def adapting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading(what: str, name: str | os.PathLike[str]) -> Iterator[None]:
-    """Says which model it was that transformers could not find, and what it was to be.
+    """Say which model it was that can't be found or made from its files, and what it was to be.
 
     Raises:
-        ModelError: in place of an OSError.
+        ModelError: in place of whatever transformers and its tokenizers raise, ValueError and ImportError aside.
     """
     try:
         yield
-    except DrumError:
-        raise
-    except OSError as error:
+    except BaseException as error:
+        # Rust's panics are no Exception; files that are no model make transformers raise nearly anything.
+        panicked = type(error).__name__ == "PanicException"
+        is_ours = isinstance(error, DrumError) and not isinstance(error, HubError)
+        if (
+            is_ours
+            or isinstance(error, (ValueError, ImportError, MemoryError))
+            or not (panicked or isinstance(error, Exception))
+        ):
+            raise
         given = os.fspath(name)
         shipped = f"; the models that ship are {', '.join(_SHIPPED)}" if given.startswith("playground/") else ""
         raise ModelError(
             f"expected a folder or a Hub id of {what}, got {given!r}, which could not be loaded: "
-            f"{' '.join(str(error).split())}{shipped}"
+            f"{' '.join(str(error).split()) or type(error).__name__}{shipped}"
         ) from error
 
 

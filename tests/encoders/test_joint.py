@@ -16,7 +16,8 @@ from sentence_transformers import SentenceTransformer
 from tiny_encoders import picture, tiny_clip, tiny_siglip
 from transformers import AutoModel, AutoProcessor
 
-from drum_hf.encoders.joint import PARTS, JointEncoder, build_encoder, encode_items, load_encoder
+from drum_hf.encoders.joint import PARTS, JointEncoder, encode_items
+from drum_hf.encoders.loading import build_encoder, load_encoder
 from drum_hf.errors import NonFiniteEmbeddingError
 
 IMAGES = [picture(seed) for seed in range(3)]
@@ -426,7 +427,7 @@ def test_items_that_cannot_be_used(encoder, bad, match):
 
 def test_an_item_whose_parts_have_no_weight(fresh):
     fresh[0].weights = (1, 0, 0)
-    with pytest.raises(ValueError, match="item 1 of the batch has prompt"):
+    with pytest.raises(ValueError, match="item 1 has prompt"):
         fresh.preprocess([IMAGES[0], "what colour"])
 
 
@@ -454,9 +455,12 @@ def test_long_texts_are_cut_with_one_warning(encoder, caplog):
     with caplog.at_level(logging.WARNING, logger="drum_hf.encoders.joint"):
         encode_items(encoder, ["red " * full])
         assert not caplog.records  # as long as may be is not cut
-        vectors = encode_items(encoder, ["red " * (full + 20), "red " * (full + 40)])
+        vectors = encode_items(encoder, ["red " * (full + 20), "red " * (full + 40), "red"])
         encode_items(encoder, ["blue " * (full + 40)])
-    assert len(caplog.records) == 1 and f"cut to the {limit}" in caplog.text
+    longest = len(module.tokenizer("red " * (full + 40), verbose=False).input_ids)
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert f"2 of 3 texts are longer than the {limit} tokens" in said and f"the longest has {longest}" in said
     assert np.abs(vectors[0] - vectors[1]).max() < 1e-6
 
 

@@ -13,7 +13,7 @@ import torch
 import drum_hf.experiments.bench.retrieve
 import drum_hf.playground.building.rows
 from drum_hf.cli import main
-from drum_hf.encoders.joint import build_encoder, encode_items
+from drum_hf.encoders import build_encoder, encode_items
 from drum_hf.experiments.bench.encode import compare, measure_encode
 from drum_hf.experiments.bench.machine import describe_machine, measure_gemm, measure_memory, resident_mb
 from drum_hf.experiments.bench.retrieve import Setup, best_point, exact_neighbours, measure_index, measure_retrieval

@@ -16,7 +16,7 @@ import yaml
 from tiny_encoders import picture, tiny_clip
 
 from drum_hf.data import TripletTable
-from drum_hf.encoders.joint import build_encoder, encode_items
+from drum_hf.encoders import build_encoder, encode_items
 from drum_hf.errors import (
     ColumnError,
     DimensionMismatchError,

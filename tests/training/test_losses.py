@@ -472,7 +472,7 @@ def test_the_plain_sentence_transformers_trainer_takes_the_loss(tmp_path, mini_b
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from tiny_encoders import picture, tiny_clip
 
-    from drum_hf.encoders.joint import build_encoder
+    from drum_hf.encoders import build_encoder
 
     encoder = build_encoder(tiny_clip(tmp_path), device="cpu")
     colours = ("red", "green", "blue", "yellow")
@@ -514,7 +514,7 @@ def test_the_plain_trainer_takes_bare_strings(tmp_path, mini_batch_size):
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from tiny_encoders import tiny_clip
 
-    from drum_hf.encoders.joint import build_encoder
+    from drum_hf.encoders import build_encoder
 
     encoder = build_encoder(tiny_clip(tmp_path), device="cpu")
     data = Dataset.from_dict(

@@ -14,7 +14,7 @@ from PIL import Image
 
 import drum_hf
 from drum_hf import DemoRetriever, JointEncoder, TransformersLVLM
-from drum_hf.encoders.joint import build_encoder, encode_items, load_encoder
+from drum_hf.encoders import build_encoder, encode_items, load_encoder
 from drum_hf.errors import SavedFileError
 from drum_hf.playground import encoder_path, lvlm_path
 from drum_hf.utils.optional import local_name, resolve_name

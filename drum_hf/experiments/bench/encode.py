@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...encoders.joint import JointEncoder, build_encoder, encode_items
+from ...encoders.joint import JointEncoder, encode_items
+from ...encoders.loading import build_encoder
 from ...utils.optional import resolve_name
 
 if TYPE_CHECKING:

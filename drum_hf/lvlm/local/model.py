@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...encoders.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, reading_adapter
 from ...types import ICLRequest
-from ...utils.hub import commit_of, fetch_snapshot
-from ...utils.optional import loading, local_name, resolve_name
+from ...utils.hub import fetch_snapshot
+from ...utils.optional import loading, local_name
+from ...utils.safe_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_model, reading_adapter
 from ..answers import combine_answers, log_softmax, wanted_answers
 from ..fingerprint import Identity, describe
 from ..prompts import ChatFormat, ImagePosition
@@ -133,8 +133,9 @@ class TransformersLVLM:
 
         Args:
             name_or_path: directory or Hub id; "playground/lvlm" is the one that ships with the package.
-            revision, token, cache_dir, local_files_only, force_download, trust_remote_code: as everywhere in
-                transformers.
+            revision, token, cache_dir, local_files_only, force_download: as everywhere in transformers.
+            trust_remote_code: load pickles, and run code that the model's files name. False: the files are checked,
+                and only plain values, texts and safetensors are read.
             dtype: "auto" takes the one the weights are saved in.
             device: default: CUDA where there is one, else CPU. Leave it out with `device_map`.
             adapter, adapter_revision: directory or Hub id of a PEFT adapter, merged into the weights; branch, tag or
@@ -145,22 +146,22 @@ class TransformersLVLM:
 
         Raises:
             ChatTemplateError: see the class.
-            ModelError: there is no such model; an OSError, too.
+            ModelError: there is no such model, or its files don't make one; an OSError, too.
             HubError: there is no such adapter.
-            SavedFileError: the adapter's files are damaged, are no safetensors, or are for another model.
+            SavedFileError: the model's or adapter's files are damaged, are no safetensors, name code or other places,
+                or the adapter is no LoRA, or for another model.
         """
         import torch
         from transformers import AutoModelForImageTextToText
 
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        hub |= {"force_download": force_download, "trust_remote_code": trust_remote_code}
-        if revision is not None:
-            hub["revision"] = revision
-        place = resolve_name(name_or_path)
+        hub["force_download"] = force_download
         with loading("an LVLM", name_or_path):
-            model: Any = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype, **hub, **model_kwargs)
-            commit = commit_of(place, revision=revision, cache_dir=cache_dir)
-            processor = load_processor(place, model.config, **hub)
+            source = find_model(name_or_path, revision=revision, trust_remote_code=trust_remote_code, **hub)
+            options = {**source.options, **source.weights, **model_kwargs}
+            model: Any = AutoModelForImageTextToText.from_pretrained(source.place, dtype=dtype, **options)
+            commit = source.commit
+            processor = load_processor(source.place, model.config, **source.options)
         if adapter is not None:
             from peft import PeftModel
 
@@ -170,10 +171,7 @@ class TransformersLVLM:
                         adapter,
                         patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS],  # no pickle
                         revision=adapter_revision,
-                        token=token,
-                        cache_dir=cache_dir,
-                        local_files_only=local_files_only,
-                        force_download=force_download,
+                        **hub,
                     )
                 )
             with reading_adapter(adapter):

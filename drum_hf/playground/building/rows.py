@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ...data import TripletTable
-from ...encoders.joint import build_encoder, encode_items
+from ...encoders.joint import encode_items
+from ...encoders.loading import build_encoder
 from ...types import content_key, image_key
 from ...utils.optional import resolve_name
 from ..language import CAPTION_PROMPTS, CLASSIFY_PROMPTS, QUESTIONS, private_words
