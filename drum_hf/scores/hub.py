@@ -11,7 +11,7 @@ from typing import Any
 from ..types import LVLM
 from ..utils import hub as _hub
 from ..utils.manifest import write_manifest
-from ..utils.model_card import render_scores_card
+from .card import render_scores_card
 from .store import Merged, ScoreStore
 from .transfer import Exported, export_scores, import_scores, public_identity
 
