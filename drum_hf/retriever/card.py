@@ -40,16 +40,16 @@ _ENTRIES: dict[str, Any] = {
     "rounds": [dict],
     "results": [dict],
     "results_note": str,
-    "metrics": [str],
-    "model_index": [{"dataset": str, "metric": str, "value": float}],
-    "license": str,
+    "metrics": ["name"],
+    "model_index": [{"dataset": "name", "metric": "name", "value": float}],
+    "license": "name",
     "data_license": str,
-    "language": [str],
-    "datasets": [str],
+    "language": ["name"],
+    "datasets": ["name"],
     "limits": [str],
 }
-#: Rows of a list, and characters of a text; our choice.
-_MOST_ROWS, _LONGEST = 1_000, 10_000
+#: Rows of a list, and characters of a text and of a name, which stands on one line; our choice.
+_MOST_ROWS, _LONGEST, _LONGEST_NAME = 1_000, 10_000, 200
 
 
 def check_card(card: Any) -> None:
@@ -76,7 +76,7 @@ def check_card(card: Any) -> None:
 
 
 def _fits(value: Any, form: Any) -> bool:
-    """Whether a value is a text, a number, a list of what is in `form`, or a dict of plain values or of that form."""
+    """Whether a value is a text, a name, a number, a list of what is in `form`, or a dict of plain values or of it."""
     if isinstance(form, list):
         return isinstance(value, (list, tuple)) and len(value) <= _MOST_ROWS and all(_fits(v, form[0]) for v in value)
     if isinstance(form, dict):
@@ -91,7 +91,7 @@ def _fits(value: Any, form: Any) -> bool:
         )
     if form is float:
         return _is_number(value)
-    return _is_text(value)
+    return _is_text(value) and (form is str or (value.isprintable() and len(value) <= _LONGEST_NAME))
 
 
 def _is_plain(value: Any) -> bool:
@@ -117,9 +117,11 @@ def _said(form: Any) -> str:
         return f"a list, each entry {_said(form[0])}"
     if isinstance(form, dict):
         return f"a dict with {', '.join(form)}"
-    return {dict: "a dict of texts and numbers", str: f"a text of at most {_LONGEST:,} characters", float: "a number"}[
-        form
-    ]
+    if form == "name":
+        return f"a line of at most {_LONGEST_NAME} characters"
+    return {dict: "a dict of texts and numbers", float: "a number"}.get(
+        form, f"a text of at most {_LONGEST:,} characters"
+    )
 
 
 def render_card(card: Mapping[str, Any], about: Mapping[str, Any]) -> str:

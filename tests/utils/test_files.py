@@ -95,7 +95,7 @@ def test_a_first_save_killed_at_every_step_is_there_or_not(tmp_path):
     found, step = [], 0
     while True:
         step += 1
-        killed = killed_at(step, lambda: save(tmp_path / str(step), 2))
+        killed = killed_at(step, lambda: save(tmp_path / str(step), 2))  # noqa: B023
         try:
             found.append(load(tmp_path / str(step)))
         except FileNotFoundError:
