@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import SavedFileError
 from ..types import content_key
-from ..utils.files import checksum, plain_schema, read_batches, writing
+from ..utils.files import checksum, plain_schema, read_batches, replacing_file, writing
 from .images import image_column, image_dataset
 from .records import MappedRecords, Record, Records, arrow_rows, fingerprint_of, ids_of
 from .storage import BY_REFERENCE, FORMAT_VERSION, altered, is_in, saved_about, saved_schema, stored_name
@@ -77,15 +77,9 @@ def map_table(
         copy = folder / f"{name}.arrow"
         with contextlib.suppress(OSError, pa.ArrowException, ValueError, KeyError):  # there is none, or a broken one
             return _mapped(copy)
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{copy.name}.{os.getpid()}.partial"
-        try:
+        with replacing_file(copy) as partial:
             _copy(saved, image_root, partial)
             saved.refuse_other_rows(_mapped(partial).records)
-            os.replace(partial, copy)
-        finally:
-            partial.unlink(missing_ok=True)
     return _mapped(copy)
 
 

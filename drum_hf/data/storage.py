@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ImageError, SavedFileError
+from ..utils.files import replacing_file
 from .columns import COLUMNS
 from .images import CHUNK
 from .records import Record, Records
@@ -38,21 +39,15 @@ def write_table(
     """Write a table; with `references`, the images' names relative to a folder in place of their bytes."""
     import pyarrow.parquet as pq
 
-    file.parent.mkdir(parents=True, exist_ok=True)
     schema = saved_schema(fingerprint, by_reference=references is not None)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        with pq.ParquetWriter(partial, schema) as writer:
-            for start in range(0, len(records), CHUNK):
-                chunk = slice(start, start + CHUNK)
-                if references is None:
-                    stored = map(_whole_image, records[chunk], images[chunk]["image"])
-                else:
-                    stored = (name and {"bytes": None, "path": name} for name in references[chunk])  # type: ignore
-                writer.write_table(_arrow(records[chunk], stored, schema))
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing_file(file) as partial, pq.ParquetWriter(partial, schema) as writer:
+        for start in range(0, len(records), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            if references is None:
+                stored = map(_whole_image, records[chunk], images[chunk]["image"])
+            else:
+                stored = (name and {"bytes": None, "path": name} for name in references[chunk])  # type: ignore
+            writer.write_table(_arrow(records[chunk], stored, schema))
 
 
 def image_references(

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .files import replacing_file
 from .optional import public_name
 
 __all__ = ["MANIFEST", "manifest_beside", "package_version", "shown_command", "write_manifest"]
@@ -95,8 +96,8 @@ def write_manifest(
         "settings": dict(settings or {}),
     }
     path = Path(folder) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    with replacing_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
     return path
 
 
