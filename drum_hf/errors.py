@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 __all__ = [
     "BudgetExceededError",
+    "CardError",
     "ChatTemplateError",
     "ColumnError",
     "ContextOverflowError",
@@ -32,6 +33,10 @@ __all__ = [
 
 class DrumError(Exception):
     """Base of every error that drum-hf raises for a user's fault."""
+
+
+class CardError(DrumError, ValueError):
+    """An entry of a model card is unknown, or of another form than the card shows."""
 
 
 class ColumnError(DrumError, ValueError):

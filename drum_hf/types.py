@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 from .errors import RowError
@@ -348,22 +348,79 @@ class LVLM(Protocol):
 
 @runtime_checkable
 class VectorIndex(Protocol):
-    """Nearest neighbours by dot product, by id."""
+    """Nearest neighbours by dot product, by id; what a `DemoRetriever` takes as its `index`.
+
+    An index only holds vectors: it is emptied (`remove`) and filled (`add`) again when the encoder has changed. It may
+    have, beside the methods below, `save(folder)`, which writes its files into a new folder;
+    [`register_index`][drum_hf.index.registry.register_index] says how they are read again. A retriever calls one
+    method at a time.
+    """
 
     @property
-    def dimension(self) -> int: ...
+    def dimension(self) -> int:
+        """Width of the vectors."""
+        ...
 
-    def __len__(self) -> int: ...
+    @property
+    def ids(self) -> list[str]:
+        """Ids in the order they were added."""
+        ...
 
-    def add(self, ids: Sequence[str], vectors: np.ndarray, groups: Sequence[str | None] | None = None) -> None: ...
+    def __len__(self) -> int:
+        """Number of ids."""
+        ...
 
-    def remove(self, ids: Sequence[str]) -> None: ...
+    def add(self, ids: Sequence[str], vectors: np.ndarray, groups: Sequence[str | None] | None = None) -> None:
+        """Add rows; all of them, or none where one is refused.
+
+        Args:
+            ids: unique, and not in the index.
+            vectors: float32 of shape (len(ids), dimension), of unit length.
+            groups: each row's group or None; rows of one group can be excluded together.
+
+        Raises:
+            DimensionMismatchError: vectors of another width.
+            DuplicateIdError: an id comes twice, or is in the index already.
+        """
+        ...
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """Remove rows; all of them, or none where one is missing.
+
+        Raises:
+            MissingIdError: an id is not in the index.
+        """
+        ...
+
+    def vectors(self, ids: Sequence[str] | None = None) -> np.ndarray:
+        """The vectors of these ids, or all of them in order: float32 of shape (number of ids, dimension).
+
+        Raises:
+            MissingIdError: an id is not in the index.
+        """
+        ...
 
     def search(
         self,
         vectors: np.ndarray,
         k: int,
         *,
-        exclude_ids: Sequence[str | None] | None = None,
-        exclude_groups: Sequence[str | None] | None = None,
-    ) -> tuple[list[list[str]], list[np.ndarray]]: ...
+        exclude_ids: Sequence[str | Collection[str] | None] | None = None,
+        exclude_groups: Sequence[str | Collection[str] | None] | None = None,
+    ) -> tuple[list[list[str]], list[np.ndarray]]:
+        """The k nearest rows of each query, nearest first; fewer only where exclusions leave fewer.
+
+        Args:
+            vectors: float32 of shape (number of queries, dimension), of unit length.
+            k: at least 1.
+            exclude_ids: for each query, an id that it must not get, several, or None.
+            exclude_groups: for each query, a group whose rows it must not get, several, or None.
+
+        Returns:
+            For each query its ids, and a float32 array of their dot products; higher is nearer.
+
+        Raises:
+            EmptySupportError: the index is empty.
+            TooFewDemonstrationsError: k is more than the index holds.
+        """
+        ...

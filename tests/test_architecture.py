@@ -36,6 +36,12 @@ def test_no_files_import_one_another():
     assert cycles(sources()) == []
 
 
+def test_every_import_leads_to_a_file():
+    trees = sources()
+    lost = [(name, line, to) for name in trees for line, to in imports(name, trees[name], trees) if to not in trees]
+    assert lost == []
+
+
 def test_rooms():
     there = {path.stem for path in PACKAGE.iterdir() if path.suffix in ("", ".py") and not path.name.startswith("_")}
     assert there - {"py"} <= set(ROOMS) and len(there - set(TOP)) <= 20

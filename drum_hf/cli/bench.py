@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..index.registry import index_kinds
 from ..types import TASKS
 from .options import ints, write_json
 
@@ -86,7 +87,7 @@ def _retrieve_options(parser: argparse.ArgumentParser) -> None:
         default="playground,synthetic",
         help="playground: joint embeddings of distinct rows; synthetic: three CLIP-B/32 parts (default: %(default)s)",
     )
-    parser.add_argument("--kinds", default="flat,hnsw,ivfpq", help="default: %(default)s")
+    parser.add_argument("--kinds", default=",".join(index_kinds()), help="default: %(default)s")
     parser.add_argument("--storages", default="float32,float16,int8", help="default: %(default)s")
     parser.add_argument("--queries", type=int, default=1000, help="queries asked (default: %(default)s)")
     parser.add_argument(
@@ -124,7 +125,7 @@ def _mine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--support", type=int, default=2000, help="rows of the support set (default: %(default)s)")
     parser.add_argument("--candidates", type=int, default=10, help="new pairs for each (default: %(default)s)")
     parser.add_argument("--known", type=int, default=10, help="pairs from a round before (default: %(default)s)")
-    parser.add_argument("--kind", default="flat", help="flat, hnsw or ivfpq (default: %(default)s)")
+    parser.add_argument("--kind", choices=index_kinds(), default="flat", help="default: %(default)s")
     parser.add_argument("--shape", default="playground", help="encoder, as in bench train (default: %(default)s)")
     parser.add_argument("--device", help="cuda, cpu, …; the best one there is by default")
     parser.add_argument("--json", type=Path, help="write the results to this file")
@@ -133,7 +134,7 @@ def _mine_options(parser: argparse.ArgumentParser) -> None:
 def _threads_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(bench_run=_threads)
     parser.add_argument("--rows", type=int, default=20_000, help="default: %(default)s")
-    parser.add_argument("--kinds", default="flat,hnsw,ivfpq", help="default: %(default)s")
+    parser.add_argument("--kinds", default=",".join(index_kinds()), help="default: %(default)s")
     parser.add_argument("--storage", default="float32", help="default: %(default)s")
     parser.add_argument("--queries", type=int, default=320, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=16, help="default: %(default)s")
@@ -151,7 +152,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(bench_run=_plan)
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--dim", type=int, required=True, help="width of the vectors")
-    parser.add_argument("--kind", default="ivfpq", help="flat, hnsw or ivfpq (default: %(default)s)")
+    parser.add_argument("--kind", choices=index_kinds(), default="ivfpq", help="default: %(default)s")
     parser.add_argument("--storage", default="int8", help="float32, float16 or int8 (default: %(default)s)")
     parser.add_argument("--shard-rows", type=int, help="rows of a shard; by default a single index")
     parser.add_argument(

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..index.registry import index_kinds
 from .options import data_options, encoder_dtype_option, model_options, read_table
 
 __all__ = ["add", "run"]
@@ -16,7 +17,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("index", help="build a retriever over a support set, look into one, or change one")
     parser.add_argument("retriever", help="folder of the retriever")
     parser.add_argument(
-        "--kind", choices=("flat", "hnsw", "ivfpq"), default="flat", help="of a new retriever (default: %(default)s)"
+        "--kind", choices=index_kinds(), default="flat", help="of a new retriever (default: %(default)s)"
     )
     parser.add_argument(
         "--storage",

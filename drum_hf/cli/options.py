@@ -359,8 +359,9 @@ def write_json(path: Path | None, content: Any, **about: Any) -> None:
         about: for `write_manifest`.
     """
     if path is not None:
+        from ..utils.files import replacing_file
         from ..utils.manifest import manifest_beside
 
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with replacing_file(path) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         manifest_beside(path, **about)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ImageError, SavedFileError
 from ..types import content_key
-from ..utils.files import checksum, plain_schema, read_batches, writing
+from ..utils.files import checksum, plain_schema, read_batches, replacing_file, writing
 from .images import CHUNK, decode_as, image_column, image_dataset
 from .rows import COLUMNS, MappedRecords, Record, Records, arrow_rows, fingerprint_of, ids_of
 
@@ -67,20 +67,18 @@ def write_table(
                 compared.add(seen)
         return image
 
-    file.parent.mkdir(parents=True, exist_ok=True)
     schema = saved_schema(fingerprint, by_reference=references is not None)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        with pq.ParquetWriter(partial, schema) as writer, ThreadPoolExecutor(4) as decoders:
-            for start in range(0, len(records), CHUNK):
-                chunk = slice(start, start + CHUNK)
-                stored = list(decoders.map(whole, records[chunk], images[chunk]["image"]))
-                if references is not None:
-                    stored = [name and {"bytes": None, "path": name} for name in references[chunk]]  # type: ignore
-                writer.write_table(_arrow(records[chunk], stored, schema))
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        replacing_file(file) as partial,
+        pq.ParquetWriter(partial, schema) as writer,
+        ThreadPoolExecutor(4) as decoders,
+    ):
+        for start in range(0, len(records), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            stored = list(decoders.map(whole, records[chunk], images[chunk]["image"]))
+            if references is not None:
+                stored = [name and {"bytes": None, "path": name} for name in references[chunk]]  # type: ignore
+            writer.write_table(_arrow(records[chunk], stored, schema))
 
 
 def image_references(
@@ -229,15 +227,9 @@ def map_table(
         copy = folder / f"{name}.arrow"
         with contextlib.suppress(OSError, pa.ArrowException, ValueError, KeyError):  # there is none, or a broken one
             return _mapped(copy)
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{copy.name}.{os.getpid()}.partial"
-        try:
+        with replacing_file(copy) as partial:
             _copy(saved, image_root, partial)
             saved.refuse_other_rows(_mapped(partial).records)
-            os.replace(partial, copy)
-        finally:
-            partial.unlink(missing_ok=True)
     return _mapped(copy)
 
 

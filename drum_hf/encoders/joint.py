@@ -386,7 +386,7 @@ class JointEncoder(Transformer):
         self.save_config(output_path)
 
     @classmethod
-    def load(
+    def load(  # type: ignore[override]  # the platform hands over no `model_kwargs` of a folder
         cls,
         model_name_or_path: str,
         subfolder: str = "",

@@ -1,6 +1,7 @@
-"""Nearest neighbours by id: FAISS in one file, in shards, and on GPUs."""
+"""Nearest neighbours by id: FAISS in one file, in shards, and on GPUs; other kinds by registration."""
 
 from .demo_index import DemoIndex
-from .sharded import ShardedIndex, load_index, make_index
+from .registry import index_kinds, load_index, make_index, register_index
+from .sharded import ShardedIndex
 
-__all__ = ["DemoIndex", "ShardedIndex", "load_index", "make_index"]
+__all__ = ["DemoIndex", "ShardedIndex", "index_kinds", "load_index", "make_index", "register_index"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import threading
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,14 @@ from ..errors import (
     NonFiniteEmbeddingError,
     TooFewDemonstrationsError,
 )
+from ..utils.files import read_folder, replacing_folder
 from . import files as _index_files
 from .faiss_kinds import KINDS, STORAGES, Flat, Graph, IndexKind, Lists, Storage, rebuilt
-from .lock import SEARCHES, SharedLock
 
-__all__ = ["DemoIndex"]
+__all__ = ["DemoIndex", "SharedLock"]
 
-#: As they are saved, and what a save of format version 1 means that lacks them.
-_OPTIONS = {"hnsw_m": 32, "ef_construction": 200, "ef_search": 128, "pq_bytes": 64, "nprobe": 32, "refine": 128}
+#: As they are saved.
+_OPTIONS = ("storage", "hnsw_m", "ef_construction", "ef_search", "pq_bytes", "nprobe", "refine")
 
 #: Beyond these FAISS allocates or counts past what it can.
 _MOST = {"dimension": 1 << 20, "hnsw_m": 1 << 10}
@@ -39,6 +41,48 @@ _SLACK = 8
 _MAX_FETCH = 2048
 #: Floats in one block of host work (64 MiB).
 _BLOCK = 1 << 24
+
+
+#: Searches at once, over all indexes of the process. More than there are cores would take the interpreter from one
+#: another in the middle: with 16 threads on two cores that costs up to a third.
+SEARCHES = threading.BoundedSemaphore(os.cpu_count() or 1)
+
+
+class SharedLock:
+    """Many readers or one writer; a waiting writer goes before new readers."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Condition()
+        self._readers = 0
+        self._writers = 0  # waiting or writing
+        self._writing = False
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        with self._turn:
+            self._turn.wait_for(lambda: not self._writers)
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._readers -= 1
+                if self._writers:
+                    self._turn.notify_all()
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        with self._turn:
+            self._writers += 1
+            self._turn.wait_for(lambda: not self._readers and not self._writing)
+            self._writing = True
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._writing = False
+                self._writers -= 1
+                self._turn.notify_all()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +188,11 @@ class DemoIndex:
     def dimension(self) -> int:
         """Width of the vectors."""
         return self._dimension
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Name -> value of all that `DemoIndex` takes beside the dimension and the kind."""
+        return {name: getattr(self, name) for name in _OPTIONS}
 
     @property
     def ids(self) -> list[str]:
@@ -472,16 +521,25 @@ class DemoIndex:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write `vectors.safetensors` and `index.json`; removed rows are not in them (the index is compacted first).
 
-        The graph of `hnsw`, and lists and codes of `ivfpq`, are among the tensors, so that loading builds nothing.
+        The graph of `hnsw`, and lists and codes of `ivfpq`, are among the tensors, so that loading builds nothing. An
+        earlier index there is replaced at once: `load` gives the old one or the new, also after a kill.
+
+        Raises:
+            SavedFileError: the disk is full, or the folder can't be written.
         """
+        with replacing_folder(directory, owns=_index_files.OWNS) as folder:
+            self.write(folder)
+
+    def write(self, folder: Path) -> None:
+        """As `save`, file by file, into a folder that nobody reads yet."""
         while True:
             self.compact()
             with self._lock.reading():
                 if self._living_bits is not None:  # rows were removed in between
                     continue
-                options = {name: getattr(self, name) for name in ("kind", "storage", *_OPTIONS)}
-                entries = {"dimension": self._dimension, **options, "ids": self._row_ids, "groups": self._groups()}
-                _index_files.write(directory, self._structure.codes(), self._structure.state(), entries)
+                entries = {"dimension": self._dimension, "kind": self.kind, **self.options}
+                entries |= {"ids": self._row_ids, "groups": self._groups()}
+                _index_files.write(folder, self._structure.codes(), self._structure.state(), entries)
                 return
 
     @classmethod
@@ -491,41 +549,33 @@ class DemoIndex:
         Args:
             mmap: leave the stored vectors in their file, and read from it what a search looks at: every row of
                 `flat`, some hundred of `ivfpq`, whose lists and codes are in memory. Rows can be removed, but not
-                added; the file must stay as it is.
+                added.
 
         Raises:
             SavedFileError: a file is missing or altered, does not fit the other, or has an unknown format version.
-            ValueError: `mmap` of an `hnsw` index, which walks over its vectors, or of a save of format version 1.
+            ValueError: `mmap` of an `hnsw` index, which walks over its vectors.
         """
-        with _index_files.reading(directory) as saved:
-            meta = saved.meta
-            options = {name: meta.get(name, default) for name, default in _OPTIONS.items()}
-            try:
-                kind, storage = meta["kind"], meta.get("storage", "float32")
-                index = cls(meta["dimension"], kind=kind, storage=storage, **options)
-            except ValueError as error:
-                raise _index_files.broken(Path(directory, _index_files.META), str(error)) from error
-            ids, groups = meta["ids"], meta["groups"]
-            if mmap and (kind == "hnsw" or saved.version == 1):
-                raise ValueError(
-                    f"mmap=True is for flat and ivfpq, saved in format version 2; {directory} holds {kind!r} of "
-                    f"version {saved.version}: load it without mmap, or build it as ivfpq"
-                )
-            if saved.version == 1:  # held no graph, but the batches that it was built from
-                index._add_batches(ids, groups, meta["batches"], saved.vectors())
-            else:
-                try:
-                    index._structure.restore(saved.blocks(), saved.state(), saved.mapped() if mmap else None)
-                except ValueError as error:
-                    raise _index_files.broken(Path(directory, _index_files.VECTORS), str(error)) from error
-                index._note(ids, groups)
-        return index
+        return read_folder(directory, _index_files.META, lambda folder: cls._read(folder, mmap))
 
-    def _add_batches(self, ids: list[str], groups: list[str | None], sizes: list[int], vectors: np.ndarray) -> None:
-        start = 0
-        for size in sizes:
-            rows = slice(start, start := start + size)
-            self._add(ids[rows], vectors[rows], groups[rows])
+    @classmethod
+    def _read(cls, folder: Path, mmap: bool) -> DemoIndex:
+        with _index_files.reading(folder) as saved:
+            meta = saved.meta
+            try:
+                index = cls(meta["dimension"], kind=meta["kind"], **{name: meta[name] for name in _OPTIONS})
+            except ValueError as error:
+                raise _index_files.broken(folder / _index_files.META, str(error)) from error
+            if mmap and index.kind == "hnsw":
+                raise ValueError(
+                    f"mmap=True is for flat and ivfpq, {folder} holds 'hnsw': load it without mmap, or build it as "
+                    "ivfpq"
+                )
+            try:
+                index._structure.restore(saved.blocks(), saved.state(), saved.mapped() if mmap else None)
+            except ValueError as error:
+                raise _index_files.broken(folder / _index_files.VECTORS, str(error)) from error
+            index._note(meta["ids"], meta["groups"])
+        return index
 
     # Helpers
 

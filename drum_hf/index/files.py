@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,22 +12,21 @@ from typing import Any
 import numpy as np
 
 from ..errors import SavedFileError
-from ..utils.files import refuse_special, writing
+from ..utils.files import leads_outside, read_json, refuse_special
 from .faiss_kinds import CODES
 
-#: 1 held float32 vectors alone and the sizes of the batches that a graph is built from; 2 holds the graph.
 _FORMAT_VERSION = 2
 VECTORS, META = "vectors.safetensors", "index.json"
-#: Of ids, groups and parameters; earlier files have none.
-_ENTRIES_SUM = "entries_sha256"
-_ENTRIES: dict[str, type] = dict.fromkeys(("kind", "vectors_sha256"), str)
-_ENTRIES |= dict.fromkeys(("dimension", "hnsw_m", "ef_construction", "ef_search"), int)
+FILES = (VECTORS, META)
+#: The list of an index in shards, and what an index of either kind consists of.
+SHARDS = "shards.json"
+OWNS = (*FILES, SHARDS, "shard-[0-9][0-9][0-9][0-9][0-9]")
+_ENTRIES: dict[str, type] = dict.fromkeys(("kind", "storage", "vectors_sha256", "entries_sha256"), str)
+_ENTRIES |= dict.fromkeys(("format_version", "dimension", "hnsw_m", "ef_construction", "ef_search"), int)
+_ENTRIES |= dict.fromkeys(("pq_bytes", "nprobe", "refine"), int)
 _ENTRIES |= dict.fromkeys(("ids", "groups"), list)
-#: What either version has beside these.
-_MORE: dict[int, dict[str, type]] = {
-    1: {"batches": list},
-    2: {"storage": str} | dict.fromkeys(("pq_bytes", "nprobe", "refine"), int),
-}
+#: Bytes of the JSON file, at most, in any case and for each row: its id and its group.
+_MOST_META, _MOST_OF_ROW = 1 << 20, 8 << 10
 _DTYPES = {np.float32: "F32", np.float16: "F16", np.uint8: "U8", np.int32: "I32", np.int64: "I64"}
 #: Rows read at once, so that a large file is never in memory beside the index that is made of it.
 _BLOCK = 1 << 16
@@ -37,32 +34,22 @@ _BLOCK = 1 << 16
 _ROUNDING = 1e-2
 
 
-def write(
-    directory: str | os.PathLike[str], vectors: np.ndarray, state: Mapping[str, np.ndarray], entries: dict[str, Any]
-) -> None:
-    """Write stored vectors of shape (n, dimension), further tensors, and what belongs to them as JSON.
-
-    Each file is written aside and renamed, so that a killed save leaves whole files; should it leave a new one beside
-    an old one, `reading` says so.
-    """
-    folder = Path(directory)
+def write(folder: Path, vectors: np.ndarray, state: Mapping[str, np.ndarray], entries: dict[str, Any]) -> None:
+    """Write stored vectors of shape (n, dimension), further tensors, and what belongs to them as JSON."""
     tensors = {"vectors": vectors, **state}
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(np.ascontiguousarray(tensors[name]).data)
-    sums = {"vectors_sha256": digest.hexdigest(), _ENTRIES_SUM: entries_sum(entries)}
+    sums = {"vectors_sha256": digest.hexdigest(), "entries_sha256": entries_sum(entries)}
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_tensors(folder / VECTORS, tensors)
     meta = {"format_version": _FORMAT_VERSION, **sums, **entries}
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with _replacing(folder / VECTORS) as path:
-            _write_tensors(path, tensors)
-        with _replacing(folder / META) as path:
-            path.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
 def entries_sum(meta: Mapping[str, Any]) -> str:
     """SHA-256 of all that stands in the JSON file, its other checksum and its version aside."""
-    entries = {key: meta[key] for key in meta.keys() - {"format_version", "vectors_sha256", _ENTRIES_SUM}}
+    entries = {key: meta[key] for key in meta.keys() - {"format_version", "vectors_sha256", "entries_sha256"}}
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
@@ -90,17 +77,13 @@ class Saved:
     def __init__(self, meta: dict[str, Any], file: Any, path: Path) -> None:
         self.meta, self._file, self._path = meta, file, path
 
-    @property
-    def version(self) -> int:
-        return self.meta["format_version"]
-
     def vectors(self) -> np.ndarray:
         """All stored vectors: (n, dimension)."""
         return self._file.get_tensor("vectors")
 
     def mapped(self) -> np.ndarray:
         """As `vectors`, read from the file only where they are looked at."""
-        dtype = CODES[self.meta.get("storage", "float32")]
+        dtype = CODES[self.meta["storage"]]
         rows = len(self.meta["ids"])
         if not rows:
             return self.vectors()
@@ -123,13 +106,14 @@ class Saved:
 
 
 @contextlib.contextmanager
-def reading(directory: str | os.PathLike[str]) -> Iterator[Saved]:
+def reading(folder: Path) -> Iterator[Saved]:
     """What `write` wrote, its parts checked against one another."""
     from safetensors import SafetensorError, safe_open
 
-    folder = Path(directory)
-    meta = _read_meta(folder / META)
-    path, ids, groups = folder / VECTORS, meta["ids"], meta["groups"]
+    path = folder / VECTORS
+    for name in FILES:
+        if leads_outside(folder / name, folder):
+            raise broken(folder / name, "it is a link that leads out of the folder")
     try:
         refuse_special(path)
         file = safe_open(path, framework="numpy")
@@ -138,6 +122,9 @@ def reading(directory: str | os.PathLike[str]) -> Iterator[Saved]:
     except (OSError, SafetensorError, ValueError) as error:
         raise broken(path, f"the file is truncated or not safetensors ({error})") from error
     with file:
+        shape = file.get_slice("vectors").get_shape() if "vectors" in file.keys() else []  # noqa: SIM118
+        meta = _read_meta(folder / META, rows=shape[0] if shape else 0)
+        ids, groups = meta["ids"], meta["groups"]
         saved = Saved(meta, file, path)
         _check_vectors(path, file, meta)
         digest, sound = hashlib.sha256(), True
@@ -149,12 +136,10 @@ def reading(directory: str | os.PathLike[str]) -> Iterator[Saved]:
             raise broken(path, f"its content is not what {META} was saved with")
         if not sound:
             raise broken(path, "its vectors are not all finite and of length 1")
-        rows = sum(meta["batches"]) if saved.version == 1 else len(ids)
-        if len(groups) != len(ids) or rows != len(ids) or len(set(ids)) != len(ids):
-            fault = f"{len(ids)} ids ({len(set(ids))} unique) stand beside {len(groups)} groups and {rows} rows"
+        if len(groups) != len(ids) or len(set(ids)) != len(ids):
+            fault = f"{len(ids)} ids ({len(set(ids))} unique) stand beside {len(groups)} groups"
             raise broken(folder / META, fault)
-        noted = meta.get(_ENTRIES_SUM)
-        if noted is not None and noted != entries_sum(meta):
+        if meta["entries_sha256"] != entries_sum(meta):
             raise broken(folder / META, "an id, a group or a parameter is not what was saved")
         yield saved
 
@@ -172,49 +157,43 @@ def broken(path: Path, fault: str) -> SavedFileError:
     return SavedFileError(f"{path}: {fault}; restore the folder from where it was saved, or build the index anew")
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, flushed and renamed over it when the block ends well."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+def _read_meta(path: Path, *, rows: int) -> dict[str, Any]:
     try:
-        yield beside
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _read_meta(path: Path) -> dict[str, Any]:
-    try:
-        refuse_special(path)
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = read_json(path, limit=_MOST_META + _MOST_OF_ROW * rows)
     except FileNotFoundError as error:
         raise broken(path, "the file is missing") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise broken(path, f"the file can't be read as JSON ({error})") from error
     version = meta.get("format_version") if isinstance(meta, dict) else None
-    if not isinstance(version, int) or version not in _MORE:
+    if version != _FORMAT_VERSION:
         raise SavedFileError(
-            f"{path}: expected format version {_FORMAT_VERSION} or an older one, got {version!r}; update drum-hf, or "
-            "build the index anew"
+            f"{path}: expected format version {_FORMAT_VERSION}, got {version!r:.80}; update drum-hf, or build the "
+            "index anew"
         )
     sound = (
-        all(type(meta.get(key)) is expected for key, expected in (_ENTRIES | _MORE[version]).items())
-        and all(isinstance(id, str) for id in meta["ids"])
-        and all(group is None or isinstance(group, str) for group in meta["groups"])
-        and all(type(size) is int and size >= 0 for size in meta.get("batches", []))
+        meta.keys() == _ENTRIES.keys()
+        and all(type(meta[key]) is expected for key, expected in _ENTRIES.items())
+        and all(_is_text(id) for id in meta["ids"])
+        and all(group is None or _is_text(group) for group in meta["groups"])
     )
     if not sound:
-        raise broken(path, "an entry is missing or has another type than DemoIndex.save wrote")
+        raise broken(path, "an entry is missing, unknown, or has another type than DemoIndex.save wrote")
     return meta
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it can be written again: JSON may hold halves of characters."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _check_vectors(path: Path, file: Any, meta: dict[str, Any]) -> None:
     flat = [name for name in file.keys() if not file.get_slice(name).get_shape()]  # noqa: SIM118
     if flat:
         raise broken(path, f"its tensor {flat[0]!r} has no rows")
-    wanted = CODES.get(meta.get("storage", "float32"), np.float32)
+    wanted = CODES.get(meta["storage"], np.float32)
     names = {np.float32: "F32", np.float16: "F16", np.uint8: "U8"}
     shape = [len(meta["ids"]), meta["dimension"]]
     tensor = file.get_slice("vectors") if "vectors" in file.keys() else None  # noqa: SIM118

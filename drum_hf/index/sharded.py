@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -21,16 +19,16 @@ from ..errors import (
     SavedFileError,
     TooFewDemonstrationsError,
 )
-from ..utils.files import refuse_special, writing
-from .demo_index import DemoIndex
-from .lock import SharedLock
+from ..utils.files import leads_outside, read_folder, read_json, replacing_folder
+from .demo_index import DemoIndex, SharedLock
+from .files import OWNS, SHARDS
 
-__all__ = ["SHARD_ROWS", "AnyIndex", "ShardedIndex", "load_index", "make_index"]
+__all__ = ["SHARD_ROWS", "ShardedIndex"]
 
 #: Rows of a shard: a million 1,536-d vectors are 1.5 GB as int8, 3 GB as float16 (our choice).
 SHARD_ROWS = 1_000_000
 _FORMAT_VERSION = 1
-_META = "shards.json"
+_ENTRIES = {"format_version": int, "dimension": int, "shard_rows": int, "options": dict, "shards": list}
 
 
 class ShardedIndex:
@@ -232,66 +230,51 @@ class ShardedIndex:
             SavedFileError: the folder holds files.
             DimensionMismatchError, DuplicateIdError, NonFiniteEmbeddingError: as in `DemoIndex.add`.
         """
-        folder = Path(directory)
-        if folder.exists() and any(folder.iterdir()):
-            raise SavedFileError(f"expected a new or empty folder to build into; {folder} holds files")
-        folder.mkdir(parents=True, exist_ok=True)
+        target = Path(directory)
+        if target.exists() and any(target.iterdir()):
+            raise SavedFileError(f"expected a new or empty folder to build into; {target} holds files")
         current, number = cls(dimension, shard_rows=shard_rows, **options), 0
         seen: set[str] = set()
-        for ids, vectors, groups in blocks:
-            twice = [id for id in ids if id in seen]
-            if twice:
-                raise DuplicateIdError(
-                    f"expected ids that are unique, but {twice[0]!r} came twice; give it another id"
-                )
-            seen.update(ids)
-            current.add(ids, vectors, groups)
-            while len(current.shards) > 1 or (current.shards and current._taken[0] == shard_rows):
-                current.shards.pop(0).save(folder / _shard_name(number))
-                current._taken.pop(0)
+        with replacing_folder(target, owns=OWNS) as folder:
+            for ids, vectors, groups in blocks:
+                twice = [id for id in ids if id in seen]
+                if twice:
+                    raise DuplicateIdError(
+                        f"expected ids that are unique, but {twice[0]!r} came twice; give it another id"
+                    )
+                seen.update(ids)
+                current.add(ids, vectors, groups)
+                while len(current.shards) > 1 or (current.shards and current._taken[0] == shard_rows):
+                    current.shards.pop(0).write(folder / _shard_name(number))
+                    current._taken.pop(0)
+                    number += 1
+            for shard in current.shards:
+                shard.write(folder / _shard_name(number))
                 number += 1
-        for shard in current.shards:
-            shard.save(folder / _shard_name(number))
-            number += 1
-        current._write_meta(folder, [_shard_name(i) for i in range(number)])
+            current._write_meta(folder, number)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write each shard as `DemoIndex.save` does into a folder of its own, and `shards.json`, which lists them.
+        """Write each shard as `DemoIndex.save` does into a separate folder, and `shards.json`, which lists them.
 
-        All are written aside first, so that an earlier save there outlives a full disk; and a save that was killed
-        while they were moved into place does not load.
+        An earlier index there is replaced at once, as by `DemoIndex.save`.
 
         Raises:
             SavedFileError: the disk is full, or the folder can't be written.
         """
         self.compact()
-        folder = Path(directory)
-        with self._lock.reading(), writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as made:
-                partial = Path(made)
-                names = [_shard_name(number) for number in range(len(self.shards))]
-                for name, shard in zip(names, self.shards, strict=True):
-                    shard.save(partial / name)
-                self._write_meta(partial, names)
-                (folder / _META).unlink(missing_ok=True)
-                for earlier in folder.glob("shard-*"):
-                    shutil.rmtree(earlier)
-                for name in (*names, _META):
-                    os.replace(partial / name, folder / name)
+        with self._lock.reading(), replacing_folder(directory, owns=OWNS) as folder:
+            for number, shard in enumerate(self.shards):
+                shard.write(folder / _shard_name(number))
+            self._write_meta(folder, len(self.shards))
 
-    def _write_meta(self, folder: Path, names: list[str]) -> None:
+    def _write_meta(self, folder: Path, count: int) -> None:
         meta: dict[str, Any] = {"format_version": _FORMAT_VERSION, "dimension": self._dimension}
         meta |= {
             "shard_rows": self.shard_rows,
             "options": self.options | {"kind": self.kind, "storage": self.storage},
-            "shards": names,
+            "shards": [_shard_name(number) for number in range(count)],
         }
-        with writing(folder / _META):
-            folder.mkdir(parents=True, exist_ok=True)
-            beside = folder / f".{_META}.{os.getpid()}.tmp"
-            beside.write_text(json.dumps(meta, indent=1), encoding="utf-8")
-            os.replace(beside, folder / _META)
+        (folder / SHARDS).write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], *, mmap: bool = False) -> ShardedIndex:
@@ -304,27 +287,37 @@ class ShardedIndex:
             SavedFileError: a file is missing or altered, or two shards hold the same id.
             ValueError: `mmap` of an `hnsw` index.
         """
-        path = Path(directory, _META)
+        return read_folder(directory, SHARDS, lambda folder: cls._read(folder, mmap))
+
+    @classmethod
+    def _read(cls, folder: Path, mmap: bool) -> ShardedIndex:
+        path = folder / SHARDS
         remedy = "restore the folder from where it was saved, or build the index anew"
         try:
-            refuse_special(path)
-            meta = json.loads(path.read_text(encoding="utf-8"))
+            meta = read_json(path)
+            if not isinstance(meta, dict) or meta.keys() != _ENTRIES.keys():
+                raise ValueError(f"expected the entries {', '.join(_ENTRIES)}")
+            wrong = [key for key, kind in _ENTRIES.items() if type(meta[key]) is not kind]
+            if wrong:
+                raise ValueError(f"{wrong[0]!r} is of another type")
             if meta["format_version"] != _FORMAT_VERSION:
                 raise ValueError(f"format version {meta['format_version']!r}")
             names = meta["shards"]
             if names != [_shard_name(number) for number in range(len(names))]:  # nothing outside the folder is read
                 raise ValueError("shards of other names")
+            if any(leads_outside(folder / name, folder) for name in names):
+                raise ValueError("a shard is a link that leads out of the folder")
             index = cls(meta["dimension"], shard_rows=meta["shard_rows"], **meta["options"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise SavedFileError(
                 f"{path}: expected what ShardedIndex.save wrote, in format version {_FORMAT_VERSION}; reading it "
                 f"failed ({error}); {remedy}"
             ) from error
-        index.shards = [DemoIndex.load(path.parent / name, mmap=mmap) for name in names]
+        index.shards = [DemoIndex.load(folder / name, mmap=mmap) for name in names]
         index._taken = [len(shard) for shard in index.shards]
         for name, shard in zip(names, index.shards, strict=True):
             if (shard.dimension, shard.kind, shard.storage) != (index.dimension, index.kind, index.storage):
-                raise SavedFileError(f"{path.parent / name}: {shard!r} is no shard of {index!r}; {remedy}")
+                raise SavedFileError(f"{folder / name}: {shard!r} is no shard of {index!r}; {remedy}")
         ids = index.ids
         if len(set(ids)) < len(ids):
             raise SavedFileError(f"{path}: an id is in two shards; {remedy}")
@@ -336,22 +329,6 @@ class ShardedIndex:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=SharedLock())
-
-
-AnyIndex: TypeAlias = DemoIndex | ShardedIndex
-
-
-def make_index(dimension: int, *, shard_rows: int | None = None, **options: Any) -> AnyIndex:
-    """An empty index: in shards of `shard_rows`, or in one piece; arguments and errors as of the two classes."""
-    if shard_rows is None:
-        return DemoIndex(dimension, **options)
-    return ShardedIndex(dimension, shard_rows=shard_rows, **options)
-
-
-def load_index(directory: str | os.PathLike[str], *, mmap: bool = False) -> AnyIndex:
-    """Read an index that was saved, in shards or in one piece; arguments and errors as of the two classes' `load`."""
-    in_shards = Path(directory, _META).exists()
-    return (ShardedIndex if in_shards else DemoIndex).load(directory, mmap=mmap)
 
 
 def _shard_name(number: int) -> str:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from ..data import TripletTable, load_table
-from ..errors import ColumnError, DimensionMismatchError
-from ..index.sharded import AnyIndex, ShardedIndex, make_index
+from ..encoders.adapters import active_adapter, adapter_names, merge_adapter, use
+from ..errors import ColumnError, DimensionMismatchError, MissingIdError
+from ..index.registry import check_index, index_kinds, make_index
 from ..selection import Candidates, Selector, TopN, choose, get_selector
-from ..types import LVLM, Demonstration, ICLRequest, Query, Retrieval
+from ..types import LVLM, Demonstration, ICLRequest, Query, Retrieval, VectorIndex
+from ..utils import hub as _hub
+from ..utils.files import replacing_folder
+from . import saving as _saved
 from .queries import Queries, SizedItems, as_item, as_queries, as_rows, in_chunks, is_single, name_query
-from .sharing import Shared
-from .swapping import Swappable
+from .saving import Images, SavedForm
 
 if TYPE_CHECKING:
     import datasets
@@ -30,8 +34,6 @@ if TYPE_CHECKING:
     from ..encoders.joint import JointEncoder
 
 __all__ = ["PART_WEIGHTS", "DemoRetriever"]
-
-logger = logging.getLogger(__name__)
 
 #: What is compared, by the names that the literature gives it -> weights of image, prompt and response: similar image,
 #: similar text (the prompt), both, and any of these with the LVLM's draft against the demonstrations' responses.
@@ -45,7 +47,7 @@ PART_WEIGHTS: dict[str, tuple[float, float, float]] = {
 }
 
 
-class DemoRetriever(Shared, Swappable):
+class DemoRetriever:
     """Finds the demonstrations of a support set that an LVLM needs in its context for a query.
 
     Queries are embedded as (image, prompt, draft), demonstrations as (image, prompt, response); the nearest by dot
@@ -57,8 +59,12 @@ class DemoRetriever(Shared, Swappable):
         support: the demonstrations.
         support_encoder: another one, which embeds the demonstrations, while `encoder` embeds the queries. None:
             `encoder` embeds both. See `freeze_support`.
-        index_kind: "flat" (exact), "hnsw" or "ivfpq"; see [`DemoIndex`][drum_hf.index.demo_index.DemoIndex].
-        index_options: further arguments of `DemoIndex`; with `shard_rows`, of a
+        index: your own, of any class that fulfils [`VectorIndex`][drum_hf.types.VectorIndex]: empty, or holding the
+            support set's vectors as this encoder gives them. It is emptied and filled again when the encoder has
+            changed. None: one of `index_kind` is made.
+        index_kind: "flat" (exact), "hnsw" or "ivfpq" (see [`DemoIndex`][drum_hf.index.demo_index.DemoIndex]), or a
+            kind added by [`register_index`][drum_hf.index.registry.register_index].
+        index_options: further arguments of the kind: for these, of `DemoIndex`; with `shard_rows`, of a
             [`ShardedIndex`][drum_hf.index.sharded.ShardedIndex], which is embedded and built a shard at a time.
         draft_lvlm: writes a draft (zero-shot) for queries that come without one, where the strategy uses drafts.
         teacher: `name`, `revision`, `fingerprint` and `task` of the LVLM whose feedback trained the encoder.
@@ -70,12 +76,13 @@ class DemoRetriever(Shared, Swappable):
         teacher: as above, or None; may be set.
         draft_lvlm: as above, or None; may be set.
         card_data: further entries of the model card, such as `training` and `results`: see
-            [`render_card`][drum_hf.utils.model_card.render_card]. JSON-ready; saved with the retriever.
+            [`render_card`][drum_hf.retriever.card.render_card]. JSON-ready; saved with the retriever.
         plot: a PNG for the model card, or None; may be set, and is saved with the retriever.
 
     Raises:
         ValueError: an encoder that was not made by `build_encoder`.
-        DimensionMismatchError: two encoders of unlike width.
+        DimensionMismatchError: two encoders of unlike width, or an index of another width.
+        MissingIdError: an index that holds other ids than the support set.
 
     Example:
         >>> import tempfile
@@ -101,7 +108,8 @@ class DemoRetriever(Shared, Swappable):
         support: TripletTable,
         *,
         support_encoder: SentenceTransformer | None = None,
-        index_kind: str = "flat",
+        index: VectorIndex | None = None,
+        index_kind: str | None = None,
         index_options: Mapping[str, Any] | None = None,
         draft_lvlm: LVLM | None = None,
         teacher: Mapping[str, Any] | None = None,
@@ -120,8 +128,17 @@ class DemoRetriever(Shared, Swappable):
                 )
         self._encoder, self._support_encoder = encoder, support_encoder
         self._support = load_table(support)
-        self.index_kind, self.index_options = index_kind, dict(index_options or {})
-        make_index(1, kind=index_kind, **self.index_options)  # refused now, not after encoding
+        self.index_kind: str | None = index_kind or "flat"
+        self.index_options = dict(index_options or {})
+        if index is None:
+            check_index(self.index_kind, self.index_options)  # refused now, not after encoding
+        elif index_kind is not None or index_options is not None:
+            raise ValueError("expected index=, or index_kind= and index_options= to make one, got both; leave one out")
+        else:
+            _refuse_other_vectors(index, self._support, encoder.get_embedding_dimension())
+            kind = getattr(index, "kind", None)
+            self.index_kind = kind if kind in index_kinds() else None
+            self.index_options = dict(getattr(index, "options", None) or {})
         self.draft_lvlm = draft_lvlm
         self.teacher: dict[str, Any] | None = dict(teacher) if teacher else None
         self.base_model = base_model or self._module.base_model
@@ -129,8 +146,12 @@ class DemoRetriever(Shared, Swappable):
         self.top_k, self.batch_size = top_k, batch_size
         self.card_data: dict[str, Any] = {}
         self.plot: bytes | None = None
-        self._set_aside = {}
-        self._index: AnyIndex | None = None  # None: to be built when next needed
+        #: Name of an adapter -> what belongs to it while another is in use.
+        self._set_aside: dict[str | None, _saved.Adapter] = {}
+        self._own_index = index
+        self._index: VectorIndex | None = (
+            index if index is not None and len(index) else None
+        )  # None: to be built when next needed
         # Tokenizers keep the padding of a call as state: one thread encodes at a time.
         self._lock = threading.RLock()
 
@@ -145,7 +166,8 @@ class DemoRetriever(Shared, Swappable):
         learn_weights: bool | None = None,
         lora: bool | LoraConfig = False,
         dtype: str | torch.dtype | None = None,
-        index_kind: str = "flat",
+        index: VectorIndex | None = None,
+        index_kind: str | None = None,
         index_options: Mapping[str, Any] | None = None,
         draft_lvlm: LVLM | None = None,
         teacher: Mapping[str, Any] | None = None,
@@ -168,7 +190,7 @@ class DemoRetriever(Shared, Swappable):
             strategy: a name in `PART_WEIGHTS`, such as "si" or "sit". None: "sit+draft", or what the encoder has.
             weights: of image, prompt and response, instead of a strategy.
             learn_weights, lora, dtype, device: as in `build_encoder`.
-            index_kind, index_options, draft_lvlm, teacher, top_k, batch_size: as in the class.
+            index, index_kind, index_options, draft_lvlm, teacher, top_k, batch_size: as in the class.
             revision, token, cache_dir, local_files_only, force_download, trust_remote_code: as everywhere in
                 transformers.
 
@@ -208,6 +230,7 @@ class DemoRetriever(Shared, Swappable):
         retriever = cls(
             encoder,
             table,
+            index=index,
             index_kind=index_kind,
             index_options=index_options,
             draft_lvlm=draft_lvlm,
@@ -244,7 +267,7 @@ class DemoRetriever(Shared, Swappable):
         return self._support
 
     @property
-    def index(self) -> AnyIndex:
+    def index(self) -> VectorIndex:
         """The support set's vectors; embeds them first if that is due."""
         with self._lock:
             if self._index is None:
@@ -278,7 +301,7 @@ class DemoRetriever(Shared, Swappable):
         teacher = f", teacher={self.teacher.get('name')!r}" if self.teacher else ""
         return (
             f"DemoRetriever({self.base_model!r}, strategy={self.strategy!r}, {len(self)} demonstrations, "
-            f"index={self.index_kind!r}{teacher})"
+            f"index={self.index_kind or type(self._own_index).__name__!r}{teacher})"
         )
 
     # Retrieving
@@ -540,10 +563,16 @@ class DemoRetriever(Shared, Swappable):
                 dimension) float32, in the order of the support set.
         """
         with self._lock:
-            width = self._encoder.get_embedding_dimension() or 0
-            index = make_index(width, kind=self.index_kind, **self.index_options)
+            index = self._own_index
+            if index is None:
+                assert self.index_kind is not None
+                width = self._encoder.get_embedding_dimension() or 0
+                index = make_index(width, kind=self.index_kind, **self.index_options)
+            self._index = None  # should the next lines fail, it is neither the old one nor the new
+            if len(index):
+                index.remove(index.ids)
             ids, groups = self._support.ids, self._support.groups
-            step = index.shard_rows if isinstance(index, ShardedIndex) else len(ids)
+            step = getattr(index, "shard_rows", None) or len(ids)
             for start in range(0, len(ids), step):
                 part = slice(start, start + step)
                 known = self.encode_support(ids[part]) if vectors is None else vectors[part]
@@ -579,6 +608,304 @@ class DemoRetriever(Shared, Swappable):
                 self._index.remove(ids)
             self._support = support
 
+    # Adapters: several on one base model, swapped while it is loaded, or merged
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the LoRA adapters that are loaded; the one that the retriever came with is called "default"."""
+        return adapter_names(self._module)
+
+    @property
+    def active_adapter(self) -> str | None:
+        """Name of the adapter in use; None: the base model alone, or an encoder that was trained whole."""
+        return active_adapter(self._module)
+
+    def load_adapter(
+        self,
+        name_or_path: str | os.PathLike[str],
+        name: str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> None:
+        """Load the adapter of another retriever on the same base model; `set_adapter` puts it to use.
+
+        Of that retriever, only encoder, teacher and card are read: the support set stays the one that is here.
+
+        Args:
+            name_or_path: folder or Hub id of a retriever whose encoder was saved as an adapter.
+            name: what to call it here.
+            revision, token, cache_dir, local_files_only, force_download: as in `from_pretrained`.
+
+        Raises:
+            SavedFileError: it has no adapter, or one of another base model, or its files are not as they were saved.
+            HubError: it can't be fetched.
+            ValueError: the name is taken.
+        """
+        folder = _saved.locate(
+            name_or_path,
+            parts=(_saved.ENCODER, _saved.PLOT),
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        with self._lock:
+            self._set_aside[name] = _saved.load_adapter(folder, self._module, name)
+
+    def set_adapter(self, name: str | None) -> None:
+        """Put a loaded adapter to use, with the weights of the parts and the teacher that belong to it.
+
+        The support set is embedded anew when it is next needed: vectors of one adapter mean nothing to another.
+
+        Args:
+            name: of the adapter; None: the base model alone.
+
+        Raises:
+            ValueError: no adapter of that name is loaded.
+        """
+        with self._lock:
+            used = self.active_adapter
+            if name == used:
+                return
+            use(self._module, name)
+            log_weights = self._module.log_weight_list
+            self._set_aside[used] = _saved.Adapter(log_weights, self.teacher, self.card_data, self.plot)
+            aside = self._set_aside.get(name) or _saved.Adapter(log_weights)
+            self.teacher, self.card_data, self.plot = aside.teacher, aside.card_data, aside.plot
+            self._module.log_weight_list = aside.log_weights
+            self.mark_stale()
+
+    def merge_adapters(self) -> None:
+        """Put the adapter in use into the weights, which are then saved whole; the others are forgotten.
+
+        Embeddings stay as they are to within rounding, so the index stays, too. Without an adapter in use, the base
+        model is what remains.
+        """
+        with self._lock:
+            merge_adapter(self._module)
+            self._set_aside.clear()
+
+    # Files
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        form: SavedForm | None = None,
+        include_support: bool = True,
+        include_index: bool = True,
+        images: Images = "embedded",
+        image_root: str | os.PathLike[str] | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **hub: Any,
+    ) -> None:
+        """Write a folder from which `from_pretrained` makes the same retriever: safetensors, JSON and parquet.
+
+        `drum_config.json` lists every other file with its SHA-256, but for the card, which may be edited, and the run
+        manifest. An earlier retriever in the directory is replaced at once: `from_pretrained` gives the old one or the
+        new, also after a kill, or while several processes save there. Files that are no retriever's stay.
+
+        Args:
+            directory: made where it is missing.
+            form: "adapter" writes the LoRA adapter alone, and its base model's name and commit; "full" the whole
+                encoder, with the adapter in its weights. None: the adapter where one is in use.
+            include_support: False leaves the rows out: `from_pretrained` then needs `support=`. Their ids and vectors
+                are written all the same.
+            include_index: False leaves the vectors out: the support set is then embedded when it is first needed.
+            images: "embedded" in the support set's file; or by "reference", as paths, for pictures that may not be
+                passed on, or lie where the retriever is used: `from_pretrained` then needs `image_root=`.
+            image_root: with images by reference: the folder that paths are relative to. None: the innermost that
+                holds them all.
+            push_to_hub: upload as well, to `repo_id` (by default the directory's name).
+            **hub: as in the method `push_to_hub`.
+
+        Raises:
+            ValueError: form="adapter" where no adapter is in use.
+            ImageError: a picture to be referred to is not a file, or lies outside `image_root`.
+            SavedFileError: the disk is full, or the folder can't be written.
+        """
+        what: dict[str, Any] = {"form": form, "include_support": include_support, "include_index": include_index}
+        what |= {"images": images, "image_root": image_root}
+        folder = Path(directory)
+        with self._lock:
+            state = self._state(include_index)  # embedded before others are kept waiting
+            with replacing_folder(folder, owns=_saved.OWNS) as partial:
+                _saved.write(state, partial, **what, repo_id=repo_id)
+        if push_to_hub:
+            self.push_to_hub(repo_id or folder.resolve().name, **what, **hub)
+        elif hub:
+            raise ValueError(f"{', '.join(hub)} only count with push_to_hub=True")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        form: SavedForm | None = None,
+        include_support: bool = True,
+        include_index: bool = True,
+        images: Images = "embedded",
+        image_root: str | os.PathLike[str] | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload to the Hub, in one commit that replaces an earlier retriever there.
+
+        The support set is uploaded with it: mind its license, or pass `include_support=False`, or
+        `images="reference"`. Of an LVLM or base model in a folder of this machine, only the folder's last name is
+        published.
+
+        Args:
+            repo_id: "name" or "owner/name"; made where it is missing.
+            form: as in `save_pretrained`; but None: the adapter where one is in use whose base model is not a folder
+                of this machine, so that others have it, too.
+            include_support, include_index, images, image_root: as in `save_pretrained`.
+            private: for a new repository; None: as the owner's settings have it.
+            token: None: that of `hf auth login`.
+            commit_message: a default where left out.
+            revision: branch to commit to; made where it is missing.
+            create_pr: open a pull request instead of committing.
+
+        Returns:
+            The address of the commit or pull request.
+
+        Raises:
+            HubError: the Hub refused; the message says what to do.
+        """
+        repo_id = _hub.make_repository(repo_id, private=private, token=token)
+        with tempfile.TemporaryDirectory() as made, self._lock:
+            _saved.write(
+                self._state(include_index),
+                Path(made),
+                form=form,
+                include_support=include_support,
+                include_index=include_index,
+                images=images,
+                image_root=image_root,
+                repo_id=repo_id,
+                published=True,
+            )
+            return _hub.commit_folder(
+                repo_id,
+                Path(made),
+                message=commit_message or "Upload a drum-hf retriever",
+                replaces=_saved.patterns(),
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        support: TripletTable | datasets.Dataset | Sequence[Mapping[str, Any]] | str | os.PathLike[str] | None = None,
+        image_root: str | os.PathLike[str] | None = None,
+        base_model: str | os.PathLike[str] | None = None,
+        index: VectorIndex | None = None,
+        draft_lvlm: LVLM | None = None,
+        batch_size: int = 64,
+        mmap: bool = False,
+        device: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        trust_remote_code: bool = False,
+    ) -> DemoRetriever:
+        """Load a retriever from a folder or the Hub: results are as before it was saved.
+
+        Its files may be untrusted: only those that a retriever consists of are read, each compared with its checksum,
+        and nothing outside the folder but the base model of an adapter.
+
+        Args:
+            name_or_path: a folder, or a repository on the Hub.
+            support: another support set; it is embedded anew, unless it is the very one that was saved. Needed where
+                the retriever was saved without one.
+            image_root: where the pictures lie of a support set that was saved with images by reference.
+            base_model: where the base model of a LoRA encoder lies on this machine, or its name on the Hub, instead of
+                the one recorded; it is recorded from then on. Left aside where the encoder was saved whole.
+            index: your own, in place of the one that was saved; as in the class.
+            draft_lvlm, batch_size, device: as in the class.
+            mmap: leave the index's vectors, and the support set's rows and images, in files; see
+                [`DemoIndex.load`][drum_hf.index.demo_index.DemoIndex.load] and
+                [`TripletTable.load`][drum_hf.data.TripletTable.load]. Demonstrations can then be removed, and added
+                where the index is in shards (`shard_rows` among its options).
+            revision: branch, tag or commit on the Hub.
+            token, cache_dir, local_files_only, force_download: as everywhere on the Hub; for the base model of a LoRA
+                encoder, too.
+            trust_remote_code: run code from the base model's repository. Nothing needs it.
+
+        Raises:
+            HubError: there is no such repository, it may not be seen, or it is not in the cache and no request may be
+                made; the message says what to do.
+            SavedFileError: a file is missing, altered, unknown, or of a later format version; or the files don't fit
+                one another.
+            DimensionMismatchError: the index holds vectors of another width than the encoder's.
+            ValueError: `mmap` of an `hnsw` index, which can't be mapped.
+        """
+        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        hub["force_download"] = force_download
+        folder = _saved.locate(name_or_path, revision=revision, **hub)
+        saved = _saved.load(
+            folder,
+            support=None if support is None else load_table(support),
+            index=index,
+            image_root=image_root,
+            mmap=mmap,
+            base_model=base_model,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            **hub,
+        )
+        retriever = cls(
+            saved.encoder,
+            saved.support,
+            support_encoder=saved.support_encoder,
+            index=index,
+            index_kind=saved.index_kind if index is None else None,
+            index_options=saved.index_options if index is None else None,
+            draft_lvlm=draft_lvlm,
+            teacher=saved.teacher,
+            base_model=saved.base_model,
+            base_revision=saved.base_revision,
+            top_k=saved.top_k,
+            batch_size=batch_size,
+        )
+        retriever.card_data, retriever.plot = saved.card_data, saved.plot
+        if index is None:
+            retriever._index = saved.index
+        return retriever
+
+    def _state(self, include_index: bool) -> _saved.SavedRetriever:
+        """What is saved of it."""
+        return _saved.SavedRetriever(
+            encoder=self._encoder,
+            support_encoder=self._support_encoder,
+            support=self._support,
+            index=self.index if include_index else None,
+            index_kind=self.index_kind,
+            index_options=self.index_options,
+            base_model=self.base_model,
+            base_revision=self.base_revision,
+            strategy=self.strategy,
+            weights=self.weights,
+            teacher=self.teacher,
+            top_k=self.top_k,
+            card_data=self.card_data,
+            plot=self.plot,
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lock": None}
 
@@ -597,4 +924,16 @@ def _refuse_other_encoders(encoder: Any) -> None:
         raise ValueError(
             f"expected a SentenceTransformer whose one module is a JointEncoder, got a {type(encoder).__name__}"
             f"{got}; make it with drum_hf.encoders.build_encoder, or give DemoRetriever.from_encoder a checkpoint"
+        )
+
+
+def _refuse_other_vectors(index: VectorIndex, support: TripletTable, width: int | None) -> None:
+    if index.dimension != width:
+        raise DimensionMismatchError(
+            f"expected an index of dimension {width}, the encoder's, got {index.dimension}; make it anew"
+        )
+    if len(index) and set(index.ids) != set(support.ids):
+        raise MissingIdError(
+            f"expected an index that is empty or holds the {len(support)} ids of the support set, got one with "
+            f"{len(index)} ids, some of them others; empty it, or give the support set that it was made of"
         )

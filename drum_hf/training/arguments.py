@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformerTrainingArguments
 
-from ..scores.sharding import Processes
+from ..scores.processes import Processes
 from .losses import InBatch, Weighting, check_loss
 from .methods import Method
 from .mining import FIRST_RANDOM_SHARE, SET_LEVEL_WEIGHT

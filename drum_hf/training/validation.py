@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..scores.feedback import Feedback
-from ..scores.sharding import ALONE, Processes
+from ..scores.processes import ALONE, Processes
 from ..types import Query
 from .mining import CandidateTable, mine_candidates
 

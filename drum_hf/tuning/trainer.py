@@ -23,10 +23,10 @@ from ..lvlm.local.processors import load_processor
 from ..training.checkpoints import WholeCheckpoints, last_checkpoint
 from ..utils.hub import commit_folder, commit_of, make_repository
 from ..utils.manifest import write_manifest
-from ..utils.model_card import render_tuned_card
 from ..utils.optional import loading, local_name, public_name, resolve_name
 from ..utils.safe_models import ADAPTER_CONFIG, find_model
 from .arguments import ICLTuningArguments
+from .card import render_tuned_card
 from .collator import MASKED, ConversationCollator, ConversationFormat
 from .episodes import Conversation, Mix, MixReport, check_disjoint
 from .modules import add_lora, freeze_vision

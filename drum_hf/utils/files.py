@@ -1,13 +1,24 @@
-"""Files that a stranger may have made: links stay in their folder, parquet and YAML can't swell in memory."""
+"""Untrusted files are read within bounds, and files and folders are replaced whole.
+
+Reading: links stay in their folder, JSON, parquet and YAML can't swell in memory. Writing: a reader, or a kill at any
+moment, finds the old content or the new.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fnmatch
 import hashlib
+import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import SavedFileError
 
@@ -23,11 +34,17 @@ __all__ = [
     "most_content",
     "plain_schema",
     "read_batches",
+    "read_folder",
+    "read_json",
     "read_parquet",
     "read_yaml",
     "refuse_special",
+    "replacing_file",
+    "replacing_folder",
     "writing",
 ]
+
+Result = TypeVar("Result")
 
 #: Rows read together: an image column's batch then stays far below Arrow's 2 GB an array.
 _ROWS = 256
@@ -36,6 +53,15 @@ _ROWS = 256
 _SWELL, _FREE = 100, 256 << 20
 #: In a whole YAML file; our choice, thousands of times what a configuration has.
 _MOST_VALUES = 1_000_000
+#: Bytes of a JSON file that describes something else; our choice, a hundred times what one has.
+_MOST_JSON = 16 << 20
+#: A save is written to a file or folder of this name and 16 hex digits, beside what it will replace.
+_PARTIAL = ".saving-"
+#: Names the folder that holds a complete save, from the moment it counts until it has been moved into place.
+_MARKER = ".saved"
+_LOCK = ".saving.lock"
+#: Seconds that a save waits for another of the same folder, and how often a reader begins anew.
+_PATIENCE, _ATTEMPTS = 600.0, 20
 
 
 def leads_outside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
@@ -108,6 +134,272 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
             f"{os.fspath(path)}: writing it failed ({error}); free space on the disk, or give a place that can be "
             "written"
         ) from error
+
+
+def read_json(file: str | os.PathLike[str], *, limit: int = _MOST_JSON) -> Any:
+    """What a JSON file of at most `limit` bytes holds.
+
+    Raises:
+        OSError, ValueError: it can't be read, is too large or too deep; the message says which.
+    """
+    refuse_special(file)
+    with open(file, "rb") as opened:
+        data = opened.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"expected at most {limit:,} bytes")
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+# Writing
+
+
+@contextlib.contextmanager
+def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path to write to, of the same suffix; when the block ends well, the file replaces the one at `path` at once.
+
+    A kill at any moment leaves the old file whole; what it leaves beside it goes with the next save in that folder.
+
+    Raises:
+        SavedFileError: the disk is full, or the place can't be written.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "scores.json"
+        >>> with replacing_file(path) as partial:
+        ...     _ = partial.write_text("[1, 2]")
+        >>> path.read_text()
+        '[1, 2]'
+    """
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clean_files(path.parent)
+        partial = path.with_name(f"{_PARTIAL}{secrets.token_hex(8)}{path.suffix}")
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            _try_lock(descriptor)  # tells others that its writer lives
+            yield partial
+            os.fsync(descriptor)
+            os.replace(partial, path)
+        finally:
+            _unlock(descriptor)
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: str | os.PathLike[str], *, owns: Sequence[str]) -> Iterator[Path]:
+    """An empty folder to write into; when the block ends well, its files replace an earlier save's, all at once.
+
+    The new files are first written to a folder within `folder`. A marker file, written last, makes it the one that
+    `read_folder` reads; then its files are moved into place and the marker is removed. A save that is killed before
+    the marker is written leaves the old files, one that is killed later is read from its own folder; the next save
+    removes what is left. Savers of one folder take turns, those of other processes too.
+
+    Args:
+        folder: made where it is missing.
+        owns: patterns for the names, at the top of the folder, that such a save may consist of. What an earlier save
+            left under them and this one did not write is removed; all other files stay.
+
+    Raises:
+        SavedFileError: the disk is full, the place can't be written, or another process keeps on writing it.
+    """
+    folder = Path(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _exclusive(folder):
+            earlier = _marked(folder)
+            for name in os.listdir(folder):
+                if _is_partial(name) and folder / name != earlier and (folder / name).is_dir():
+                    shutil.rmtree(folder / name, ignore_errors=True)
+            _clean_files(folder)
+            partial = folder / f"{_PARTIAL}{secrets.token_hex(8)}"
+            partial.mkdir()
+            try:
+                yield partial
+                made = sorted(path.relative_to(partial) for path in partial.rglob("*") if path.is_file())
+                for inner in made:
+                    _flush(partial / inner)
+                    _refuse_obstacle(folder, inner)
+                with replacing_file(folder / _MARKER) as marker:
+                    marker.write_text(partial.name, encoding="utf-8")
+            except BaseException:
+                if _marked(folder) != partial:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
+            _move_into_place(partial, folder, made, owns)
+            (folder / _MARKER).unlink()
+            for done in (partial, earlier):
+                if done is not None:
+                    shutil.rmtree(done, ignore_errors=True)
+
+
+def read_folder(folder: str | os.PathLike[str], key: str, read: Callable[[Path], Result]) -> Result:
+    """What `read` makes of the complete save in a folder that `replacing_folder` writes.
+
+    It is called again where the folder was saved anew meanwhile, so that what it gives is all of one save.
+
+    Args:
+        key: a file that every save of this kind writes.
+        read: is given the folder that holds the files; fails where they don't fit one another.
+
+    Raises:
+        SavedFileError: it was saved anew each time; or whatever `read` raises.
+    """
+    folder = Path(folder)
+    for attempt in range(_ATTEMPTS):
+        with contextlib.ExitStack() as stack:
+            if attempt > 1:  # have the savers wait, where that is possible
+                with contextlib.suppress(OSError):
+                    stack.enter_context(_exclusive(folder))
+            before = _state(folder, key)
+            try:
+                result = read(_marked(folder) or folder)
+            except Exception:
+                if _state(folder, key) == before:
+                    raise
+                continue
+            if _state(folder, key) == before:
+                return result
+    raise SavedFileError(f"{folder}: it was saved anew each of the {_ATTEMPTS} times it was read; try again later")
+
+
+def _is_partial(name: str) -> bool:
+    return re.fullmatch(re.escape(_PARTIAL) + r"[0-9a-f]{16}(\.\w+)?", name) is not None
+
+
+def _marked(folder: Path) -> Path | None:
+    """The folder of a save that is complete but not in place yet."""
+    try:
+        refuse_special(folder / _MARKER)
+        with open(folder / _MARKER, encoding="utf-8", errors="replace") as file:
+            name = file.read(64)
+    except OSError:
+        return None
+    place = folder / name
+    return place if _is_partial(name) and place.is_dir() and not place.is_symlink() else None
+
+
+def _state(folder: Path, key: str) -> Any:
+    """Changes with each save, when it begins to count and when it is in place."""
+    try:
+        about = os.stat(folder / key)
+        found = about.st_ino, about.st_mtime_ns, about.st_size
+    except (OSError, ValueError):
+        found = None
+    return _marked(folder), found
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _refuse_obstacle(folder: Path, name: Path) -> None:
+    """Raise OSError where the file can't be put: before the save counts, rather than after."""
+    for above in list(name.parents)[:-1]:
+        place = folder / above
+        if place.is_symlink() or (place.exists() and not place.is_dir()):
+            raise OSError(f"{place} is a link or a file, expected a folder")
+    if (folder / name).is_dir() and not (folder / name).is_symlink():
+        raise OSError(f"{folder / name} is a folder, expected a file")
+
+
+def _move_into_place(partial: Path, folder: Path, made: Sequence[Path], owns: Sequence[str]) -> None:
+    """Put the files of a complete save where they belong, in which it stays complete, and remove an earlier one's."""
+    beside = partial / f"{_PARTIAL}{secrets.token_hex(8)}"
+    for name in made:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(partial / name, beside)
+        except OSError:  # a file system without links
+            shutil.copy2(partial / name, beside)
+        os.replace(beside, folder / name)
+    for top in os.listdir(folder):
+        if not any(fnmatch.fnmatchcase(top, pattern) for pattern in owns):
+            continue
+        if (folder / top).is_dir() and not (folder / top).is_symlink():
+            for place, _, files in os.walk(folder / top, topdown=False):
+                for file in files:
+                    if Path(place, file).relative_to(folder) not in made:
+                        Path(place, file).unlink()
+                with contextlib.suppress(OSError):  # files of this save are in it
+                    os.rmdir(place)
+        elif Path(top) not in made:
+            (folder / top).unlink()
+
+
+def _clean_files(folder: Path) -> None:
+    """Remove partial files whose writers have gone."""
+    with os.scandir(folder) as entries:
+        left = [entry.path for entry in entries if _is_partial(entry.name) and entry.is_file(follow_symlinks=False)]
+    for path in left:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                if _try_lock(descriptor):
+                    os.unlink(path)
+            finally:
+                _unlock(descriptor)
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """One process and thread at a time; the lock of one that was killed is free.
+
+    Raises:
+        OSError: another has held it for too long, or the folder can't be written.
+    """
+    path, end = folder / _LOCK, time.monotonic() + _PATIENCE
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            mine = _try_lock(descriptor) and os.path.samestat(os.fstat(descriptor), os.stat(path))
+        except FileNotFoundError:  # the one before removed it
+            mine = False
+        if mine:
+            break
+        _unlock(descriptor)
+        if time.monotonic() > end:
+            raise TimeoutError(f"another process has been saving there for {_PATIENCE:.0f} seconds")
+        time.sleep(0.01)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        _unlock(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Whether nobody else holds the file's lock; it is then held here until `_unlock`."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)  # or there are no locks at all
+    return True
+
+
+def _unlock(descriptor: int) -> None:
+    """Close the file; its lock goes with it, also where a forked process holds the file open."""
+    with contextlib.suppress(OSError):
+        if os.name != "nt":
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
+
+
+# Parquet and YAML
 
 
 def check_size(file: str | os.PathLike[str], parquet: pq.ParquetFile) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .files import replacing_file
 from .optional import public_name
 from .redaction import redacted, shown_command
 
@@ -92,8 +93,8 @@ def write_manifest(
         "settings": redacted(dict(settings or {})),
     }
     path = Path(folder) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    with replacing_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
     return path
 
 

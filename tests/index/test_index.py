@@ -28,6 +28,7 @@ from drum_hf.errors import (
 )
 from drum_hf.index.demo_index import DemoIndex
 from drum_hf.index.faiss_kinds import KINDS, STORAGES
+from drum_hf.index.files import entries_sum
 from drum_hf.types import VectorIndex
 
 SETUPS = [(kind, storage) for kind in KINDS for storage in STORAGES]
@@ -429,27 +430,6 @@ def test_loading_a_graph_or_lists_builds_nothing(tmp_path, monkeypatch, learns_e
         assert len(loaded) == 400 and not loaded._structure.exact
 
 
-@pytest.mark.parametrize("kind", ["flat", "hnsw"])
-def test_a_save_of_version_1_still_loads(kind, tmp_path):
-    """As the first version wrote it: float32 vectors, and the batches that the graph is built from."""
-    from safetensors.numpy import save_file
-
-    vectors = unit(random_vectors(40)).astype(np.float32)
-    meta = {"format_version": 1, "vectors_sha256": hashlib.sha256(vectors.data).hexdigest(), "dimension": 16}
-    meta |= {"kind": kind, "hnsw_m": 4, "ef_construction": 40, "ef_search": 40, "batches": [30, 10]}
-    meta |= {"ids": [f"r{i}" for i in range(40)], "groups": ["g"] * 5 + [None] * 35}
-    save_file({"vectors": vectors}, tmp_path / "vectors.safetensors")
-    (tmp_path / "index.json").write_text(json.dumps(meta))
-    loaded = DemoIndex.load(tmp_path)
-    assert (loaded.kind, loaded.storage, loaded.hnsw_m) == (kind, "float32", 4)
-    np.testing.assert_array_equal(loaded.vectors(), vectors)
-    assert loaded.search(vectors, 1)[0] == [[id] for id in loaded.ids] and loaded.groups == meta["groups"]
-    for changes in ({"batches": [9]}, {"batches": [-1, 41]}, {"batches": None}):
-        (tmp_path / "index.json").write_text(json.dumps(meta | changes))
-        with pytest.raises(SavedFileError, match=r"9 rows|another type"):
-            DemoIndex.load(tmp_path)
-
-
 def test_a_broken_save_is_named(tmp_path):
     filled(30).save(tmp_path / "good")
 
@@ -461,10 +441,11 @@ def test_a_broken_save_is_named(tmp_path):
             DemoIndex.load(tmp_path / "bad")
         return str(caught.value)
 
-    def edit(signed=False, **changes):
+    def edit(kept=False, **changes):
         def change(path):
             meta = {**json.loads(path.read_text()), **changes}
-            meta = {key: value for key, value in meta.items() if signed or key != "entries_sha256"}
+            if not kept:
+                meta["entries_sha256"] = entries_sum(meta)
             path.write_text(json.dumps(meta))
 
         return change
@@ -481,7 +462,7 @@ def test_a_broken_save_is_named(tmp_path):
         assert name in broken(name, lambda path: path.write_bytes(path.read_bytes()[:-7]))
         assert name in broken(name, lambda path: path.write_bytes(b""))
     assert "content" in broken(vectors, flip)
-    assert "version 2 or an older one, got 99" in broken(meta, edit(format_version=99))
+    assert "version 2, got 99" in broken(meta, edit(format_version=99))
     assert "got None" in broken(meta, lambda path: path.write_text("[]"))
     assert "31 ids" in broken(meta, edit(ids=[*ids, "more"]))
     assert "29 unique" in broken(meta, edit(ids=["r1", *ids[1:]]))
@@ -490,7 +471,7 @@ def test_a_broken_save_is_named(tmp_path):
     assert "kind" in broken(meta, edit(kind="tree"))
     assert "expected a F16 tensor" in broken(meta, edit(storage="float16"))
     for changes in ({"ids": ["x", *ids[1:]]}, {"groups": ["g", *[None] * 29]}, {"ef_search": 17}):
-        assert "is not what was saved" in broken(meta, edit(signed=True, **changes))
+        assert "is not what was saved" in broken(meta, edit(kept=True, **changes))
     for changes in ({"ids": [1] * 30}, {"groups": "g"}, {"dimension": "16"}, {"nprobe": None}, {"ids": None}):
         assert "type" in broken(meta, edit(**changes))
 

@@ -29,9 +29,9 @@ from drum_hf.errors import (
     SavedFileError,
     TooFewDemonstrationsError,
 )
+from drum_hf.retriever.card import render_card
 from drum_hf.retriever.retriever import PART_WEIGHTS, DemoRetriever
 from drum_hf.types import Query
-from drum_hf.utils.model_card import render_card
 
 PROMPTS = ("what colour is the circle", "how many stars", "what shape is large")
 WORDS = ("red", "seven", "square", "blue")
@@ -369,31 +369,6 @@ def test_saving_over_an_older_one_leaves_nothing_of_it(clip, encoder, table, que
     assert same(loaded.retrieve_ids(queries, 3), lora.retrieve_ids(queries, 3))
 
 
-def test_a_killed_save_does_not_pass_for_a_whole_one(clip, table, tmp_path, monkeypatch):
-    import os
-
-    retriever = DemoRetriever.from_encoder(clip, table, device="cpu")
-    retriever.save_pretrained(tmp_path)
-    nudge(retriever)
-    replace, moved = os.replace, []
-
-    def killed(source, target):
-        if str(target).startswith(str(tmp_path / "encoder")):
-            moved.append(target)
-            if len(moved) > 3:
-                raise KeyboardInterrupt
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("drum_hf.retriever.saving.os.replace", killed)
-        with pytest.raises(KeyboardInterrupt):
-            retriever.save_pretrained(tmp_path)
-    with pytest.raises(SavedFileError, match=r"model\.safetensors: the file was altered"):
-        DemoRetriever.from_pretrained(tmp_path)
-    retriever.save_pretrained(tmp_path)
-    assert len(DemoRetriever.from_pretrained(tmp_path, device="cpu")) == 12
-
-
 def test_another_support_set_is_embedded_anew(saved, table, clip):
     folder, _, _ = saved
     other = TripletTable.from_dataset(make_rows(20, 26))
@@ -438,7 +413,10 @@ def test_a_missing_or_altered_file_is_named(saved, tmp_path, name, how):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"format_version": 9}, "format version of at most 2, got 9; update drum-hf"),
+        ({"format_version": 9}, "format version 2, got 9; update drum-hf"),
+        ({"format_version": []}, r"format version 2, got \[\]; save the retriever again"),
+        ({"format_version": 1}, "format version 2, got 1; save the retriever again"),
+        ({"more": 1}, "'more' is unknown"),
         ({"files": None}, "'files' is missing or of another type"),
         ({"teacher": "me/model"}, "'teacher'"),
         ({"support": {"rows": 12, "included": True}}, "'support.fingerprint'"),
@@ -606,6 +584,13 @@ def test_the_card_of_a_saved_retriever(saved, clip):
 def test_the_card_tells_what_it_is_given():
     card = render_card(
         {
+            "training": {"rounds": 3, "scored_pairs": 20000},
+            "datasets": ["lmms-lab/OK-VQA"],
+            "metrics": ["accuracy"],
+            "model_index": [{"dataset": "lmms-lab/OK-VQA", "metric": "accuracy", "value": 0.5}],
+            "results": [{"method": "SIT | plain", "accuracy": 0.51234}, {"method": "DRUM", "accuracy": None}],
+        },
+        {
             "repo_id": "me/drum",
             "base_model": "openai/clip-vit-base-patch32",
             "base_revision": "3d74acf",
@@ -613,12 +598,7 @@ def test_the_card_tells_what_it_is_given():
             "strategy": "sit",
             "weights": {"image": 0.5, "prompt": 0.5, "response": 0.0},
             "support": {"rows": 9009, "included": False},
-            "training": {"rounds": 3, "scored_pairs": 20000},
-            "datasets": ["lmms-lab/OK-VQA"],
-            "metrics": ["accuracy"],
-            "model_index": [{"dataset": "lmms-lab/OK-VQA", "metric": "accuracy", "value": 0.5}],
-            "results": [{"method": "SIT | plain", "accuracy": 0.51234}, {"method": "DRUM", "accuracy": None}],
-        }
+        },
     )
     meta = front(card)
     assert meta["base_model"] == "openai/clip-vit-base-patch32" and meta["base_model_relation"] == "adapter"

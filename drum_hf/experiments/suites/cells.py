@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import SavedFileError
-from ...utils.files import read_parquet, writing
+from ...utils.files import read_parquet, replacing_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -128,13 +128,8 @@ class CellFiles:
         ]
         schema = _columns().with_metadata({"pairs": json.dumps(values.pairs)})
         table = pa.table([pa.array(c, t) for c, t in zip(columns, schema.types, strict=True)], schema=schema)
-        partial = self.folder / f".{key}.{os.getpid()}.partial"
-        with writing(self.path(key)):
-            try:
-                pq.write_table(table, partial)
-                os.replace(partial, self.path(key))
-            finally:
-                partial.unlink(missing_ok=True)
+        with replacing_file(self.path(key)) as partial:
+            pq.write_table(table, partial)
 
     def read(self, key: str) -> Values:
         """A finished cell.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from ...evaluation.metrics import get_metric
 from ...evaluation.registry import STRATEGIES
 from ...evaluation.statistics import paired_bootstrap
+from ...utils.files import replacing_file
 from ..demo import TASK_METRICS
 from .cells import Cell, CellFiles, Values
 from .spec import DataSpec, LVLMSpec, SuiteSpec, split_name
@@ -202,7 +202,6 @@ def write_results(
     import pyarrow.parquet as pq
 
     paths = out / "results.parquet", out / "summary.json"
-    partial = out / ".results.parquet.partial"
     schema = pa.schema(
         [
             *((name, pa.string()) for name in ("data", "task")),
@@ -216,7 +215,7 @@ def write_results(
         ]
     )
     tasks = {data.name: data.task for data in spec.data}
-    with pq.ParquetWriter(partial, schema) as writer:
+    with replacing_file(paths[0]) as partial, pq.ParquetWriter(partial, schema) as writer:
         for cell, values in cells.items():
             size = len(values.query_ids)
             same = dataclasses.asdict(cell) | {"task": tasks[cell.data], "pairs": values.pairs}
@@ -227,11 +226,9 @@ def write_results(
                 "demonstrations": values.demonstrations,
             }
             writer.write_table(pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema))
-    os.replace(partial, paths[0])
     text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    written = out / ".summary.json.partial"
-    written.write_text(text, encoding="utf-8")
-    os.replace(written, paths[1])
+    with replacing_file(paths[1]) as partial:
+        partial.write_text(text, encoding="utf-8")
     return paths
 
 

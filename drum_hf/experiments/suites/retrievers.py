@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from ...scores.cached import CachedLVLM
 from ...training import DrumTrainer, DrumTrainingArguments
 from ...training.checkpoints import last_checkpoint
 from ...training.methods import METHODS
+from ...utils.files import replacing_file
 from .spec import TrainingSpec
 
 __all__ = ["TrainedRetriever", "train_retriever"]
@@ -115,8 +115,7 @@ def train_retriever(
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     pairs = tuple(trainer.table.bought)
     retriever.save_pretrained(folder / f"round-{len(pairs)}", include_support=False)
-    partial = folder / f"{_DONE}.partial"
-    partial.write_text(json.dumps({"method": method, "seed": seed, "pairs": pairs}), encoding="utf-8")
-    os.replace(partial, folder / _DONE)
+    with replacing_file(folder / _DONE) as partial:
+        partial.write_text(json.dumps({"method": method, "seed": seed, "pairs": pairs}), encoding="utf-8")
     shutil.rmtree(work, ignore_errors=True)
     return TrainedRetriever(folder, pairs)
