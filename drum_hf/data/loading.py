@@ -133,7 +133,9 @@ def find_object(data: Any, *, split: str | None = None, image_root: Any = None) 
     if isinstance(data, datasets.Dataset):
         return Found("Dataset", data, image_root or _cache_roots(data))
     if isinstance(data, datasets.IterableDataset):
-        return Found("IterableDataset", list(_undecoded_stream(data)), image_root)
+        # What load_dataset streams may be anybody's.
+        root: ImageRoot = image_root or (None if data.info.builder_name is None else ())
+        return Found("IterableDataset", list(_undecoded_stream(data)), root)
     if isinstance(data, Sequence) and not isinstance(data, (str, bytes)):
         return Found("list of rows", data, image_root)
     module = type(data).__module__.partition(".")[0]

@@ -372,6 +372,25 @@ def test_a_hub_data_set_reads_no_file_of_this_machine(kind, streamed, monkeypatc
     assert len(load_table("me/data", split="train", image_root=tmp_path)) == 1  # where the user says so
 
 
+def test_what_load_dataset_gave_reads_no_file_of_this_machine(tmp_path):
+    picture(0).save(tmp_path / "secret.png")
+    rows = {"image": [str(tmp_path / "secret.png")], "prompt": ["p"], "response": ["r"]}
+    cached = tmp_path / "me___data" / "default" / "data-train.arrow"  # as datasets names the cache of me/data
+    cached.parent.mkdir(parents=True)
+    with pa.OSFile(str(cached), "wb") as sink, pa.ipc.new_stream(sink, pa.table(rows).schema) as writer:
+        writer.write_table(pa.table(rows))
+    fetched = datasets.Dataset.from_file(str(cached))
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    streamed = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "t.parquet"), split="train", streaming=True, cache_dir=str(tmp_path)
+    )
+    for data in (fetched, streamed):
+        with pytest.raises(ImageError, match="files of this machine are not read for it"):
+            load_table(data)
+        assert len(load_table(data, image_root=tmp_path)) == 1
+    assert len(load_table(datasets.Dataset.from_dict(rows))) == 1  # the user's own
+
+
 def test_a_table_file_that_is_a_link_out_of_its_folder(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "secret.csv").write_text("prompt,response\np,r\n")
