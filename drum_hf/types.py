@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
+
+from .errors import RowError
+from .utils.images import load_image
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,11 +32,19 @@ Task = Literal["vqa", "classification", "captioning"]
 TASKS: tuple[Task, ...] = get_args(Task)
 
 
-def image_key(image: Image | None) -> str:
-    """Hash of an image's pixels (RGB) and size, whatever file format it came in; 32 hex digits, "" for no image."""
+def image_key(image: Any) -> str:
+    """Hash of a picture's size and of its pixels as upright RGB; 32 hex digits, "" for no image.
+
+    Args:
+        image: whatever [`load_image`][drum_hf.data.load_image] takes: the same picture has one hash, be it given by
+            path, as bytes or as a PIL image; or None.
+
+    Raises:
+        ImageError: it can't be read.
+    """
     if image is None:
         return ""
-    pixels = image if image.mode == "RGB" else image.convert("RGB")
+    pixels = load_image(image)
     digest = hashlib.sha256(f"{pixels.width}x{pixels.height}".encode())
     digest.update(pixels.tobytes())
     return digest.hexdigest()[:32]
@@ -53,19 +65,56 @@ def texts_key(parts: Iterable[str]) -> str:
     return digest.hexdigest()[:32]
 
 
+def _own(item: Any, *texts: str) -> None:
+    """Check the texts, and open or copy the image: what is drawn on it later must not change what the key stands for.
+
+    Raises:
+        RowError, ImageError: a text is none, or the image can't be read.
+    """
+    for name in texts:
+        value = getattr(item, name)
+        if value is not None and not isinstance(value, str):
+            raise RowError(
+                f"expected {type(item).__name__}.{name} as a text, got {type(value).__name__}; convert it with str()"
+            )
+    if item.image is not None:
+        image = load_image(item.image)
+        object.__setattr__(item, "image", image.copy() if image is item.image else image)
+
+
+_Item = TypeVar("_Item", "Demonstration", "Query")
+
+
+def trusted(kind: type[_Item], /, **values: Any) -> _Item:
+    """A demonstration or query of checked values, for tables: nothing is opened, copied or hashed.
+
+    Args:
+        values: its attributes. The image is upright RGB and is kept as it is. `key`, where given, is that of the
+            content.
+    """
+    made = object.__new__(kind)
+    defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+    made.__dict__.update(defaults | values)
+    return made
+
+
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
     """A worked example for the LVLM's context.
 
     Attributes:
         id: unique in its table.
-        image: the picture, or None.
+        image: the picture, upright and RGB, or None. May be given as whatever
+            [`load_image`][drum_hf.data.load_image] takes, such as a path.
         prompt: what is asked; may be empty (captioning).
         response: the gold answer.
         references: every gold answer, where there are several.
         group: rows of one group (such as one image's questions) may not demonstrate one another.
         label: class name, in classification.
-        key: hash of image, prompt and response; computed where left out.
+
+    Raises:
+        ImageError: the image can't be read.
+        RowError: the prompt or the response is no text.
     """
 
     id: str
@@ -75,11 +124,14 @@ class Demonstration:
     references: tuple[str, ...] = ()
     group: str | None = None
     label: str | None = None
-    key: str = dataclasses.field(default="", repr=False)
 
     def __post_init__(self) -> None:
-        if not self.key:
-            object.__setattr__(self, "key", content_key(image_key(self.image), self.prompt, self.response))
+        _own(self, "id", "prompt", "response")
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Hash of image, prompt and response; 32 hex digits."""
+        return content_key(image_key(self.image), self.prompt, self.response)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +139,16 @@ class Query:
     """What is asked of the LVLM.
 
     Attributes:
-        image: the picture, or None.
+        image: the picture, upright and RGB, or None. May be given as whatever
+            [`load_image`][drum_hf.data.load_image] takes, such as a path.
         prompt: what is asked.
         draft: the LVLM's own first answer, if there is one: never the gold response. The LVLM is not shown it;
             only the retriever uses it.
         id, group: exclude this row and its group from its own demonstrations.
-        key: hash of image and prompt; computed where left out.
+
+    Raises:
+        ImageError: the image can't be read.
+        RowError: prompt, draft, id or group is no text.
     """
 
     image: Image | None = dataclasses.field(repr=False)
@@ -100,11 +156,14 @@ class Query:
     draft: str | None = None
     id: str | None = None
     group: str | None = None
-    key: str = dataclasses.field(default="", repr=False)
 
     def __post_init__(self) -> None:
-        if not self.key:
-            object.__setattr__(self, "key", content_key(image_key(self.image), self.prompt))
+        _own(self, "prompt", "draft", "id", "group")
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Hash of image and prompt; 32 hex digits."""
+        return content_key(image_key(self.image), self.prompt)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,14 +16,13 @@ from two_processes import make_trainer, raised, summary
 
 from drum_hf.scores.sharding import Processes
 from drum_hf.training import DrumTrainer, ListwiseLVLMLoss
-from drum_hf.training.gathering import join_batches
-from drum_hf.training.losses import ListBatch
+from drum_hf.training.losses import ListBatch, join_batches
 
 BATCH = 12
 KINDS: dict[str, dict[str, Any]] = {
     "soft": {},
     "best": {"in_batch": "best", "weighting": "rank"},
-    "contrastive": {"objective": "contrastive"},
+    "contrastive": {"loss": "contrastive"},
     "cached": {"mini_batch_size": 3},
     "cached best": {"mini_batch_size": 3, "in_batch": "best"},
     "frozen": {"frozen_candidates": True},

@@ -14,7 +14,7 @@ PACKAGE = Path(drum_hf.__file__).parent
 
 #: Data flows down this list: a room imports only from rooms above it.
 ROOMS = (
-    *("errors", "types", "utils", "data", "encoders", "index", "lvlm", "scores", "selection", "retriever", "training"),
+    *("errors", "utils", "types", "data", "encoders", "index", "lvlm", "scores", "selection", "retriever", "training"),
     *("tuning", "evaluation", "pipelines", "serving", "integrations", "experiments", "playground", "cli"),
 )
 #: What serves the makers of the library rather than its users.

@@ -68,8 +68,17 @@ def make_trainer(clip: Path, out: Path, *, support: Any = None, queries: Any = N
     return DrumTrainer(retriever, lvlm=StubLVLM(), args=args, train_dataset=queries)
 
 
+def fingerprints(encoder: Any) -> dict[str, list[float]]:
+    """Name -> three random projections of a parameter; a change of each weight by d shows as about d."""
+    found = {}
+    for name, parameter in encoder.named_parameters():
+        draw = np.random.default_rng(len(name)).normal(size=(3, parameter.numel())) / np.sqrt(parameter.numel())
+        found[name] = (draw @ parameter.detach().double().flatten().numpy()).tolist()
+    return found
+
+
 def summary(trainer: DrumTrainer) -> dict[str, Any]:
-    weights = {n: p.detach().double().sum().item() for n, p in trainer.retriever.encoder.named_parameters()}
+    weights = fingerprints(trainer.retriever.encoder)
     return {
         "rows": list(trainer.table.rows()),
         "temperature": trainer.loss.temperature.item(),

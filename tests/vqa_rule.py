@@ -69,10 +69,10 @@ def normalized(text: str) -> str:
     return " ".join(words)
 
 
-def accuracy(prediction: str, references: Sequence[str], *, always_normalize: bool = False) -> float:
+def accuracy(prediction: str, references: Sequence[str], *, official: bool = False) -> float:
     """Mean over the annotators of min(1, the others who gave the prediction / 3)."""
     given, *gold = map(cleaned, (prediction, *references))
-    if always_normalize or any(text != gold[0] for text in gold):
+    if not official or any(text != gold[0] for text in gold):
         given, gold = normalized(given), [normalized(text) for text in gold]
     shares = []
     for left_out in range(len(gold)):

@@ -202,8 +202,8 @@ def read_table(path: str, args: argparse.Namespace) -> TripletTable:
     from ..data import load_table
 
     lvlm = None if getattr(args, "endpoint", None) else getattr(args, "lvlm", None)
-    asks = lvlm is not None and not lvlm.startswith("playground/")  # the models that ship take any image
-    check = image_check(load_images_of(lvlm, args)) if asks else None
+    # the models that ship take any image
+    check = image_check(load_images_of(lvlm, args)) if lvlm and not lvlm.startswith("playground/") else None
     return load_table(
         path,
         on_bad_rows="skip" if args.skip_bad_rows else "raise",

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import SavedFileError
 from .options import (
     TRAINING_QUERIES,
     data_options,
@@ -35,12 +36,13 @@ _OUTSIDE = {
     "queries",
     "columns",
     "image_root",
-    "resume",
     "restart",
     "dry_run",
     "push_to_hub",
     "device",
 }
+#: In the training's folder: the checksum of the retriever's configuration as it was saved.
+_SAVED = "saved_retriever.json"
 _SILENT = _OUTSIDE | {"api_key_env", "concurrency", "max_requests", "max_tokens", "image_cache_dir"}
 
 
@@ -48,9 +50,6 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Add the verb and its options."""
     parser = commands.add_parser("train", help="train a retriever for your LVLM and data")
     parser.add_argument("--out", type=Path, required=True, help="folder of the retriever, checkpoints and score store")
-    parser.add_argument(
-        "--resume", action="store_true", help="what happens anyway: the same command goes on from its last checkpoint"
-    )
     parser.add_argument("--restart", action="store_true", help="forget the checkpoints in --out; scores are kept")
     parser.add_argument(
         "--dry-run",
@@ -84,12 +83,16 @@ def run(args: argparse.Namespace) -> None:
 
         from ..experiments.demo import PIPELINES, training_arguments
         from ..retriever.retriever import DemoRetriever
+        from ..retriever.saving import CONFIG
         from ..training import DrumTrainer
-        from ..training.checkpoints import same_run
+        from ..training.checkpoints import same_run, write_note
+        from ..utils.files import checksum
         from ..utils.manifest import write_manifest
 
         support = read_table(args.data, args)
         queries = read_table(args.queries, args) if args.queries else None
+        saved = args.out / "retriever"
+        processes.from_main(lambda: _refuse_changed(saved, args.out / "training" / _SAVED, support.fingerprint))
         settings = make_settings(args)
         arguments = training_arguments(
             args.out / "training",
@@ -131,12 +134,43 @@ def run(args: argparse.Namespace) -> None:
         if not processes.is_main:
             return
         retriever.teacher = {**(retriever.teacher or {}), "task": PIPELINES[args.task]}
-        retriever.save_pretrained(args.out / "retriever")
+        retriever.save_pretrained(saved)
+        write_note(args.out / "training" / _SAVED, {"config": checksum(saved / CONFIG)})
         data = {"support": support.fingerprint} | ({"queries": queries.fingerprint} if queries else {})
         write_manifest(args.out, seed=settings.seed, data=data, lvlm=lvlm, settings=dataclasses.asdict(settings))
-        sys.stdout.write(f"{retriever!r}\nsaved to {args.out / 'retriever'}; {len(trainer.table)} scored pairs\n")
+        sys.stdout.write(f"{retriever!r}\nsaved to {saved}; {len(trainer.table)} scored pairs\n")
         if args.push_to_hub:
             sys.stdout.write(f"uploaded: {retriever.push_to_hub(args.push_to_hub)}\n")
+
+
+def _refuse_changed(folder: Path, note: Path, support: str) -> None:
+    """Refuse to train where the retriever of an earlier run was changed since, such as by rows that were added.
+
+    Args:
+        folder: of that retriever.
+        note: what the run wrote about it once it was saved.
+        support: fingerprint of the support set; a run that was killed before its note had the same one.
+
+    Raises:
+        SavedFileError: it was changed, and training would overwrite it.
+    """
+    from ..retriever.saving import CONFIG, read_config
+    from ..training.checkpoints import read_note
+    from ..utils.files import checksum
+
+    if not (folder / CONFIG).exists():
+        return
+    known = read_note(note)
+    if known is None:
+        same = read_config(folder)["support"]["fingerprint"] == support
+    else:
+        same = known.get("config") == checksum(folder / CONFIG)
+    if not same:
+        raise SavedFileError(
+            f"expected the retriever in {folder} as a training left it; it was changed since (rows added, for "
+            "example), and training would overwrite it. Give another --out, or move that folder away first: scores "
+            "and checkpoints stay"
+        )
 
 
 def _settings(args: argparse.Namespace, trainer: DrumTrainer) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import io
 import itertools
 import threading
 from collections import OrderedDict
@@ -11,67 +9,58 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ImageError
+from ..types import image_key
+from ..utils.images import load_image
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
     from PIL.Image import Image
 
-#: Largest image that is decoded, in pixels (our choice: a 64-megapixel photograph, 192 MB as RGB).
-MAX_PIXELS = 64_000_000
-#: No format whose decoder starts another programme (EPS calls Ghostscript) or needs one of the platform (WMF).
-FORMATS = frozenset({"AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP"})
 #: Rows built, written or read together: bounds memory while pictures pass through.
 CHUNK = 256
 _CACHED_PIXELS = 128_000_000  # 384 MB of RGB, whatever the number of images allowed
 
 
 def decode(source: Any, *, max_pixels: int) -> Image:
-    """RGB picture, upright, from a PIL image or {"bytes", "path"}; its size is checked before its pixels are read."""
-    from PIL import Image, ImageOps
+    """Upright RGB of a table's cell: a PIL image or {"bytes", "path"}.
 
-    opened = None
+    Raises:
+        ImageError: it can't be read, or has more pixels.
+    """
     try:
-        if isinstance(source, Image.Image):
-            image = source
-        else:
-            data, path = source["bytes"], source["path"]
-            image = opened = Image.open(path if data is None else io.BytesIO(data), formats=_readable_formats())
-        pixels = image.width * image.height
-        if pixels > max_pixels:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-        if not pixels:
-            raise ValueError("it has no pixels")
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")
-        image = image if image.mode == "RGB" else image.convert("RGB")
-        image.getexif().clear()  # a copy by now: what the camera noted of place and time goes no further
-        image.info = {}
-        return image
-    except FileNotFoundError as error:
-        raise ImageError(f"column 'image': no such file: {source['path']}") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        image = load_image(source, max_pixels=max_pixels)
+        if image.width * image.height > max_pixels:  # a PIL image that is upright RGB comes back as it is
+            raise ImageError(
+                f"expected at most {max_pixels:,} pixels, got {image.width} x {image.height} pixels; shrink it, or "
+                "pass max_pixels="
+            )
+    except ImageError as error:
+        raise ImageError(f"column 'image': {error}") from error
+    return image
+
+
+def decode_as(source: dict[str, Any], key: str, *, id: str, max_pixels: int, where: str = "") -> Image:
+    """As `decode`, of a cell whose pixels' hash is known.
+
+    Args:
+        key: hash of the pixels.
+        id: of the row, for errors.
+        where: the file that holds the picture, for errors.
+
+    Raises:
+        ImageError: it can't be read, or shows another picture.
+    """
+    try:
+        image = decode(source, max_pixels=max_pixels)
+    except ImageError as error:
+        raise ImageError(f"id {id!r}, {error}; it was readable when the table was made") from error
+    if image_key(image) != key:
         raise ImageError(
-            f"column 'image': expected at most {max_pixels:,} pixels, got {error}; shrink it, or pass max_pixels="
-        ) from error
-    # Broken files make Pillow's decoders raise nearly anything: SyntaxError, struct.error, EOFError, zlib.error…
-    except Exception as error:
-        raise ImageError(
-            f"column 'image': expected an image of a common format ({', '.join(_readable_formats())}), "
-            f"got one that can't be read ({type(error).__name__}: {error})"
-        ) from error
-    finally:
-        if opened is not None:
-            opened.close()
-
-
-@functools.cache
-def _readable_formats() -> tuple[str, ...]:
-    from PIL import Image
-
-    Image.init()
-    return tuple(sorted(FORMATS & Image.OPEN.keys()))
+            f"id {id!r}, column 'image': {where or 'the table'} shows another picture than when the table was made or "
+            "saved; put the very file back, or make the table anew"
+        )
+    return image
 
 
 class ImageCache:

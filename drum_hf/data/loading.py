@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from ..errors import ColumnError, EmptySupportError, SavedFileError
 from ..types import content_key
 from ..utils.files import checksum, leads_outside, most_content, plain_schema, read_parquet, refuse_special, writing
-from .images import FORMATS
+from ..utils.images import FORMATS
 from .rows import shorten
 
 if TYPE_CHECKING:
@@ -588,7 +588,9 @@ def read_class_folders(folder: Path, notes: list[str] | None = None) -> list[dic
             row | {"id": f"{names[0]}/{row['id']}", "image": f"{names[0]}/{row['image']}"}
             for row in read_class_folders(classes[0], notes)
         ]
-    rows, others, empty = [], [], []
+    rows: list[dict[str, Any]] = []
+    others: list[str] = []
+    empty: list[str] = []
     for place in classes:
         # File names of macOS have their accents apart, which is not how anybody writes the class.
         label = unicodedata.normalize("NFC", place.name)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ImageError, SavedFileError
-from ..types import content_key, image_key
+from ..types import content_key
 from ..utils.files import checksum, plain_schema, read_batches, writing
-from .images import CHUNK, decode, image_column, image_dataset
+from .images import CHUNK, decode_as, image_column, image_dataset
 from .rows import COLUMNS, MappedRecords, Record, Records, arrow_rows, fingerprint_of, ids_of
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from PIL.Image import Image
 
 __all__ = ["SavedTable", "map_table", "read_table", "write_table"]
 
@@ -38,31 +39,44 @@ def write_table(
     images: datasets.Dataset,
     *,
     fingerprint: str,
-    max_pixels: int,
-    compared: bool,
     references: Sequence[str | None] | None = None,
+    max_pixels: int,
+    files: Sequence[Path] = (),
 ) -> None:
     """Write a table; with `references`, the images' names relative to a folder in place of their bytes.
 
     Args:
-        compared: the bytes in `images` are known to be those of the hashes. Those of files are compared anyway.
+        max_pixels: of the pictures, which are compared with their hashes where they may have changed since the rows
+            were checked: they are files, or come from saved tables.
+        files: these saved tables.
+
+    Raises:
+        ImageError: a picture is gone, or another than its hash says.
     """
     import pyarrow.parquet as pq
 
-    def stored_image(record: Record, source: dict[str, Any]) -> dict[str, Any] | None:
-        return _whole_image(record, source, max_pixels=max_pixels, compared=compared)
+    compared: set[tuple[str, bytes]] = set()  # a picture with twenty questions is decoded once
+
+    def whole(record: Record, source: dict[str, Any]) -> dict[str, Any] | None:
+        image = _whole_image(record, source)
+        if image is not None and (files or source["bytes"] is None):
+            seen = record.image_key, hashlib.sha256(image["bytes"]).digest()
+            if seen not in compared:
+                where = source["path"] if source["bytes"] is None else ", ".join(map(str, files))
+                decode_as(image, record.image_key, id=record.id, max_pixels=max_pixels, where=where)
+                compared.add(seen)
+        return image
 
     file.parent.mkdir(parents=True, exist_ok=True)
     schema = saved_schema(fingerprint, by_reference=references is not None)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
-        with pq.ParquetWriter(partial, schema) as writer:
+        with pq.ParquetWriter(partial, schema) as writer, ThreadPoolExecutor(4) as decoders:
             for start in range(0, len(records), CHUNK):
                 chunk = slice(start, start + CHUNK)
-                if references is None:
-                    stored = map(stored_image, records[chunk], images[chunk]["image"])
-                else:
-                    stored = (name and {"bytes": None, "path": name} for name in references[chunk])  # type: ignore
+                stored = list(decoders.map(whole, records[chunk], images[chunk]["image"]))
+                if references is not None:
+                    stored = [name and {"bytes": None, "path": name} for name in references[chunk]]  # type: ignore
                 writer.write_table(_arrow(records[chunk], stored, schema))
         os.replace(partial, file)
     finally:
@@ -142,13 +156,12 @@ def _arrow(records: Iterable[Record], images: Iterable[dict[str, Any] | None], s
     return pa.Table.from_pylist(rows, schema=schema)
 
 
-def _whole_image(record: Record, source: dict[str, Any], *, max_pixels: int, compared: bool) -> dict[str, Any] | None:
-    """The image's bytes, read from its file where the table holds a path, and compared with its hash."""
+def _whole_image(record: Record, source: dict[str, Any]) -> dict[str, Any] | None:
+    """The image's bytes, read from its file where the table holds a path."""
     if not record.image_key:
         return None
     data, name = source["bytes"], source["path"]
     if data is None:
-        compared = False
         try:
             data = Path(name).read_bytes()
         except OSError as error:
@@ -156,23 +169,8 @@ def _whole_image(record: Record, source: dict[str, Any], *, max_pixels: int, com
                 f"id {record.id!r}, column 'image': {name} was readable when the table was made and no longer is "
                 f"({error.strerror}); put it back, or drop the row with .without([id])"
             ) from error
-    if not compared:
-        try:
-            image = decode({"bytes": data, "path": None}, max_pixels=max_pixels)
-        except ImageError as error:
-            raise ImageError(f"id {record.id!r}, {error}") from error
-        refuse_other_picture(record, image, name)
     # The name alone: folders of the machine that saved are nobody else's business.
     return {"bytes": data, "path": os.path.basename(name) if name else None}
-
-
-def refuse_other_picture(record: Record, image: Image, name: str | None) -> None:
-    """Raise ImageError where an image is not the one that the record was made from."""
-    if image_key(image) != record.image_key:
-        raise ImageError(
-            f"id {record.id!r}, column 'image': {name or 'the stored image'} shows another picture than the one that "
-            "the row's hash is of; put the original there, or make the table anew"
-        )
 
 
 # Reading

@@ -421,7 +421,7 @@ _ALL = (
         "seedbench",
         "SEED-Bench-2 (types 1–8, one image)",
         "classification",
-        "top1",
+        "letter",
         "{question}",
         "CC BY-NC 4.0; images under their sources' terms",
         dataclasses.replace(_SEED, share=(0.0, 0.8)),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..errors import ColumnError, EmptySupportError, RowError, SavedFileError
 from ..types import content_key
-from .images import MAX_PIXELS
+from ..utils.images import MAX_PIXELS
 from .loading import (
     ask_hub,
     hub_folders,

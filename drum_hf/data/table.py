@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import DuplicateIdError, ImageError, LeakError, MissingIdError
-from ..types import Demonstration, Query, content_key
+from ..errors import DuplicateIdError, LeakError, MissingIdError
+from ..types import Demonstration, Query, content_key, trusted
 from ..utils.files import writing
-from .images import MAX_PIXELS, ImageCache, decode
+from ..utils.images import MAX_PIXELS
+from .images import ImageCache, decode_as
 from .loading import Found, find_object, find_table
 from .rows import (
     MappedRecords,
@@ -33,13 +34,13 @@ from .rows import (
     shorten,
     take,
 )
-from .saved import image_references, map_table, read_table, refuse_other_picture, table_file, write_table
+from .saved import image_references, map_table, read_table, table_file, write_table
 
 if TYPE_CHECKING:
     import datasets
     from PIL.Image import Image
 
-__all__ = ["MAX_PIXELS", "TripletTable", "check_leaks", "find_twins", "load_table"]
+__all__ = ["TripletTable", "check_leaks", "find_twins", "load_table"]
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class TripletTable:
         self._records = records
         self._images = images
         self._cache = ImageCache(cache_images)
-        self._compared = True  # the images are those that the hashes were made from
+        self._files: tuple[Path, ...] = ()  # saved tables whose pictures this one may hold
         self._rows = {id: row for row, id in enumerate(ids_of(records))}
 
     @classmethod
@@ -232,7 +233,15 @@ class TripletTable:
         """A row as a query: image and prompt, with the id and group that keep it from demonstrating itself."""
         row = self.row(id)
         record = self._records[row]
-        return Query(self._image(row), record.prompt, draft, record.id, record.group, key=record.query_key)
+        return trusted(
+            Query,
+            image=self._image(row),
+            prompt=record.prompt,
+            draft=draft,
+            id=record.id,
+            group=record.group,
+            key=record.query_key,
+        )
 
     @functools.cached_property
     def ids(self) -> list[str]:
@@ -341,7 +350,7 @@ class TripletTable:
             max_pixels=max(self.max_pixels, other.max_pixels),
             cache_images=self._cache.limit,
         )
-        table._compared = self._compared and other._compared
+        table._files = tuple(dict.fromkeys(self._files + other._files))
         return table
 
     # Files
@@ -378,9 +387,9 @@ class TripletTable:
                 self._records,
                 self._images,
                 fingerprint=self.fingerprint,
-                max_pixels=self.max_pixels,
-                compared=self._compared,
                 references=names,
+                max_pixels=self.max_pixels,
+                files=self._files,
             )
         return file
 
@@ -416,7 +425,7 @@ class TripletTable:
         file = table_file(path)
         saved = map_table(file, image_root, cache_dir) if mmap else read_table(file, image_root)
         table = cls(saved.records, saved.images, max_pixels=max_pixels, cache_images=cache_images)
-        table._compared = False
+        table._files = (file,)
         table.fingerprint = saved.fingerprint  # found to be that of the rows
         return table
 
@@ -434,12 +443,22 @@ class TripletTable:
             max_pixels=self.max_pixels,
             cache_images=self._cache.limit,
         )
-        table._compared = self._compared
+        table._files = self._files
         return table
 
     def _demonstration(self, row: int) -> Demonstration:
         id, prompt, response, references, group, label, key, *_ = self._records[row]
-        return Demonstration(id, self._image(row), prompt, response, references, group, label, key=key)
+        return trusted(
+            Demonstration,
+            id=id,
+            image=self._image(row),
+            prompt=prompt,
+            response=response,
+            references=references,
+            group=group,
+            label=label,
+            key=key,
+        )
 
     def _image(self, row: int) -> Image | None:
         record = self._records[row]
@@ -447,11 +466,9 @@ class TripletTable:
             return None
         image = self._cache.get(record.image_key)
         if image is None:
-            try:
-                image = decode(self._images[row]["image"], max_pixels=self.max_pixels)
-            except ImageError as error:
-                raise ImageError(f"id {record.id!r}, {error}; it was readable when the table was made") from error
-            refuse_other_picture(record, image, self._images[row]["image"]["path"])
+            source = self._images[row]["image"]
+            where = source["path"] if source["bytes"] is None else ", ".join(map(str, self._files))
+            image = decode_as(source, record.image_key, id=record.id, max_pixels=self.max_pixels, where=where)
             self._cache.put(record.image_key, image)
         return image
 

@@ -26,6 +26,7 @@ from torch import nn
 
 from ..errors import NonFiniteEmbeddingError
 from ..utils.hub import commit_of
+from ..utils.images import load_image
 from ..utils.optional import bar_options, loading, local_name, resolve_name
 from .adapters import ADAPTER_CONFIG, active_adapter, attach
 
@@ -228,7 +229,7 @@ class JointEncoder(Transformer):
     def _pixels(self, images: list[Image | None]) -> torch.Tensor:
         rows = [row for row, image in enumerate(images) if image is not None]
         if rows:
-            shown = [image if image.mode == "RGB" else image.convert("RGB") for image in images if image is not None]
+            shown = [load_image(image) for image in images if image is not None]
             # Said outright: a picture of 1 or 3 pixels' height would be taken for channels.
             values = self.processor.image_processor(shown, return_tensors="pt", input_data_format="channels_last")
             return _spread(values["pixel_values"], torch.tensor(rows), len(images))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..errors import RowError
 
-__all__ = ["check_references", "exact_match", "normalize_vqa_answer", "top1", "vqa_accuracy"]
+__all__ = ["check_references", "exact_match", "letter_match", "normalize_vqa_answer", "top1", "vqa_accuracy"]
 
 _VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
@@ -63,7 +63,7 @@ def _clean_vqa_answer(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def vqa_accuracy(prediction: str, references: Sequence[str], *, always_normalize: bool = False) -> float:
+def vqa_accuracy(prediction: str, references: Sequence[str], *, official: bool = False) -> float:
     """VQA accuracy (Antol et al., ICCV 2015): for each annotator, min(1, matches among the others / 3), averaged.
 
     With ten annotators, 0, 1, 2, 3, and 4 or more matches give 0, 0.3, 0.6, 0.9 and 1. The best that n < 4
@@ -72,8 +72,9 @@ def vqa_accuracy(prediction: str, references: Sequence[str], *, always_normalize
     Args:
         prediction: the answer given.
         references: one answer an annotator, repeats kept (ten in VQAv2, OK-VQA, VizWiz and TextVQA), at least two.
-        always_normalize: the official script, and the default, leaves answers as they are where all annotators agree;
-            True normalises then, too, as several later suites do.
+        official: follow the official script to the letter, which compares answers as they stand where all annotators
+            agree ("Yes" against ten "yes" is then wrong). False normalizes always, as later suites do (OpenFlamingo,
+            lmms-eval).
 
     Returns:
         float in [0, 1], higher is better.
@@ -83,13 +84,13 @@ def vqa_accuracy(prediction: str, references: Sequence[str], *, always_normalize
 
     >>> vqa_accuracy("Two.", ["2", "two", "two dogs"] + ["3"] * 7)
     0.6
-    >>> vqa_accuracy("Yes", ["yes"] * 10), vqa_accuracy("Yes", ["yes"] * 10, always_normalize=True)
-    (0.0, 1.0)
+    >>> vqa_accuracy("Yes.", ["yes"] * 10), vqa_accuracy("Yes.", ["yes"] * 10, official=True)
+    (1.0, 0.0)
     """
     check_references(references, "vqa_accuracy", least=2)
     prediction = _clean_vqa_answer(prediction)
     answers = [_clean_vqa_answer(answer) for answer in references]
-    if always_normalize or len(set(answers)) > 1:
+    if not official or len(set(answers)) > 1:
         prediction = normalize_vqa_answer(prediction)
         answers = [normalize_vqa_answer(answer) for answer in answers]
     annotators = len(answers)
@@ -130,6 +131,34 @@ def top1(prediction: str, label: str, *, normalize: bool = True) -> float:
     1.0
     """
     return exact_match(prediction, [label], normalize=normalize)
+
+
+#: The answer is a letter, in brackets or mark-up or not, alone or before its option: "B", "(b)", "**B**", "B. a bus".
+_LETTER = re.compile(r"[\s(\[\"'*_`]*([A-Za-z])(?:[\s)\].,:;!?\"'*_`]*$|[*_`]*[.):\]])")
+#: Where an answer reasons aloud, the last of these says which letter it means.
+_CONCLUSION = re.compile(
+    r"(?i:\b(?:answer|option|choice))(?i:\s+is)?\s*:?[\s\"'*_`]*(?:[(\[]([A-Za-z])[)\]]|([A-Z])(?![\w'’]))"
+    r"|(?i:\b(?:is|be|so|hence|thus|therefore)\b|:)[\s,\"'*_`]*[(\[]?([A-Z])[\s)\].\"'*_`]*$"
+)
+
+
+def letter_match(prediction: str, gold: str) -> float:
+    """1.0 if the letter that an answer to a multiple choice gives is the gold letter, else 0.0.
+
+    An answer that is a letter, or begins with one as "B." or "B)" does, gives that letter. Any other gives the last
+    letter, a capital or in brackets, that follows "answer", "option" or "choice", or ends the text after "is", "so",
+    "hence" or a colon. Our choice; as in most suites, brackets, quotes and mark-up do not count.
+
+    >>> [letter_match(text, "B") for text in ("B", " (b).", "B. a bus", "**B**", "It is red, so the answer is (B).")]
+    [1.0, 1.0, 1.0, 1.0, 1.0]
+    >>> [letter_match(text, "B") for text in ("Bus", "B or A", "answer: A")]
+    [0.0, 0.0, 0.0]
+    """
+    found = _LETTER.match(prediction)
+    letter = found[1] if found else ""
+    for conclusion in _CONCLUSION.finditer(prediction) if found is None else ():
+        letter = conclusion[1] or conclusion[2] or conclusion[3]
+    return float(letter.upper() == gold.strip().upper() != "")
 
 
 def check_references(

@@ -7,11 +7,12 @@ its references by TF-IDF weighted n-grams; the "D" variant clips counts and pena
 from __future__ import annotations
 
 import math
-import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+import regex
 
 from ..errors import RowError
 
@@ -21,7 +22,10 @@ __all__ = ["cider_d", "ptb_tokenize"]
 # them in upper case and is compared with lower-cased tokens, and published numbers have been computed so.
 _DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_ASCII = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "--", "—": "--", "…": "..."})
+_ASCII = str.maketrans(
+    {"‘": "'", "’": "'", "“": '"', "”": '"', "–": "--", "—": "--", "…": "..."}
+    | dict.fromkeys("\x1c\x1d\x1e\x1f", " ")  # white space to Python, not to `regex`
+)
 
 # Words that keep their full stop.
 _ABBREVIATIONS = """
@@ -32,8 +36,10 @@ _ABBREVIATIONS = """
 """
 _BEFORE_NUMBER = "ca fig figs no nos op pp"  # these keep it only before a number
 
+#: A letter, digit, combining mark or joiner: words of any script that writes spaces stay whole, as in CoreNLP.
+_WORD = r"[\w\p{M}\u200c\u200d]"
 _CONTRACTION = r"(?:n't|'(?:s|m|d|re|ve|ll))"
-_TOKEN = re.compile(
+_TOKEN = regex.compile(
     rf"""
     (?:https?://|www\.)\S*\w
   | '\d0s\b | 'n' | 't(?=(?:is|was)\b)                  # '80s, rock 'n' roll, 'tis
@@ -41,14 +47,15 @@ _TOKEN = re.compile(
   | (?:[^\W\d_]\.)+ (?!\w)                              # initials and acronyms: J., U.S., p.m.
   | \b(?:{"|".join(_ABBREVIATIONS.split())})\. (?!\w)
   | \b(?:{"|".join(_BEFORE_NUMBER.split())})\. (?=\s*\d)
-  | (?-i:[A-Z]+&[A-Z]+)\b                               # AT&T
-  | (?:(?<!\S)[+-](?=\.?\d))? (?:(?<!\w)\.(?=\d))? \w+  # word or number, then what joins on to it
-    (?: (?<=\d)[.,:]\d+ | [-/.@]\w+ | '(?=[^\W\d_]) \w+ )*
-  | \.{{3,}} | -{{2,}} | [!?]+ | \S
+  | (?-i:[A-Z]+&[A-Z]+)(?:'s)?\b                        # AT&T, AT&T's
+  | (?<!\S)[@\#][^\W\d]{_WORD}*                         # @user, #tag
+  | (?:(?<!\S)[+-](?=\.?\d))? (?:(?<!\w)\.(?=\d))? {_WORD}+  # word or number, then what joins on to it
+    (?: (?<=\d)[.,:]\d+ | [-/.@]{_WORD}+ | '(?=[^\W\d_]) {_WORD}+ )*
+  | \.{{3,}} | -{{2,}} | [!?]+ | \*+ | \S
     """,
-    re.VERBOSE | re.IGNORECASE,
+    regex.VERBOSE | regex.IGNORECASE,
 )
-_SUFFIX = re.compile(rf"(.+)({_CONTRACTION})")
+_SUFFIX = regex.compile(rf"(.+)({_CONTRACTION})")
 _SPLIT_WORDS = {
     "cannot": ("can", "not"),
     "gimme": ("gim", "me"),
@@ -64,14 +71,16 @@ def ptb_tokenize(text: str) -> list[str]:
     """Split a caption into lower-case Penn Treebank tokens and drop punctuation, as CIDEr is usually reported.
 
     Follows the Stanford tokenizer behind the official caption evaluation: contractions are split ("does n't"),
-    hyphenated words, numbers, acronyms and common abbreviations stay whole. Emoticons, mark-up and rare abbreviations
-    may come out differently.
+    hyphenated words, numbers, acronyms and common abbreviations stay whole. Text is put into Unicode's composed form
+    (NFC) first. Where words are not set apart by spaces (Thai, Chinese, …) a run of letters is one token: segment such
+    text yourself and pass `tokens=True` to `cider_d`. Emoticons, mark-up and rare abbreviations may come out
+    differently.
 
     >>> ptb_tokenize("A half-eaten cake isn't on Dr. Who's table, is it?")
     ['a', 'half-eaten', 'cake', 'is', "n't", 'on', 'dr.', 'who', "'s", 'table', 'is', 'it']
     """
     tokens: list[str] = []
-    for match in _TOKEN.finditer(text.translate(_ASCII)):
+    for match in _TOKEN.finditer(unicodedata.normalize("NFC", text).translate(_ASCII)):
         token = match.group().lower()
         if not token.strip('-."'):
             continue

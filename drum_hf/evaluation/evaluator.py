@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ from .likelihood import Scoring, likeliest, option_probabilities
 from .metrics import Metric, get_metric, means_by
 from .statistics import bootstrap_interval
 from .strategies import Strategy
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["ICLEvaluator", "StrategyResult"]
 
@@ -133,11 +136,20 @@ class ICLEvaluator:
                 "set with a column 'label'"
             )
         labels = set(self.choices)
-        odd = next((i for i, gold in enumerate(self.references) if labels.isdisjoint(gold)), None)
-        if odd is not None:
+        odd = [i for i, gold in enumerate(self.references) if labels.isdisjoint(gold)]
+        if self.metric.labels is not None and odd:
             raise RowError(
-                f"query {self.queries.ids[odd]!r}: expected a gold answer among the {len(labels)} labels, got "
-                f"{self.references[odd]!r}; add it to choices="
+                f"query {self.queries.ids[odd[0]]!r}: expected a gold answer among the {len(labels)} labels, got "
+                f"{self.references[odd[0]]!r}; add it to choices="
+            )
+        if odd:
+            logger.warning(
+                "the gold answers of %d queries, such as %r of query %r, are not among the %d labels: they count as "
+                "wrong; add them to choices= if they can be answered",
+                len(odd),
+                self.references[odd[0]][0],
+                self.queries.ids[odd[0]],
+                len(labels),
             )
 
     def _requests(self, ids: Sequence[Sequence[str]], choices: tuple[str, ...] = ()) -> list[ICLRequest]:

@@ -90,7 +90,7 @@ class _OfAnswers(_Metric):
 
 
 class VQAAccuracy(_OfAnswers):
-    """Official VQA accuracy over annotators. Options: always_normalize=False; answer_types and question_types, a type
+    """VQA accuracy over annotators. Options: official=False; answer_types and question_types, a type
     for each item, which add the means under "per_answer_type" and "per_question_type"."""
 
     key = "vqa_accuracy"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .answers import check_references, exact_match, normalize_vqa_answer, top1, vqa_accuracy
+from .answers import check_references, exact_match, letter_match, normalize_vqa_answer, top1, vqa_accuracy
 from .cider import check_items, cider_d
 from .rankings import lvlm_ndcg_at_k, lvlm_recall_at_k, ndcg_at_k, recall_at_k, utility
 from .roc import roc_auc, roc_auc_items, roc_auc_of_labels
@@ -23,6 +23,7 @@ __all__ = [
     "cider_d",
     "exact_match",
     "get_metric",
+    "letter_match",
     "lvlm_ndcg_at_k",
     "lvlm_recall_at_k",
     "means_by",
@@ -97,10 +98,22 @@ def _top1_of_list(prediction: str, references: Sequence[str], **options: bool) -
     return top1(prediction, label, **options)
 
 
+def _letter_of_list(prediction: str, references: Sequence[str]) -> float:
+    (letter,) = references
+    return letter_match(prediction, letter)
+
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("vqa_accuracy", functools.partial(_each, vqa_accuracy), "VQA accuracy", min_references=2),
+        Metric(
+            "vqa_accuracy_official",
+            functools.partial(_each, vqa_accuracy, official=True),
+            "VQA accuracy (official script)",
+            min_references=2,
+        ),
+        Metric("letter", functools.partial(_each, _letter_of_list), "multiple-choice accuracy", max_references=1),
         Metric("exact_match", functools.partial(_each, exact_match), "exact match"),
         Metric("top1", functools.partial(_each, _top1_of_list), "top-1 accuracy", max_references=1),
         Metric("cider_d", cider_d, "CIDEr-D"),

@@ -20,6 +20,7 @@ __all__ = [
     "StrategyInfo",
     "check_names",
     "make_strategy",
+    "missing_part",
     "register_strategy",
     "takes_selector",
 ]
@@ -65,6 +66,7 @@ class StrategyInfo:
         trained: a trained retriever is needed.
         looks_at_gold: it reads the gold answer: a ceiling, not a method.
         seeded: another seed chooses otherwise.
+        needs: the parts of a row, "image" and "prompt", without which it is another strategy or none at all.
         make: (comparison, seed) -> the strategy; None where a retriever ranks the candidates.
     """
 
@@ -74,6 +76,7 @@ class StrategyInfo:
     trained: bool = False
     looks_at_gold: bool = False
     seeded: bool = False
+    needs: tuple[str, ...] = ()
     make: Callable[[Comparison, int], Strategy] | None = None
 
 
@@ -102,14 +105,18 @@ STRATEGIES: dict[str, StrategyInfo] = {
         seeded=True,
         make=lambda comparison, seed: Fixed(comparison.support, seed),
     ),
-    "si": StrategyInfo("SI (RICES)", "similar image (RICES, arXiv 2109.05014; OpenFlamingo)"),
-    "st": StrategyInfo("ST", "similar prompt"),
-    "sit": StrategyInfo("SIT", "similar image and prompt"),
+    "si": StrategyInfo("SI (RICES)", "similar image (RICES, arXiv 2109.05014; OpenFlamingo)", needs=("image",)),
+    "st": StrategyInfo("ST", "similar prompt", needs=("prompt",)),
+    "sit": StrategyInfo("SIT", "similar image and prompt", needs=("image", "prompt")),
     "sit+draft": StrategyInfo(
         "SIT + draft", "similar image, prompt, and response to the LVLM's draft (DRUM, untrained)", needs_draft=True
     ),
-    "si+draft": StrategyInfo("SI + draft", "similar image, and response to the draft", needs_draft=True),
-    "st+draft": StrategyInfo("ST + draft", "similar prompt, and response to the draft", needs_draft=True),
+    "si+draft": StrategyInfo(
+        "SI + draft", "similar image, and response to the draft", needs_draft=True, needs=("image",)
+    ),
+    "st+draft": StrategyInfo(
+        "ST + draft", "similar prompt, and response to the draft", needs_draft=True, needs=("prompt",)
+    ),
     "bm25": StrategyInfo(
         "BM25",
         "shared words of prompt and draft with prompt and response",
@@ -117,7 +124,10 @@ STRATEGIES: dict[str, StrategyInfo] = {
         make=lambda comparison, seed: BM25(comparison.support),
     ),
     "mmices": StrategyInfo(
-        "MMICES", "the 200 most similar images, re-ranked by prompt (arXiv 2311.18021)", make=_mmices
+        "MMICES",
+        "the 200 most similar images, re-ranked by prompt (arXiv 2311.18021)",
+        needs=("image", "prompt"),
+        make=_mmices,
     ),
     **{
         name: StrategyInfo(method.label, method.about, needs_draft="draft" in method.query, trained=True)
@@ -148,6 +158,7 @@ def register_strategy(
     needs_draft: bool = False,
     looks_at_gold: bool = False,
     seeded: bool = False,
+    needs: tuple[str, ...] = (),
 ) -> None:
     """Add a strategy of your own, which evaluators, suites and tables then know by name.
 
@@ -158,7 +169,7 @@ def register_strategy(
             [`Strategy`][drum_hf.evaluation.strategies.Strategy].
         label: as tables show it; the name where left out.
         about: one line on what it does.
-        needs_draft, looks_at_gold, seeded: as in `StrategyInfo`.
+        needs_draft, looks_at_gold, seeded, needs: as in `StrategyInfo`.
 
     Raises:
         ValueError: the name is taken, or holds a "+", which stands before a selector.
@@ -177,7 +188,7 @@ def register_strategy(
     if name in STRATEGIES or "+" in name:
         raise ValueError(f"expected the name of a strategy that is not taken and holds no '+', got {name!r}")
     STRATEGIES[name] = StrategyInfo(
-        label or name, about, needs_draft, looks_at_gold=looks_at_gold, seeded=seeded, make=make
+        label or name, about, needs_draft, looks_at_gold=looks_at_gold, seeded=seeded, needs=needs, make=make
     )
 
 
@@ -197,6 +208,18 @@ def check_names(names: Iterable[str]) -> None:
             near = difflib.get_close_matches(name, STRATEGIES, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(STRATEGIES)}"
             raise ValueError(f"strategy {name!r} is unknown; {hint}")
+
+
+def missing_part(name: str, support: TripletTable, queries: TripletTable) -> str | None:
+    """The part ("image" or "prompt") that a strategy compares and that no row of one side has; None: it can be run.
+
+    A prompt that every row shares tells nothing apart, yet can be compared; one that no row has can't.
+    """
+    there = {
+        "image": all(any(table.image_keys) for table in (support, queries)),
+        "prompt": all(any(prompt.strip() for prompt in table.prompts) for table in (support, queries)),
+    }
+    return next((part for part in STRATEGIES[name].needs if not there[part]), None)
 
 
 def takes_selector(name: str) -> bool:

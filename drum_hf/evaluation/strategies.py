@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import regex
 
 from ..data import TripletTable
 from ..selection import Selector, get_selector
@@ -152,6 +154,24 @@ class MMICES:
         return chosen
 
 
+#: A word of any script; a character of one that writes no spaces.
+_WORD = regex.compile(
+    r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*|[\w\p{M}\u200c\u200d--[_]]+",
+    regex.VERSION1,
+)
+
+
+def words(text: str) -> list[str]:
+    """The words that BM25 compares: without case, in composed form (NFKC), combining marks kept with their letters.
+
+    In scripts without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is a word. Our choice.
+
+    >>> words("Which Café?"), words("ก็ดี")
+    (['which', 'café'], ['ก็', 'ดี'])
+    """
+    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+
+
 class BM25:
     """Okapi BM25 over texts: a query's prompt and draft against a demonstration's prompt and response.
 
@@ -162,20 +182,15 @@ class BM25:
 
     def __init__(self, support: TripletTable) -> None:
         self.support = support
-        self.bm25s = require("bm25s", "the BM25 strategy")
+        bm25s = require("bm25s", "the BM25 strategy")
         texts = [f"{p} {r}" for p, r in zip(support.prompts, support.responses, strict=True)]
-        self.index = self.bm25s.BM25()
-        self.index.index(self._tokens(texts), show_progress=False)
-
-    def _tokens(self, texts: list[str]) -> Any:
-        return self.bm25s.tokenize(
-            texts, stopwords=None, token_pattern=r"(?u)\b\w+\b", show_progress=False, return_ids=False
-        )
+        self.index = bm25s.BM25()
+        self.index.index([words(text) for text in texts], show_progress=False)
 
     def select(self, queries: Sequence[Query], k: int) -> list[list[str]]:
         texts = [f"{q.prompt} {q.draft or ''}" for q in queries]
         chosen = []
-        for query, tokens in zip(queries, self._tokens(texts), strict=True):
+        for query, tokens in zip(queries, map(words, texts), strict=True):
             scores = self.index.get_scores(tokens) if tokens else np.zeros(len(self.support))
             eligible = set(_eligible(self.support, query))
             ranked = (self.support.ids[i] for i in np.argsort(-scores, kind="stable"))

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..data import TripletTable
 from ..errors import EmptySupportError, TooFewDemonstrationsError
 from ..evaluation.evaluator import ICLEvaluator, StrategyResult
 from ..evaluation.metrics import Metric, get_metric
-from ..evaluation.registry import STRATEGIES, Comparison, check_names, make_strategy, takes_selector
+from ..evaluation.registry import STRATEGIES, Comparison, check_names, make_strategy, missing_part, takes_selector
 from ..evaluation.statistics import paired_bootstrap
 from ..evaluation.strategies import Retrieved, SameAnswerOracle, ScoreOracle, Strategy
 from ..retriever.retriever import DemoRetriever
@@ -29,10 +29,9 @@ from ..scores.cached import CachedLVLM
 from ..scores.feedback import Feedback
 from ..scores.store import ScoreStore
 from ..selection import Order
-from ..training import methods
+from ..training import DrumTrainer, DrumTrainingArguments, methods
 from ..training.methods import Method
 from ..training.pricing import ScorePlan, plan_scores
-from ..training.trainer import DrumTrainer, DrumTrainingArguments
 from ..types import LVLM
 from ..utils.manifest import write_manifest
 from .examples import at_their_best, pick_rows, shown
@@ -209,7 +208,7 @@ def run_experiment(
     store = ScoreStore(out / "scores.sqlite")
     cached = CachedLVLM(lvlm, store)
     choices = support.label_set if task == "classification" else ()
-    asked = Feedback(cached, support, queries, choices=choices, max_new_tokens=settings.max_new_tokens)
+    asked = _feedback(cached, support, queries, task, settings.max_new_tokens)
     drafts = dict(zip(queries.ids, asked.drafts(queries.ids), strict=True))
     evaluator = ICLEvaluator(
         cached,
@@ -224,7 +223,7 @@ def run_experiment(
     every = sorted({settings.shots, *settings.by_shots})
     run.evaluate_named("zero-shot", [settings.shots])
     run.rows["zero-shot"]["by_shots"] = {}
-    for name in ("random", "fixed", "si", "st", "sit", "sit+draft", "bm25"):
+    for name in _runnable(("random", "fixed", "si", "st", "sit", "sit+draft", "bm25"), support, queries):
         run.evaluate_named(name, every)
     if settings.oracle != "none":
         run.evaluate(SameAnswerOracle(support, queries) if settings.oracle == "answer" else ScoreOracle(asked), every)
@@ -292,6 +291,35 @@ def run_experiment(
         settings=results["settings"],
     )
     return results
+
+
+def _feedback(
+    lvlm: CachedLVLM, support: TripletTable, queries: TripletTable, task: str, max_new_tokens: int
+) -> Feedback:
+    """Feedback on the queries. A class that only queries have is scored beside the others, and is never the answer."""
+    choices: tuple[str, ...] = ()
+    if task == "classification":
+        unseen = sorted(set(queries.label_set) - set(support.label_set))
+        if unseen:
+            rows = sum(label in set(unseen) for label in queries.labels)
+            logger.warning(
+                "%d queries have labels that no demonstration has (%s); they count as wrong. Add demonstrations of "
+                "them, or drop these queries",
+                rows,
+                ", ".join(map(repr, unseen[:5])) + (", …" if len(unseen) > 5 else ""),
+            )
+        choices = (*support.label_set, *unseen)
+    return Feedback(lvlm, support, queries, choices=choices, max_new_tokens=max_new_tokens)
+
+
+def _runnable(names: Sequence[str], support: TripletTable, queries: TripletTable) -> Iterator[str]:
+    """The strategies that these tables allow; of each other it is said what is missing."""
+    for name in names:
+        part = missing_part(name, support, queries)
+        if part is None:
+            yield name
+        else:
+            logger.warning("%s is left out: it compares %ss, and the tables have none", name, part)
 
 
 def _tell(retriever: DemoRetriever, results: Mapping[str, Any], metric: Metric, out: Path) -> None:
@@ -417,8 +445,7 @@ def evaluate_strategies(
     measured = get_metric(metric or TASK_METRICS[task])
     began = time.perf_counter()
     cached = CachedLVLM(lvlm, ScoreStore(store or ":memory:"))
-    choices = support.label_set if task == "classification" else ()
-    asked = Feedback(cached, support, queries, choices=choices, max_new_tokens=max_new_tokens)
+    asked = _feedback(cached, support, queries, task, max_new_tokens)
     drafts: dict[str, str] = {}
     if any(STRATEGIES[name].needs_draft for name in names) or any(r.uses_drafts for r in given.values()):
         drafts = dict(zip(queries.ids, asked.drafts(queries.ids), strict=True))
@@ -433,7 +460,7 @@ def evaluate_strategies(
     )
     comparison = Comparison(support, queries, asked, encoder, task, drafts)
     run = _Run(evaluator, Settings(shots=max(shots), random_seeds=random_seeds), comparison)
-    for name in names:
+    for name in _runnable(names, support, queries):
         run.evaluate_named(name, sorted(shots), retriever=given.get(name), selector=selector)
     return {
         "task": task,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ColumnError
+from ..utils.images import load_image
 from .plots import Estimate, StrategySeries, TaskResult, plot_pairs, plot_rounds, plot_shots, read_results
 
 if TYPE_CHECKING:
@@ -296,7 +297,7 @@ def _picture(image: Image | None, alt: str) -> str:
     if not hasattr(image, "convert"):
         raise ColumnError(f"an example's image should be a PIL image or None, found {image!r}; open it first")
     small = max(image.size) <= _SMALL
-    copy = image.convert("RGB")
+    copy = load_image(image).copy()
     copy.thumbnail((_LARGE, _LARGE))
     kind, pixels = ("png", " pixels") if small else ("jpeg", "")
     buffer = io.BytesIO()

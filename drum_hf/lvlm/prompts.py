@@ -233,7 +233,7 @@ class ChatFormat:
         return self.tokenizer(texts, add_special_tokens=self.add_special_tokens, return_attention_mask=False)
 
     def _checked_images(self, request: ICLRequest, text: str) -> list[Image]:
-        images = [im if im.mode == "RGB" else im.convert("RGB") for im in _images(request)]
+        images = _images(request)
         token = self.image_token
         if token is not None and text.count(token) != len(images):
             raise RowError(

@@ -12,12 +12,14 @@ vqa(image="bus.jpg", question="What colour is the bus?")  # [{"answer": …, "de
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import inspect
 import logging
 import math
 import os
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import AutoModelForImageTextToText
@@ -26,10 +28,11 @@ from transformers.pipelines.base import Pipeline
 
 from ..errors import RowError
 from ..lvlm.local.model import TransformersLVLM
+from ..retriever.queries import as_query
 from ..selection import Order, Selector, TokenBudget, get_selector
 from ..types import Demonstration, ICLRequest, Query
 from ..utils.optional import resolve_name
-from .inputs import as_inputs, pairs, read_query
+from .inputs import as_inputs, pairs
 from .models import DEFAULT_LVLM, UnnamedLVLM, find_processor, find_retriever, no_teacher, teacher_of
 
 if TYPE_CHECKING:
@@ -70,7 +73,9 @@ class ICLPipeline(Pipeline):
             brings its own `draft` needs no such pass.
         max_new_tokens: the longest answer, and the longest draft. 32 unless told (64 for captions).
         prompt: what is asked where an input asks nothing. Default: the support set's most common prompt.
-        timeout: seconds to wait for an image from the web.
+        urls: whether images may be http(s) addresses: False, the default; True, on public hosts; or "private", on
+            hosts of this machine and its network as well.
+        timeout: seconds for an address to be fetched, in all. 20 unless told.
         return_demonstrations: whether `demonstrations` stand in the results.
         kwargs: `task`, `device`, `batch_size`, `num_workers`, … as in every transformers pipeline.
 
@@ -129,17 +134,22 @@ class ICLPipeline(Pipeline):
         """Answer one input or many.
 
         Args:
-            image: a picture (PIL image, path, address or base64 text); or an input: a dict with `image`, `prompt` (or
-                `question`) and, where wanted, `draft`, `id` and `group`, or a `Query`; or several of either: a list, a
-                generator, a `datasets.Dataset`, a `TripletTable`. The row and the group that an input names are never
-                among its demonstrations.
+            image: a picture, given as whatever [`load_image`][drum_hf.data.load_image] takes (path, PIL image, bytes,
+                array, base64 text, …); or an input: a dict with `image`, `prompt` (or `question`) and, where wanted,
+                `draft`, `id` and `group`, or a `Query`; or several of either: a list, a generator, a
+                `datasets.Dataset`, a data frame, a `TripletTable`. The row and the group that an input names are
+                never among its demonstrations.
             prompt: what is asked of every input that asks nothing itself; or a list, one for each image.
             kwargs: arguments of the pipeline for this call, and `batch_size`, `num_workers`.
 
         Returns:
             For one input its result, a list of dicts; for a list a list of results; for a generator, a data set or a
             table an iterator over results, made as they are asked for.
+
+        Raises:
+            TypeError: an argument is unknown.
         """
+        self._refuse_unknown(kwargs.keys() - {*self._arguments(), "batch_size", "num_workers"})
         if isinstance(prompt, (list, tuple)):
             image = pairs(image, prompt)
         elif prompt is not None:
@@ -191,9 +201,12 @@ class ICLPipeline(Pipeline):
         draft: bool | Literal["auto"] | None = None,
         max_new_tokens: int | None = None,
         prompt: str | None = None,
+        urls: bool | Literal["private"] | None = None,
         timeout: float | None = None,
         return_demonstrations: bool | None = None,
+        **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        self._refuse_unknown(unknown)
         if num_shots is not None and (isinstance(num_shots, bool) or not isinstance(num_shots, int) or num_shots < 0):
             raise ValueError(f"expected num_shots to be 0 or more, got {num_shots!r}")
         if num_shots and self.retriever is None:
@@ -219,16 +232,29 @@ class ICLPipeline(Pipeline):
             "max_new_tokens": max_new_tokens,
         }
         return (
-            _given({"prompt": prompt, "timeout": timeout}),
+            _given({"prompt": prompt, "urls": urls, "timeout": timeout}),
             _given(forward),
             _given({"return_demonstrations": return_demonstrations}),
         )
 
-    def preprocess(self, input_: Any, prompt: str | None = None, timeout: float | None = None) -> dict[str, Any]:  # type: ignore[override]
+    @classmethod
+    def _arguments(cls) -> list[str]:
+        """What may be given to a call."""
+        hooks = (ICLPipeline._sanitize_parameters, cls._sanitize_parameters)
+        given = [each for hook in hooks for each in inspect.signature(hook).parameters.values()]
+        return list(dict.fromkeys(p.name for p in given if p.kind != p.VAR_KEYWORD and p.name != "self"))
+
+    def _refuse_unknown(self, names: Iterable[str]) -> None:
+        for name in names:
+            near = difflib.get_close_matches(name, [*self._arguments(), "image", "question", "batch_size"], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(self._arguments())}"
+            raise TypeError(f"{self.task} got an unknown argument {name!r}; {hint}")
+
+    def preprocess(self, input_: Any, prompt: str | None = None, **images: Any) -> dict[str, Any]:  # type: ignore[override]
         def ask() -> str:
             return self._default_prompt() if prompt is None else prompt
 
-        return {"query": read_query(input_, ask, timeout)}
+        return {"query": as_query(input_, name="input", default_prompt=ask, **images)}
 
     def _forward(self, input_tensors: dict[str, Any], **parameters: Any) -> Any:
         # A single query comes by itself, a batch as a list; results leave in the same shape.

@@ -17,7 +17,7 @@ from ..errors import ColumnError, DimensionMismatchError
 from ..index.sharded import AnyIndex, ShardedIndex, make_index
 from ..selection import Candidates, Selector, TopN, choose, get_selector
 from ..types import LVLM, Demonstration, ICLRequest, Query, Retrieval
-from .queries import Queries, SizedItems, as_item, as_query, in_chunks, name_query
+from .queries import Queries, SizedItems, as_item, as_queries, as_rows, in_chunks, is_single, name_query
 from .sharing import Shared
 from .swapping import Swappable
 
@@ -341,19 +341,20 @@ class DemoRetriever(Shared, Swappable):
         """
         k = self.top_k if k is None else k
         selector = None if selector is None else get_selector(selector)
-        if isinstance(queries, (Query, Demonstration, Mapping)):
+        queries = as_rows(queries)
+        if is_single(queries):
             return self._retrieve([queries], k, exclude_self, selector)[0]
         if isinstance(queries, (list, tuple)):
             return self._retrieve(queries, k, exclude_self, selector) if queries else []
-        if isinstance(queries, (str, bytes)) or not isinstance(queries, Iterable):
+        if not isinstance(queries, Iterable):
             raise ColumnError(
-                f"expected a query (a dict with 'image' and 'prompt', or a Query), or several, got "
+                f"expected a query (a dict with 'image' and 'prompt', a Query, or an image), or several, got "
                 f"{type(queries).__name__}"
             )
         return self._retrieve_lazily(queries, k, exclude_self, selector)
 
     def _retrieve(self, queries: Queries, k: int, exclude_self: bool, selector: Selector | None) -> list[Retrieval]:
-        made = [as_query(query) for query in queries]
+        made = list(as_queries(queries))
         with self._lock:  # index and support of one moment
             ids, scores = self.retrieve_ids(made, k, exclude_self=exclude_self, selector=selector)
             support = self._support
@@ -446,9 +447,10 @@ class DemoRetriever(Shared, Swappable):
 
     def _encode_queries(self, queries: Queries, note: Callable[[Query], None]) -> np.ndarray:
         used = self._used()
+        queries = as_rows(queries)
 
         def items(rows: Queries) -> Iterator[dict[str, Any]]:
-            for position, query in enumerate(self._drafted(map(as_query, rows))):
+            for position, query in enumerate(self._drafted(as_queries(rows))):
                 note(query)
                 yield as_item(query.image, query.prompt, query.draft, used, name_query(query.id, position))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from ..data import TripletTable
-from ..types import LVLM, ICLRequest, Query
+from ..types import LVLM, ICLRequest, Query, trusted
 from ..utils.optional import bar_options
 from .cached import CachedLVLM
 from .sharding import ALONE, Processes, shard
@@ -77,7 +77,7 @@ class Feedback:
         return parts.key(self.lvlm.fingerprint)
 
     def _draft_key(self, query_id: str) -> bytes:
-        asked = ICLRequest(Query(None, key=self.queries.query_keys[self.queries.row(query_id)]))
+        asked = ICLRequest(trusted(Query, image=None, key=self.queries.query_keys[self.queries.row(query_id)]))
         return request_key(asked, self.lvlm.fingerprint, kind="generate", max_new_tokens=self.max_new_tokens)
 
     def request(self, query_id: str, demonstration_ids: Sequence[str] = ()) -> ICLRequest:

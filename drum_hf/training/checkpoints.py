@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import SavedFileError
 
-__all__ = ["WholeCheckpoints", "in_steps_of_now", "last_checkpoint", "same_run"]
+__all__ = ["WholeCheckpoints", "in_steps_of_now", "last_checkpoint", "read_note", "same_run", "write_note"]
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def same_run(folder: str | os.PathLike[str], settings: dict[str, Any], *, anew: 
                 shutil.rmtree(checkpoint)
             note.unlink(missing_ok=True)
         found = last_checkpoint(folder)
-        known = _read(note)
+        known = read_note(note)
         if found is not None and known is not None and known != json.loads(json.dumps(settings)):
             # "LVLM" is what --lvlm came to
             differ = sorted({key.lower() for key in {*known, *settings} if known.get(key) != settings.get(key)})
@@ -137,9 +137,7 @@ def same_run(folder: str | os.PathLike[str], settings: dict[str, Any], *, anew: 
                 f"{folder} holds a training that was started with other settings ({', '.join(differ)}); give another "
                 "folder by --out, or --restart to start anew in this one"
             )
-        part = note.with_suffix(".part")
-        part.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-        part.replace(note)
+        write_note(note, settings)
     except OSError as error:
         if isinstance(error, SavedFileError):
             raise
@@ -149,7 +147,15 @@ def same_run(folder: str | os.PathLike[str], settings: dict[str, Any], *, anew: 
     return found
 
 
-def _read(note: Path) -> dict[str, Any] | None:
+def write_note(note: Path, content: dict[str, Any]) -> None:
+    """Write a small JSON file; a reader sees the old one or the new one."""
+    part = note.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    part.replace(note)
+
+
+def read_note(note: Path) -> dict[str, Any] | None:
+    """What `write_note` wrote; None where there is nothing that can be read."""
     try:
         found = json.loads(note.read_text(encoding="utf-8"))
     except (OSError, ValueError):

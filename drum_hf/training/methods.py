@@ -27,7 +27,7 @@ class Method:
     query: str = "sit+draft"
 
 
-_DRUM: dict[str, Any] = {"objective": "listwise", "weighting": "utility"}
+_DRUM: dict[str, Any] = {"loss": "listwise", "weighting": "utility"}
 #: What the ancestors have in common: the in-batch term wants the list's best, every demonstration is scored alone.
 _ANCESTORS: dict[str, Any] = {"in_batch": "best", "set_level_rounds": 0}
 
@@ -43,7 +43,7 @@ METHODS: dict[str, Method] = {
         "DRUM (rank weights)",
         "list-wise with rank weights, the best of a list against the batch, scored alone: DRUM as near to its paper "
         "as is known (its ancestor UDR's loss)",
-        _ANCESTORS | {"objective": "listwise", "weighting": "rank"},
+        _ANCESTORS | {"loss": "listwise", "weighting": "rank"},
     ),
     "drum-rank-weights": Method(
         "DRUM with rank weights", "rank weights in place of utility (ablation)", _DRUM | {"weighting": "rank"}
@@ -65,27 +65,42 @@ METHODS: dict[str, Method] = {
     ),
     "drum-kl": Method(
         "DRUM with KL",
-        "KL divergence to the LVLM's distribution over the list (LLM-R's loss) in place of pairs (ablation)",
-        _DRUM | {"weighting": "kl"},
+        "KL divergence to the LVLM's distribution over the list (ListNet, LLM-R's loss) in place of pairs (ablation)",
+        _DRUM | {"loss": "listnet"},
     ),
     "udr": Method(
         "UDR-style",
-        "rank weights, UDR's lists, candidates by rank alone, no draft (after UDR, ACL 2023); unlike UDR's, queries "
-        "have an image, pools keep earlier rounds' candidates, vectors have unit length and there is a temperature",
-        _ANCESTORS | {"objective": "listwise", "weighting": "rank", "hard_candidates": False, "random_share": 0.0},
+        "rank weights, UDR's lists (exactly one of the best and one of the worst), candidates by rank alone, no draft "
+        "(after UDR, ACL 2023); unlike UDR's, queries have an image, pools keep earlier rounds' candidates, vectors "
+        "have unit length and there is a temperature",
+        _ANCESTORS
+        | {
+            "loss": "listwise",
+            "weighting": "rank",
+            "ends_once": True,
+            "hard_candidates": False,
+            "random_share": 0.0,
+        },
         query="sit",
     ),
     "epr": Method(
         "EPR",
         "contrastive, one of the LVLM's five best against its five worst and the batch (EPR, NAACL 2022); with draft, "
-        "rounds and first candidates as DRUM has them",
-        _ANCESTORS | {"objective": "contrastive"},
+        "rounds and first candidates as DRUM has them; EPR samples one of the five worst, as epr-1 does",
+        _ANCESTORS | {"loss": "contrastive"},
+    ),
+    "epr-1": Method(
+        "EPR (one hard negative)",
+        "contrastive, one of the LVLM's five best against one of its five worst and the batch, as in EPR's code; else "
+        "as epr",
+        _ANCESTORS | {"loss": "contrastive", "hard_negatives": 1},
     ),
     "msier": Method(
         "MSIER",
-        "contrastive, query side alone trained, on the image alone, against candidates as the untrained encoder sees "
-        "them (MSIER, arXiv 2404.12866); candidates by their image, too, since like is compared with like",
-        _ANCESTORS | {"objective": "contrastive", "frozen_candidates": True},
+        "contrastive with one hard negative, query side alone trained, on the image alone, against candidates as the "
+        "untrained encoder sees them (MSIER, arXiv 2404.12866); candidates by their image, too, since like is "
+        "compared with like",
+        _ANCESTORS | {"loss": "contrastive", "hard_negatives": 1, "frozen_candidates": True},
         query="si",
     ),
     "drum-no-draft": Method(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,8 +19,17 @@ if TYPE_CHECKING:
     from ..retriever.retriever import DemoRetriever
     from ..types import Query
 
-__all__ = ["SET_LEVEL_WEIGHT", "FIRST_RANDOM_SHARE", "CandidateTable", "Sampling", "mine_candidates", "mine_set_level"]
+__all__ = [
+    "FIRST_RANDOM_SHARE",
+    "SET_LEVEL_WEIGHT",
+    "CandidateTable",
+    "Sampling",
+    "doubts",
+    "mine_candidates",
+    "mine_set_level",
+]
 
+#: How a query's list is drawn; see `CandidateTable.sample`.
 Sampling = Literal["listwise", "contrastive"]
 
 #: Share of the first round's candidates that is drawn at random; our choice.
@@ -28,9 +38,11 @@ FIRST_RANDOM_SHARE = 0.5
 #: Weight of a demonstration's set-level score beside the one alone; our choice.
 SET_LEVEL_WEIGHT = 0.25
 
-#: Format 1 had no set-level scores.
 _FORMAT = 2
 _COLUMNS = ("query_id", "candidate_id", "score", "place", "round", "set_level")
+#: A gold answer's median probability below which nothing helps, the least difference that a demonstration should make
+#: to it, and the fewest queries a label should have; our choice.
+_HOPELESS, _SAME, _FEW_QUERIES = 0.01, 0.01, 5
 #: Up to so many rows a random draw permutes them all; from more it picks, that many at a time.
 _FEW_ROWS, _PICKED = 4096, 64
 #: More rounds than any training has.
@@ -254,16 +266,21 @@ class CandidateTable:
         sampling: Sampling = "listwise",
         ends: int = 5,
         hard: bool = True,
+        ends_once: bool = False,
+        negatives: int | None = None,
     ) -> tuple[list[str], list[float]]:
         """Draw a training list from a query's pool.
 
         Args:
             size: at most so many candidates; fewer where the pool is smaller.
-            sampling: "listwise": one of the `ends` best by the LVLM, one of the `ends` worst, the rest from between
-                (UDR), and at least one hard candidate where the pool has one (our choice; see `hard`).
-                "contrastive": one of the `ends` best first, then others of the `ends` worst (EPR).
+            sampling: "listwise": one of the `ends` best by the LVLM, one of the `ends` worst, the rest from all
+                others, and at least one hard candidate where the pool has one (our choice; see `hard`).
+                "contrastive": one of the `ends` best first, then others of the `ends` worst.
             ends: UDR's and EPR's value 5; at most half of the pool.
             hard: False leaves the hard candidate to chance, as UDR does.
+            ends_once: the rest comes from between the best and the worst, as in UDR, so that a list holds exactly one
+                of each. A small pool has fewer than `ends` of them, so that enough is left between.
+            negatives: of a contrastive list, at most so many of the worst; EPR and MSIER take 1. None fills the list.
 
         Returns:
             ids and scores, in one order.
@@ -275,14 +292,18 @@ class CandidateTable:
         worth = pool.worth(self.set_level_weight)
         order = np.argsort(-worth, kind="stable")
         if sampling == "contrastive":
+            negatives = size - 1 if negatives is None else min(size - 1, negatives)
             best = [int(rng.choice(order[:ends]))] if count else []
             worst = [int(r) for r in order[count - ends :] if r not in best]
-            chosen = best + [int(r) for r in rng.permutation(worst)[: size - 1]]
+            chosen = best + [int(r) for r in rng.permutation(worst)[:negatives]]
         elif size < 2 or size == count:
             chosen = [int(r) for r in (order if size == count else rng.permutation(order)[:size])]
         else:
+            if ends_once:
+                ends = max(1, min(ends, (count - size + 2) // 2))
             first, last = int(rng.choice(order[:ends])), int(rng.choice(order[count - ends :]))
-            between = [int(r) for r in rng.permutation(order) if r not in (first, last)][: size - 2]
+            rest = order[ends : count - ends] if ends_once else order
+            between = [int(r) for r in rng.permutation(rest) if r not in (first, last)][: size - 2]
             wanted = pool.hard(worth) if hard else np.empty(0, np.int64)
             if between and len(wanted) and not {first, last, *between} & set(wanted.tolist()):
                 between[-1] = int(rng.choice(wanted))
@@ -385,9 +406,7 @@ class CandidateTable:
         try:
             data = read_parquet(path)
             state = json.loads((data.schema.metadata or {})[b"drum_hf"])
-            if state["format_version"] == 1 and data.schema.equals(_schema(_COLUMNS[:-1])):
-                data = data.append_column(_COLUMNS[-1], pa.nulls(len(data), pa.float64()))
-            elif state["format_version"] != _FORMAT or not data.schema.equals(_schema()):
+            if state["format_version"] != _FORMAT or not data.schema.equals(_schema()):
                 raise ColumnError(f"expected format {_FORMAT} with columns {_COLUMNS}; got {data.column_names}")
             if any(data[name].null_count for name in _COLUMNS[:-1]):
                 raise ValueError("a value is missing")
@@ -398,13 +417,13 @@ class CandidateTable:
             numbers = np.array([table._number(c) for c in proposed.dictionary.to_pylist()], np.int64)
             candidates = numbers[proposed.indices.to_numpy()]
             scores, places, rounds, set_level = (data[name].to_numpy() for name in _COLUMNS[2:])
-            table.bought = _checked_rounds(state, rounds)
+            table.bought = _checked_rounds(state["bought"], rounds)
             _check_pairs(rows * (1 + len(numbers)) + candidates, scores, places, set_level)
             for number in np.unique(rounds).tolist():
                 own = rounds == number
                 table._add(number, rows[own], candidates[own], scores[own], places[own], set_level[own])
             if table.bought and table.bought[-1] != len(table):
-                raise ValueError(f"{table.bought[-1]} scores were bought, and {len(table)} stand there")
+                raise ValueError(f"expected the {table.bought[-1]} scores that were bought, got {len(table)}")
         except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, RecursionError) as error:
             raise SavedFileError(
                 f"expected a candidate table at {path}; reading it failed ({error}); {remedy}"
@@ -412,11 +431,11 @@ class CandidateTable:
         return table
 
 
-def _schema(columns: Sequence[str] = _COLUMNS) -> pa.Schema:
+def _schema() -> pa.Schema:
     import pyarrow as pa
 
     types = (pa.string(), pa.string(), pa.float64(), pa.int32(), pa.int32(), pa.float64())
-    return pa.schema(list(zip(columns, types, strict=False)))
+    return pa.schema(list(zip(_COLUMNS, types, strict=True)))
 
 
 def _checked_ids(ids: object) -> list[str]:
@@ -425,29 +444,68 @@ def _checked_ids(ids: object) -> list[str]:
     return ids
 
 
-def _checked_rounds(state: Mapping[str, object], rounds: np.ndarray) -> list[int]:
+def _checked_rounds(bought: object, rounds: np.ndarray) -> list[int]:
     """Scores bought after each round, from a file's notes and each pair's round."""
-    if state["format_version"] == 1:
-        done = state["rounds"]
-        if type(done) is not int or not 0 <= done <= _MOST_ROUNDS:
-            raise ValueError(f"its number of rounds is {done!r}")
-        bought = [int((rounds <= number).sum()) for number in range(done)]
-    else:
-        noted = state["bought"]
-        if not isinstance(noted, list) or not all(type(n) is int for n in noted) or noted != sorted(noted):
-            raise ValueError(f"its scores bought by round are {noted!r:.80}")
-        bought = noted
+    if (
+        not isinstance(bought, list)
+        or not all(type(n) is int for n in bought)
+        or bought != sorted(bought)
+        or len(bought) > _MOST_ROUNDS
+    ):
+        raise ValueError(f"expected growing counts of scores, one for each round; got {bought!r:.80}")
     if len(rounds) and not 0 <= rounds.min() <= rounds.max() < len(bought):
-        raise ValueError(f"a pair is of a round that is none of its {len(bought)}")
+        raise ValueError(f"expected pairs of its {len(bought)} rounds; got one of round {rounds.max()}")
+    pairs, grown = np.bincount(rounds, minlength=len(bought)), np.diff([0, *bought])
+    if ((pairs > 0) & (pairs != grown)).any():  # a round without pairs bought scores at set level
+        raise ValueError(f"expected {pairs.tolist()} scores bought by its rounds; got {grown.tolist()}")
     return bought
 
 
 def _check_pairs(pairs: np.ndarray, scores: np.ndarray, places: np.ndarray, set_level: np.ndarray) -> None:
-    """Refuse what no round can have left: a pair twice, numbers that are none, a place before the first."""
+    """Refuse what no round can have left: a pair twice, a score that is not finite, a place before the first."""
     if len(np.unique(pairs)) < len(pairs):
-        raise ValueError("a pair stands there twice")
+        raise ValueError("expected each pair once; one is there twice")
     if not np.isfinite(scores).all() or np.isinf(set_level).any() or (places < 0).any():
-        raise ValueError("a score is no number, or a place is below 0")
+        raise ValueError("expected finite scores and places of at least 0")
+
+
+def doubts(table: CandidateTable, labels: Sequence[str] = ()) -> list[str]:
+    """Why training on this table may not help, each reason a sentence with what to do; none where all seems well.
+
+    Args:
+        table: of the training queries.
+        labels: the gold label of each query, in classification.
+    """
+    found = []
+    count = len(table.query_ids)
+    rows, _, scores, *_ = table._columns(0, count)
+    best, worst = np.full(count, -np.inf), np.full(count, np.inf)
+    np.maximum.at(best, rows, scores)
+    np.minimum.at(worst, rows, scores)
+    several = best > -np.inf
+    if several.any():
+        gap = float(np.median(np.exp(best[several]) - np.exp(worst[several])))
+        likely = float(np.median(np.exp(best[several])))
+        if likely < _HOPELESS:
+            found.append(
+                f"The LVLM finds the gold answers nearly impossible even after a query's best demonstration (median "
+                f"probability {likely:.2g}): write responses as the LVLM would answer, short and without markup, "
+                "check the task, or use another LVLM."
+            )
+        elif gap < _SAME:
+            found.append(
+                "The LVLM's answers hardly depend on the demonstration (a query's best and worst one differ by "
+                f"{gap:.2g} in the gold answer's median probability), so no choice of demonstrations can help much: "
+                "check that demonstrations and queries are of one kind, or use an LVLM that learns in context."
+            )
+    counts = Counter(labels)
+    rare = sorted(label for label, number in counts.items() if number < _FEW_QUERIES)
+    if rare:
+        found.append(
+            f"{len(rare)} of {len(counts)} labels have fewer than {_FEW_QUERIES} training queries (such as "
+            f"{rare[0]!r}), too few to learn from: add rows of these labels."
+        )
+    return found
 
 
 def mine_set_level(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.base.evaluation import BaseEvaluator
 from transformers import TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
@@ -24,129 +24,27 @@ from ..scores.feedback import Feedback
 from ..scores.sharding import Processes
 from ..scores.store import ScoreStore
 from ..types import LVLM, Query
+from .arguments import DrumTrainingArguments
 from .checkpoints import WholeCheckpoints, in_steps_of_now, last_checkpoint
-from .collator import ListCollator, SampledLists
-from .losses import ContrastiveLVLMLoss, InBatch, ListwiseLVLMLoss, Weighting
-from .methods import Method
-from .mining import FIRST_RANDOM_SHARE, SET_LEVEL_WEIGHT, CandidateTable, Sampling, mine_candidates, mine_set_level
+from .lists import ListCollator, SampledLists
+from .losses import make_loss
+from .mining import CandidateTable, doubts, mine_candidates, mine_set_level
 from .pricing import CALIBRATION, Pair, TrainingPlan, measure_drafts, plan_training, price
+from .validation import HeldOut
 
-__all__ = ["DrumTrainer", "DrumTrainingArguments"]
+__all__ = ["DrumTrainer", "Evaluator"]
 
 logger = logging.getLogger(__name__)
 
-_TABLE_FILE = "candidates.parquet"
+#: Measures a retriever whose index is fresh: a number, or numbers by name.
+Evaluator = Callable[[DemoRetriever], "float | Mapping[str, float]"]
+
+_TABLE_FILE, _HELD_OUT_FILE = "candidates.parquet", "eval_candidates.parquet"
 _LOSS_FILE = "loss.safetensors"
 
 
-@dataclasses.dataclass
-class DrumTrainingArguments(SentenceTransformerTrainingArguments):
-    """Sentence-transformers' training arguments and what DRUM adds.
-
-    `num_train_epochs` is always `rounds * epochs_per_round`; set those instead.
-
-    Args:
-        rounds: passes of mine -> score -> train; UDR's value 3.
-        epochs_per_round: our choice.
-        candidates_per_round: new pairs that each query buys in a round; our choice (UDR scores 50 in each).
-        set_level_rounds: last rounds in which a query buys, instead of new pairs, scores of candidates it has in the
-            one next to the one that served it best, as a prompt of several will show them; at least one round scores
-            them alone. Our choice, beyond the paper; 0 for a retriever that is to serve one demonstration at a time.
-        set_level_weight: what a demonstration is worth at set level, beside what it is worth alone; our choice.
-        random_share: share of the first round's candidates drawn at random; our choice.
-        list_size: candidates sampled for a query in a step, l; UDR's value 8.
-        objective: "listwise" (DRUM) or "contrastive" (EPR's loss). What else sets an ancestor apart from DRUM stands
-            in `drum_hf.training.methods.METHODS`.
-        weighting: of the list-wise loss: "utility" (ours), "rank" (UDR's paper), "position" (UDR's code) or "kl".
-        rank_weight: lambda; UDR's value 0.8.
-        in_batch: targets of the in-batch term: "soft" (ours) or "best" (UDR); see `ListwiseLVLMLoss`.
-        temperature: where the learnable temperature starts; our choice.
-        pool_ends: how many of a pool count as its best and its worst when lists are sampled; UDR's and EPR's value 5.
-        hard_candidates: a list holds one that retriever and LVLM disagree on, where the pool has one; our choice (UDR
-            draws without).
-        mine_once: the pairs of all rounds are bought in the first one, by the retriever as it is before training, and
-            with as many random ones; `rounds`, `epochs_per_round`, `candidates_per_round` and `random_share` are set
-            to that. For an ablation: it leaves out mining.
-        frozen_candidates: the demonstrations' embeddings stay those of the encoder as it is before training; only the
-            queries' side is trained (MSIER). The retriever then holds both encoders.
-        mini_batch_size: gradient caching in chunks of so many items; off by default.
-        draft_tokens: length of the training queries' drafts; as long as those of the queries that will be asked.
-        gather_negatives: of several processes, each compares its queries with the demonstrations of all of them, so
-            that N processes with batches of B train as one process with a batch of N B. On by default (our choice):
-            with few in-batch negatives quality falls.
-        score_store: SQLite file of every LVLM score; `scores.sqlite` in `output_dir` by default.
-        cascade_keep: share of each query's new pairs that the LVLM itself scores, the best by `cheap_lvlm`; the rest
-            are estimates (see `Cascade`). 1, our choice, scores all and needs no cheaper LVLM.
-        label_smoothing_factor etc. are the platform's.
-    """
-
-    rounds: int = dataclasses.field(default=3, metadata={"help": "passes of mine -> score -> train"})
-    epochs_per_round: int = dataclasses.field(default=3, metadata={"help": "epochs over the queries in each round"})
-    candidates_per_round: int = dataclasses.field(default=10, metadata={"help": "new pairs a query buys in a round"})
-    set_level_rounds: int = dataclasses.field(default=1, metadata={"help": "last rounds, scored at set level"})
-    set_level_weight: float = dataclasses.field(default=SET_LEVEL_WEIGHT, metadata={"help": "of set-level scores"})
-    random_share: float = dataclasses.field(default=FIRST_RANDOM_SHARE, metadata={"help": "random share of round one"})
-    list_size: int = dataclasses.field(default=8, metadata={"help": "candidates sampled for a query in a step"})
-    objective: Sampling = dataclasses.field(default="listwise", metadata={"help": "listwise (DRUM) or contrastive"})
-    weighting: Weighting = dataclasses.field(default="utility", metadata={"help": "utility, rank, position, kl"})
-    rank_weight: float = dataclasses.field(default=0.8, metadata={"help": "lambda of the list-wise loss"})
-    in_batch: InBatch = dataclasses.field(default="soft", metadata={"help": "soft targets (ours) or best (UDR)"})
-    temperature: float = dataclasses.field(default=0.05, metadata={"help": "start of the learnable temperature"})
-    pool_ends: int = dataclasses.field(default=5, metadata={"help": "pool's best and worst for sampling"})
-    hard_candidates: bool = dataclasses.field(default=True, metadata={"help": "a hard candidate in every list"})
-    mine_once: bool = dataclasses.field(default=False, metadata={"help": "buy all rounds' pairs in the first one"})
-    frozen_candidates: bool = dataclasses.field(default=False, metadata={"help": "train the queries' side alone"})
-    mini_batch_size: int | None = dataclasses.field(default=None, metadata={"help": "gradient caching chunk"})
-    draft_tokens: int = dataclasses.field(default=32, metadata={"help": "length of a training query's draft"})
-    gather_negatives: bool = dataclasses.field(default=True, metadata={"help": "in-batch negatives of all processes"})
-    score_store: str | None = dataclasses.field(default=None, metadata={"help": "SQLite file of LVLM scores"})
-    cascade_keep: float = dataclasses.field(default=1.0, metadata={"help": "share of pairs that the LVLM scores"})
-
-    def __post_init__(self) -> None:
-        for name in ("rounds", "epochs_per_round", "candidates_per_round", "list_size", "pool_ends"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} of at least 1; got {getattr(self, name)}")
-        if self.set_level_rounds < 0:
-            raise ValueError(f"expected set_level_rounds of at least 0; got {self.set_level_rounds}")
-        if not 0.0 <= self.set_level_weight <= 1.0:
-            raise ValueError(f"expected set_level_weight between 0 and 1; got {self.set_level_weight}")
-        if not 0.0 <= self.random_share <= 1.0:
-            raise ValueError(f"expected random_share between 0 and 1; got {self.random_share}")
-        if not 0.0 < self.cascade_keep <= 1.0:
-            raise ValueError(f"expected cascade_keep above 0 and up to 1; got {self.cascade_keep}")
-        if self.list_size < 2:
-            raise ValueError(f"expected list_size of at least 2, something to rank; got {self.list_size}")
-        if self.mine_once:  # once it is done, there is one round, and doing it again changes nothing
-            self.random_share /= self.rounds
-            self.candidates_per_round *= self.rounds
-            self.epochs_per_round *= self.rounds
-            self.rounds = 1
-        if self.dataloader_persistent_workers:
-            raise ValueError(
-                "dataloader_persistent_workers=True would train on the first round's candidates for ever, since its "
-                "workers never see a later round; leave it False"
-            )
-        if self.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end=True needs evaluations that DrumTrainer does not make. Measure the retriever "
-                "in on_round_end, and save the one you like best with save_pretrained"
-            )
-        if Processes.current().count > 1 and not torch.accelerator.is_available():
-            self.use_cpu = True  # without it the platform would start that many trainings beside one another
-        if not torch.cuda.is_available():
-            self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
-        self.num_train_epochs = float(self.rounds * self.epochs_per_round)
-        super().__post_init__()
-
-
-def own_arguments(method: Method) -> dict[str, Any]:
-    """Every argument of a method's that is not the platform's, defaults included: what its outcome depends on."""
-    own = [f for f in dataclasses.fields(DrumTrainingArguments) if f.name in DrumTrainingArguments.__annotations__]
-    return {f.name: f.default for f in own} | dict(method.training)
-
-
 class _Rounds(TrainerCallback):
-    """Refreshes the candidate table when a round begins."""
+    """Mines when a round begins, and logs what it came to when it ends."""
 
     def __init__(self, trainer: DrumTrainer) -> None:
         self.trainer = trainer
@@ -154,14 +52,20 @@ class _Rounds(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.trainer.processes.synchronize(list(self.trainer._loss_parameters().values()))
         self.trainer.write_drafts()
+        if args.eval_strategy != "no":
+            self.trainer.prepare_evaluation()
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         trainer = self.trainer
-        trainer.epoch = int(state.epoch or 0.0)  # resumed within an epoch, it is that epoch's
-        if trainer.epoch // args.epochs_per_round >= trainer.table.rounds:
+        trainer.lists.epoch = int(state.epoch or 0.0)  # resumed within an epoch, it is that epoch's
+        if trainer.lists.epoch // args.epochs_per_round >= trainer.table.rounds:
             if trainer.table.rounds and trainer.on_round_end is not None:
                 trainer.finish_round()
             trainer.mine()
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        if (self.trainer.lists.epoch + 1) % args.epochs_per_round == 0:
+            self.trainer.log_round()
 
 
 class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
@@ -175,7 +79,13 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
         args: `DrumTrainingArguments`.
         choices: the closed label set that scores are normalised over (classification); empty for open answers.
         cheap_lvlm: chooses the pairs worth the LVLM's time, where `args.cascade_keep` is below 1.
-        loss: overrides what `args.objective` makes: a loss that reads `ListBatch` labels.
+        eval_dataset: queries with gold answers, held out of training, as `train_dataset`. With `args.eval_strategy`
+            the LVLM scores `args.eval_candidates` demonstrations of each once, and evaluations say how the retriever
+            ranks these: `eval_ndcg` and `eval_gold_probability` (see `HeldOut.measure`).
+        evaluator: measures the retriever, its index fresh, in the main process: a function of the retriever that
+            returns a number (`eval_metric`) or numbers by name, such as in-context accuracy by an `ICLEvaluator`; or
+            one of sentence-transformers' evaluators, which gets the encoder.
+        loss: overrides the loss that `args.loss` names; see `LVLMLoss`.
         on_round_end: called with (trainer, finished rounds) once a round's training is over and the retriever's index
             is fresh; for evaluation between rounds. Of several processes each one calls it.
         callbacks, optimizers: the platform's.
@@ -185,6 +95,14 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
     through. Table and loss parameters lie in every checkpoint, so `train(resume_from_checkpoint=True)` goes on in the
     round it was in.
 
+    A line of the log has the mean `loss` and `accuracy` (share of lists whose best demonstration ranks first) since
+    the line before; at a round's end there are `round`, `round_loss`, `round_accuracy`, `scored_pairs`, and, of rounds
+    of new pairs, `gold_probability` (see `CandidateTable.summary`). `load_best_model_at_end`, early stopping,
+    `report_to` and `save_only_model` are the platform's. When little can be learned, a warning after the first
+    round's scores says why, and the retriever's card does (see `doubts`).
+
+    An encoder that was saved in half precision is trained in float32; `bf16=True` computes by autocast.
+
     Launched as several processes (`torchrun`, `accelerate launch`), these share the LVLM's work: the main process
     proposes candidates, pairs are dealt out by demonstrations, none is scored twice, and every process ends up with
     the same table, weights and temperature. Checkpoints are written by the main process, scores by each. Make the
@@ -192,6 +110,15 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
     in-batch negatives are those of all (`gather_negatives`).
 
     Source: DRUM (arXiv 2412.07619); list sampling and loss after UDR.
+
+    Example:
+        >>> def accuracy(retriever):  # doctest: +SKIP
+        ...     return evaluator.evaluate(Retrieved("drum", retriever), shots=4).mean
+        >>> args = DrumTrainingArguments(  # doctest: +SKIP
+        ...     "out", eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
+        ...     metric_for_best_model="metric",
+        ... )
+        >>> DrumTrainer(retriever, lvlm=lvlm, args=args, evaluator=accuracy).train()  # doctest: +SKIP
     """
 
     training_args_class = DrumTrainingArguments
@@ -207,6 +134,8 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
         args: DrumTrainingArguments | None = None,
         choices: Sequence[str] = (),
         cheap_lvlm: LVLM | None = None,
+        eval_dataset: TripletTable | Dataset | Sequence[dict[str, Any]] | None = None,
+        evaluator: Evaluator | BaseEvaluator | None = None,
         loss: torch.nn.Module | None = None,
         on_round_end: Callable[[DrumTrainer, int], None] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -218,6 +147,7 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
         if args.frozen_candidates and retriever.support_encoder is None:
             retriever.freeze_support()
         self.queries = retriever.support if train_dataset is None else load_table(train_dataset)
+        _widen(retriever.encoder)
         store = ScoreStore(args.score_store or Path(args.output_dir) / "scores.sqlite")
         common: dict[str, Any] = {"store": store, "choices": choices, "max_new_tokens": args.draft_tokens}
         self.feedback = Feedback(lvlm, retriever.support, self.queries, **common)
@@ -230,7 +160,14 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
                 )
             cheap = Feedback(cheap_lvlm, retriever.support, self.queries, **common)
             self.cascade = Cascade(self.feedback, cheap, keep=args.cascade_keep, seed=args.seed)
-        self.table = CandidateTable(self.queries.ids, set_level_weight=args.set_level_weight)
+        self.held_out: HeldOut | None = None
+        if eval_dataset is not None:
+            asked = TripletTable.from_dataset(eval_dataset)
+            self.held_out = HeldOut(
+                Feedback(self.feedback.lvlm, retriever.support, asked, **common),
+                candidates=args.eval_candidates,
+                seed=args.seed,
+            )
         self.processes = Processes.current()
         several, batch = self.processes.count, args.train_batch_size
         if several > 1 and len(self.queries) < several * batch:
@@ -240,42 +177,61 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
                 f"{len(self.queries)}. Set per_device_train_batch_size (--train-batch-size) to at most "
                 f"{len(self.queries) // several}, or start fewer processes"
             )
-        if self.processes.is_main and (twins := find_twins(retriever.support, self.queries)):
-            logger.warning(
-                "%d of %d training queries share an image (or, without one, a prompt) with a demonstration that "
-                "neither id nor group keeps from them, so that it may hand them the answer; the first is %r. Give "
-                "such rows a common 'group'", len(twins), len(self.queries), twins[0],
-            )  # fmt: skip
-        self.on_round_end = on_round_end
-        self.epoch = 0
+        if self.processes.is_main:
+            self._warn_of_twins(self.queries, "training")
+            if self.held_out is not None:
+                self._warn_of_twins(self.held_out.feedback.queries, "evaluation")
+        self.on_round_end, self.measure = on_round_end, evaluator
         self.drafts: dict[str, str] = {}
-        if loss is None:
-            common = {
-                "temperature": args.temperature,
-                "mini_batch_size": args.mini_batch_size,
-                "gather_negatives": args.gather_negatives,
-            }
-            if args.objective == "contrastive":
-                loss = ContrastiveLVLMLoss(retriever.encoder, **common)
-            else:
-                loss = ListwiseLVLMLoss(
-                    retriever.encoder,
-                    weighting=args.weighting,
-                    rank_weight=args.rank_weight,
-                    in_batch=args.in_batch,
-                    **common,
-                )
+        self.doubts: list[str] = []
+        self._losses: list[torch.Tensor] = []
+        self._tally = {"line": torch.zeros(2), "round": torch.zeros(2)}
+        loss = make_loss(retriever.encoder, args) if loss is None else loss
+        self.lists = SampledLists(
+            CandidateTable(self.queries.ids, set_level_weight=args.set_level_weight),
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            size=args.list_size,
+            sampling=getattr(loss, "sampling", "listwise"),
+            ends=args.pool_ends,
+            hard=args.hard_candidates,
+            ends_once=args.ends_once,
+            negatives=args.hard_negatives,
+        )
+        frozen = retriever.support_encoder is not None
+        collate: Any = ListCollator(  # any callable will do, but the platform names its own class
+            retriever.encoder,
+            self.queries,
+            retriever.support,
+            drafts=self.drafts,
+            stored=(lambda ids: retriever.index.vectors(ids)) if frozen else None,
+            shared=args.gather_negatives and self.processes.count > 1,
+        )
         rows = Dataset.from_dict({"query": self.queries.ids})
-        collate: Any = ListCollator(self)  # any callable will do, but the platform names its own class
+        held = None if self.held_out is None else Dataset.from_dict({"query": self.held_out.feedback.queries.ids})
         super().__init__(
             model=retriever.encoder,
             args=args,
-            train_dataset=rows.with_transform(SampledLists(self)),
+            train_dataset=rows.with_transform(self.lists),
+            # what the platform would compute a loss of; `evaluate` measures the retriever instead
+            eval_dataset=rows if held is None and evaluator is not None else held,
             loss=loss,
             data_collator=collate,
             callbacks=[_Rounds(self), *(callbacks or [])],
             optimizers=optimizers,
         )
+
+    @property
+    def table(self) -> CandidateTable:
+        """The training queries' candidates so far."""
+        return self.lists.table
+
+    def _warn_of_twins(self, queries: TripletTable, kind: str) -> None:
+        if twins := find_twins(self.retriever.support, queries):
+            logger.warning(
+                "%d of %d %s queries share an image (or, without one, a prompt) with a demonstration that "
+                "neither id nor group keeps from them, so that it may hand them the answer; the first is %r. Give "
+                "such rows a common 'group'", len(twins), len(queries), kind, twins[0],
+            )  # fmt: skip
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Left out: it counts tokens of text columns, and ours hold ids; the retriever has a card of its own."""
@@ -298,7 +254,7 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
         if self.retriever.uses_drafts and not self.drafts:
             self._say("drafting an answer to each of %d training queries", len(self.queries))
             ids = self.queries.ids
-            self.drafts = dict(zip(ids, self.feedback.drafts(ids, processes=self.processes), strict=True))
+            self.drafts.update(zip(ids, self.feedback.drafts(ids, processes=self.processes), strict=True))
 
     def _say(self, message: str, *values: Any) -> None:
         if self.processes.is_main:
@@ -358,6 +314,7 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
         if self.cascade is not None:
             self._say("round %d of %d: %d pairs proposed", self.table.rounds + 1, self.args.rounds, len(pairs))
             self.table.extend(mined, self.cascade.score(pairs, processes=self.processes))
+            self._doubt()
             return
         # Counted, not calibrated: a few pairs scored apart would be batched otherwise in a run that was taken up
         # again, and batches of another make-up round otherwise.
@@ -367,6 +324,14 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
             self.table.rounds + 1, self.args.rounds, len(pairs), plan.describe(),
         )  # fmt: skip
         self.table.extend(mined, plan.run())
+        self._doubt()
+
+    def _doubt(self) -> None:
+        first = self.table.rounds == 1
+        self.doubts = doubts(self.table, self.queries.responses if self.feedback.choices else ())
+        if first and self.processes.is_main:
+            for sentence in self.doubts:
+                logger.warning("%s", sentence)
 
     def _mine_set_level(self) -> None:
         asked = self.processes.from_main(self.propose_set_level)
@@ -445,16 +410,88 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
             self.processes.average([p.grad for p in trained])
         return loss
 
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As the platform's; a round's losses are kept for its line of the log."""
+        loss = super().compute_loss(*args, **kwargs)
+        self._losses.append((loss[0] if isinstance(loss, tuple) else loss).detach())
+        return loss
+
     def finish_round(self) -> None:
         """Refresh the index with the encoder as it is now and call `on_round_end`."""
         with self._fresh_index():
             if self.on_round_end is not None:
                 self.on_round_end(self, self.table.rounds)
 
+    def log_round(self) -> None:
+        """Log what the round that ends came to: its losses and accuracy, means over all processes, and its pairs."""
+        self._count()
+        right, lists = self._tally["round"].tolist()
+        loss = torch.stack(self._losses).mean().item() if self._losses else float("nan")
+        values = torch.tensor([loss, right / max(lists, 1)], device=self.args.device)
+        self.processes.average([values])
+        told = dict(zip(("round_loss", "round_accuracy"), (round(v, 4) for v in values.tolist()), strict=True))
+        row = self.table.summary()[-1]
+        if row["gold probability"] is not None:
+            told["gold_probability"] = round(row["gold probability"], 4)
+        self._losses, self._tally["round"] = [], torch.zeros(2)
+        self.log({"round": self.table.rounds, **told, "scored_pairs": len(self.table)})
+
+    def _count(self) -> None:
+        take = getattr(self.loss, "take_accuracy", None)  # a user's own loss need not have it
+        if take is not None:
+            counted = take()
+            self._tally = {name: tally + counted for name, tally in self._tally.items()}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the platform's, but `logging_strategy="no"` means no line at all, the closing one included."""
+        """As the platform's, with `accuracy` beside `loss`; `logging_strategy="no"` means no line at all."""
+        if "loss" in logs:
+            self._count()
+            right, lists = self._tally["line"].tolist()
+            self._tally["line"] = torch.zeros(2)
+            if lists:
+                logs = logs | {"accuracy": round(right / lists, 4)}
         if self.args.logging_strategy != "no":
             super().log(logs, start_time)
+
+    def prepare_evaluation(self) -> None:
+        """Choose what `eval_dataset` is ranked by, and have the LVLM score it; done once."""
+        if self.held_out is not None:
+            with self._fresh_index() if self.processes.is_main else contextlib.nullcontext():
+                self.held_out.prepare(self.retriever, self.processes)
+
+    def evaluate(  # type: ignore[override]  # what is measured is the retriever, not a data set's loss
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """What `eval_dataset` and `evaluator` of the trainer say of the retriever as it is now.
+
+        Returns:
+            name -> value, each name with the prefix: see the class.
+
+        Raises:
+            ValueError: the trainer has neither, or another data set is given.
+        """
+        if eval_dataset is not None or (self.held_out is None and self.measure is None):
+            raise ValueError(
+                "expected DrumTrainer(eval_dataset=…) or DrumTrainer(evaluator=…) to evaluate by; "
+                f"got {'another data set' if eval_dataset is not None else 'neither'}"
+            )
+        self.prepare_evaluation()
+        found = self.processes.from_main(self._measure)
+        metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _measure(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        with self._fresh_index(), torch.no_grad():
+            if self.held_out is not None:
+                found |= self.held_out.measure(self.retriever)
+            if isinstance(self.measure, BaseEvaluator):
+                measured: Any = self.measure(self.retriever.encoder, epoch=self.state.epoch or -1)
+            else:
+                measured = {} if self.measure is None else self.measure(self.retriever)
+        return found | (dict(measured) if isinstance(measured, Mapping) else {"metric": measured})
 
     def train(  # type: ignore[override]  # the platform's other arguments are among kwargs
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
@@ -486,13 +523,14 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
                 "rounds": self.table.rounds,
                 "scored_pairs": len(self.table),
                 "queries": len(self.queries),
-                "objective": self.args.objective,
-                "weighting": self.args.weighting if self.args.objective == "listwise" else None,
+                "loss": self.args.loss,
+                "weighting": self.args.weighting if self.args.loss == "listwise" else None,
                 "set_level_rounds": min(self.args.set_level_rounds, self.args.rounds - 1),
                 "seed": self.args.seed,
             },
             rounds=self.table.summary(),
         )
+        self.retriever.card_data = self.retriever.card_data | {"limits": self.doubts}
         return output
 
     def save_state_beside(self, checkpoint: Path) -> None:
@@ -501,6 +539,8 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
 
         checkpoint.mkdir(parents=True, exist_ok=True)
         self.table.save(checkpoint / _TABLE_FILE)
+        if self.held_out is not None:
+            self.held_out.table.save(checkpoint / _HELD_OUT_FILE)
         part = checkpoint / f"{_LOSS_FILE}.part"
         save_file({n: p.detach().cpu().contiguous() for n, p in self._loss_parameters().items()}, part)
         part.replace(checkpoint / _LOSS_FILE)
@@ -509,17 +549,35 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
         return {n: p for n, p in self.loss.named_parameters() if not n.startswith("model.")}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        self._load_weights(Path(resume_from_checkpoint))
+        self.lists.table = self._load_table(
+            Path(resume_from_checkpoint, _TABLE_FILE), self.queries.ids, "train_dataset"
+        )
+        held_out = Path(resume_from_checkpoint, _HELD_OUT_FILE)
+        if self.held_out is not None and held_out.exists():
+            self.held_out.table = self._load_table(held_out, self.held_out.feedback.queries.ids, "eval_dataset")
+        self._doubt()
+
+    def _load_best_model(self) -> None:
+        """As the platform's, with the loss's parameters; the table keeps what was scored since."""
+        assert self.state.best_model_checkpoint is not None
+        self._load_weights(Path(self.state.best_model_checkpoint))
+        self._say("the best model is that of %s", self.state.best_model_checkpoint)
+
+    def _load_table(self, path: Path, query_ids: list[str], name: str) -> CandidateTable:
+        table = CandidateTable.load(path, set_level_weight=self.args.set_level_weight)
+        if table.query_ids != query_ids:
+            raise SavedFileError(
+                f"expected {path} to hold the {len(query_ids)} queries of {name} in order; got {len(table.query_ids)} "
+                f"others. Resume with the {name} that the checkpoint was made with"
+            )
+        return table
+
+    def _load_weights(self, folder: Path) -> None:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        super()._load_from_checkpoint(resume_from_checkpoint)
-        folder = Path(resume_from_checkpoint)
-        table = CandidateTable.load(folder / _TABLE_FILE, set_level_weight=self.args.set_level_weight)
-        if table.query_ids != self.queries.ids:
-            raise SavedFileError(
-                f"expected {folder / _TABLE_FILE} to hold the {len(self.queries)} training queries in order; it holds "
-                f"{len(table.query_ids)} others. Resume with the train_dataset that the checkpoint was made with"
-            )
+        super()._load_from_checkpoint(str(folder))
         try:
             saved = load_file(folder / _LOSS_FILE)
             with torch.no_grad():
@@ -530,7 +588,13 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
                 f"expected the loss's parameters in {folder / _LOSS_FILE}; reading failed ({error}). Resume from "
                 "another checkpoint"
             ) from error
-        self.table = table
+
+
+def _widen(encoder: torch.nn.Module) -> None:
+    """Half-precision weights as float32: an optimizer's steps are smaller than their last digit."""
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in encoder.parameters()):
+        encoder.float()
+        logger.info("the encoder's weights are in half precision; training them in float32")
 
 
 def _pairs(mined: dict[str, list[tuple[str, int]]]) -> list[tuple[str, tuple[str, ...]]]:

@@ -261,7 +261,7 @@ class ConversationCollator:
         import torch
 
         chat = self.format.chat
-        pictures = [[_rgb(image) for image in talk.images] for _, talk in items]
+        pictures = [talk.images for _, talk in items]
         rows = [
             self.format(talk, [image.size for image in own], name)
             for (name, talk), own in zip(items, pictures, strict=True)
@@ -302,7 +302,3 @@ class ConversationCollator:
             batch[key] = value
         batch["labels"] = stack([row.labels for row in rows], MASKED)
         return batch
-
-
-def _rgb(image: Any) -> Any:
-    return image if image.mode == "RGB" else image.convert("RGB")

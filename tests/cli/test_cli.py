@@ -54,14 +54,18 @@ def test_help_is_light_and_lists_the_verbs():
     assert all(verb in done.stdout for verb in ("demo", "train", "score", "eval", "index"))
 
 
-def test_train_resume_eval_and_index(folder, tmp_path, capsys):
+def test_train_again_eval_and_index(folder, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["-q", "train", "--data", str(folder), "--out", str(out), *FEW]) == 0
     said = capsys.readouterr().out
     assert "160 scored pairs" in said and "loss" not in said
     retriever = DemoRetriever.from_pretrained(out / "retriever")
     assert retriever.teacher is not None and retriever.teacher["fingerprint"]
-    assert main(["-q", "train", "--data", str(folder), "--out", str(out), *FEW, "--resume"]) == 0
+    again = ["-q", "train", "--data", str(folder), "--out", str(out), *FEW]
+    assert main(again) == 0  # the retriever is as the first run left it
+    (out / "training" / "saved_retriever.json").unlink()  # killed before its note
+    assert main(again) == 0
+    capsys.readouterr()
 
     queries, results = tmp_path / "queries", tmp_path / "r.json"
     queries.mkdir()
@@ -85,6 +89,16 @@ def test_train_resume_eval_and_index(folder, tmp_path, capsys):
     assert main(["-q", "index", str(out / "retriever"), "--remove", first]) == 0
     assert "39 demonstrations" in capsys.readouterr().out
     assert first not in DemoRetriever.from_pretrained(out / "retriever").support
+
+    # changed since: training again would lose that
+    for more in ([], ["--restart"]):
+        assert main([*again, *more]) == 2
+        assert f"{out / 'retriever'} as a training left it; it was changed since" in capsys.readouterr().err
+    (out / "training" / "saved_retriever.json").unlink()
+    assert main(again) == 2 and "move that folder away" in capsys.readouterr().err
+    assert len(DemoRetriever.from_pretrained(out / "retriever").support) == 39
+    (out / "retriever").rename(out / "mine")
+    assert main(again) == 0 and len(DemoRetriever.from_pretrained(out / "retriever").support) == 40
 
 
 def test_score_prices_before_it_bills(folder, tmp_path, capsys):

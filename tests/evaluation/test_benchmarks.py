@@ -312,7 +312,7 @@ def test_what_cannot_be_made_is_named(make: Any, error: type[Exception], words: 
 
 def test_letters_are_read_as_letters_only() -> None:
     right = ["B", "b", " B\n", "(B)", "B.", "B) the bus", "**B**", '"B"', "B: bus"]
-    wrong = ["", "A", "bus", "A or B", "B and A", "Bus.", "The answer is B", "BB"]
+    wrong = ["", "A", "bus", "A or B", "B and A", "Bus.", "BB"]
     assert [letter_match(text, "B") for text in right] == [1.0] * len(right)
     assert [letter_match(text, "B") for text in wrong] == [0.0] * len(wrong)
 

@@ -329,7 +329,7 @@ def test_top1_by_likelihood_takes_the_likeliest_label_after_the_demonstrations()
         ({"metric": "roc_auc", "scoring": "generation"}, ValueError, "generated answers do not have"),
         ({"metric": "roc_auc", "choices": ["no", "yes", "maybe"]}, ValueError, "expected 2 labels"),
         ({"scoring": "likelihood", "choices": ["no"]}, ValueError, "two labels or more"),
-        ({"scoring": "likelihood", "choices": ["yes", "maybe"]}, RowError, "'q0'.*among the 2 labels"),
+        ({"metric": "roc_auc", "choices": ["yes", "maybe"]}, RowError, "'q0'.*among the 2 labels"),
         ({"scoring": "guess"}, ValueError, "'guess'"),
     ],
 )
@@ -374,3 +374,12 @@ def test_drafts_are_zero_shot_and_generated_once():
     assert feedback.drafts(ASKED.ids) == feedback.drafts(ASKED.ids) == ["unsure"] * 4
     assert len(lvlm.asked) == 4
     assert all(r.demonstrations == () and r.responses == () and r.query.draft is None for r in lvlm.asked)
+
+
+def test_a_class_that_only_queries_have_counts_as_wrong(caplog):
+    evaluator = ICLEvaluator(
+        LabelLVLM(), LABELLED, labelled(["0 1", "1 0"], ["robin", "no"], "q"), metric="top1", scoring="likelihood"
+    )
+    assert "1 queries, such as 'robin' of query 'q0'" in caplog.text
+    result = evaluator.evaluate(ZeroShot(), 0)
+    assert result.answers == ["yes", "no"] and result.values.tolist() == [0.0, 1.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -26,6 +27,7 @@ from drum_hf.evaluation.metrics import (
     Metric,
     exact_match,
     get_metric,
+    letter_match,
     lvlm_ndcg_at_k,
     lvlm_recall_at_k,
     normalize_vqa_answer,
@@ -67,6 +69,21 @@ def test_vqa_accuracy_is_its_definition(prediction, references):
     assert vqa_accuracy(prediction, references) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [("B", "B"), ("(b)", "B"), ("**B**", "B"), ("`B`", "B"), ("B) a bus", "B"), ("[B]", "B"), ("**B.** a bus", "B"),
+     ("The picture shows a bus. So the answer is B.", "B"), ("Answer: (b)", "B"), ("Option C, not B", "C"),
+     ("First A, then I see wheels.\nAnswer: B", "B"), ("It is red, hence (D)", "D")],
+)  # fmt: skip
+def test_an_answers_letter(answer, letter):
+    assert {other for other in "ABCD" if letter_match(answer, other)} == {letter}
+
+
+@pytest.mark.parametrize("answer", ["", "a bus", "Bus", "The answer is a bus", "I can't tell", "both", "B or not"])
+def test_answers_without_a_letter(answer):
+    assert not any(letter_match(answer, letter) for letter in "ABCD")
+
+
 answer_texts = st.lists(
     st.sampled_from(["a", "The", "two", "none", "dog", "dont", "1,000", ".", ",", "/", "-", "3", " ", "\n", "?"]),
     max_size=6,
@@ -81,11 +98,12 @@ def test_vqa_answers_are_normalized_unless_all_annotators_agree(prediction, refe
 
     normalized = [normalize_vqa_answer(answer) for answer in references]
     with_normalizing = vqa_accuracy_by_definition(normalize_vqa_answer(prediction), normalized)
-    assert vqa_accuracy(prediction, references, always_normalize=True) == pytest.approx(with_normalizing)
+    assert vqa_accuracy(prediction, references) == pytest.approx(with_normalizing)
+    official = functools.partial(vqa_accuracy, official=True)
     if len({clean(answer) for answer in references}) > 1:
-        assert vqa_accuracy(prediction, references) == pytest.approx(with_normalizing)
+        assert official(prediction, references) == pytest.approx(with_normalizing)
     agreed = references[:1] * 10
-    assert vqa_accuracy(prediction, agreed) == float(clean(prediction) == clean(agreed[0]))
+    assert official(prediction, agreed) == float(clean(prediction) == clean(agreed[0]))
 
 
 @pytest.mark.parametrize(
@@ -132,10 +150,10 @@ def test_vqa_accuracy_is_the_official_rule_on_thousands_of_answers():
         references = rng.sample(same + others, 10)
         prediction = vqa_rule.variants(first, rng)
         assert normalize_vqa_answer(prediction) == vqa_rule.normalized(vqa_rule.cleaned(prediction))
-        official = vqa_accuracy(prediction, references)
-        always = vqa_accuracy(prediction, references, always_normalize=True)
-        assert abs(official - vqa_rule.accuracy(prediction, references)) < 1e-12
-        assert abs(always - vqa_rule.accuracy(prediction, references, always_normalize=True)) < 1e-12
+        official = vqa_accuracy(prediction, references, official=True)
+        always = vqa_accuracy(prediction, references)
+        assert abs(official - vqa_rule.accuracy(prediction, references, official=True)) < 1e-12
+        assert abs(always - vqa_rule.accuracy(prediction, references)) < 1e-12
         apart += official != always
         between += 0 < official < 1
     assert apart > 50 and between > 500  # the cases are not all of one kind
@@ -300,6 +318,24 @@ def test_ptb_tokens_are_lower_case_and_whole(text):
         assert token.split() == [token]
 
 
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("एक कुत्ता घास पर है", ["एक", "कुत्ता", "घास", "पर", "है"]),  # vowel signs are marks, not letters
+        ("হাতি, নদী!", ["হাতি", "নদী"]),
+        ("cafe\u0301 du monde", ["caf\u00e9", "du", "monde"]),  # as macOS writes it
+        ("سَيَّارَة حمراء", ["سَيَّارَة", "حمراء"]),
+        ("สุนัขวิ่ง", ["สุนัขวิ่ง"]),  # no spaces: one run
+        ("می\u200cخواهم", ["می\u200cخواهم"]),  # a joiner inside a word
+        ("AT&T's and H&M's", ["at&t", "'s", "and", "h&m", "'s"]),
+        ("#tag by @user", ["#tag", "by", "@user"]),
+        ("**bold** gov't", ["**", "bold", "**", "gov't"]),
+    ],
+)
+def test_ptb_tokens_of_other_scripts_and_of_the_web(text, tokens):
+    assert ptb_tokenize(text) == tokens
+
+
 # --- the registry --------------------------------------------------------------------------------------------------
 
 PREDICTIONS = ["Two dogs.", "a cat"]
@@ -308,6 +344,7 @@ REFERENCES = {
     "exact_match": [["two dogs", "dogs"], ["dog"]],
     "top1": [["two dogs"], ["dog"]],
     "cider_d": [["two dogs run"], ["the dog"]],
+    "vqa_accuracy_official": [["2 dogs"] * 3 + ["dogs"] * 7, ["dog"] * 10],
 }
 
 
@@ -334,8 +371,9 @@ def test_registry(name):
 
 def test_options_reach_the_function():
     agreed = [["yes"] * 10]
-    assert get_metric("vqa_accuracy")(["Yes"], agreed).tolist() == [0.0]
-    assert get_metric("vqa_accuracy")(["Yes"], agreed, always_normalize=True).tolist() == [1.0]
+    assert get_metric("vqa_accuracy")(["Yes"], agreed).tolist() == [1.0]
+    assert get_metric("vqa_accuracy")(["Yes"], agreed, official=True).tolist() == [0.0]
+    assert get_metric("vqa_accuracy_official")(["Yes"], agreed).tolist() == [0.0]
     assert get_metric("top1")(["Yes"], [["yes"]], normalize=False).tolist() == [0.0]
 
 
@@ -355,7 +393,7 @@ def test_reference_counts_are_checked():
 
 
 def test_every_metric_is_tested_here_or_takes_labels():
-    assert {name for name, metric in METRICS.items() if metric.labels is None} == set(REFERENCES)
+    assert {name for name, metric in METRICS.items() if metric.labels is None} == {*REFERENCES, "letter"}
 
 
 def test_a_metric_of_ones_own():
@@ -364,7 +402,7 @@ def test_a_metric_of_ones_own():
 
 
 def test_unknown_metric_lists_the_known():
-    with pytest.raises(ValueError, match=r"'bleu'.*cider_d, exact_match, roc_auc, top1, vqa_accuracy"):
+    with pytest.raises(ValueError, match=r"'bleu'.*cider_d, exact_match, letter, roc_auc, top1, vqa_accuracy"):
         get_metric("bleu")
 
 
@@ -412,8 +450,8 @@ def test_evaluate_metrics_equal_the_functions(name, key, tmp_path):
 
 def test_evaluate_metrics_pass_options_and_name_the_item(tmp_path):
     metric = hf_metrics.VQAAccuracy(cache_dir=str(tmp_path))
-    result = metric.compute(predictions=["Yes"], references=[["yes"] * 10], always_normalize=True)
-    assert result["vqa_accuracy"] == 1.0
+    result = metric.compute(predictions=["Yes"], references=[["yes"] * 10], official=True)
+    assert result["vqa_accuracy"] == 0.0
     with pytest.raises(RowError, match="item 1"):
         hf_metrics.ExactMatch(cache_dir=str(tmp_path)).compute(predictions=["a", "b"], references=[["a"], []])
 

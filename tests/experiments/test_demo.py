@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_encoders import tiny_clip
-from tiny_training import StubLVLM, coloured_table
+from tiny_training import StubLVLM, coloured_rows, coloured_table, worded_table
 
 from drum_hf.data import TripletTable, check_leaks
 from drum_hf.experiments.demo import TRAINED, Settings, evaluate_strategies, run_experiment, split_table
@@ -168,3 +168,34 @@ def test_equal_pictures_stay_together():
     support, queries = split_table(TripletTable.from_dataset(twins), queries=0.25, seed=1)
     assert len(queries) == 6
     assert not set(support.image_keys) & set(queries.image_keys)
+
+
+def test_a_rare_class_and_tables_without_prompts(tmp_path, clip, caplog):
+    """A query of a class that no demonstration has counts as wrong; strategies that compare prompts are left out."""
+    support = [row | {"prompt": ""} for row in coloured_rows(16)]
+    asked = [row | {"prompt": ""} for row in coloured_rows(6, seed=7, prefix="u")]
+    asked[2] |= {"response": "robin", "label": "robin"}
+    results = run_experiment(
+        TripletTable.from_dataset(support),
+        TripletTable.from_dataset(asked),
+        lvlm=StubLVLM(),
+        encoder=clip,
+        task="classification",
+        out_dir=tmp_path / "run",
+        settings=Settings(shots=2, by_shots=(2,), rounds=1, candidates=3, epochs=1, batch_size=8, list_size=3),
+    )
+    assert {"st", "sit"}.isdisjoint(results["strategies"]) and {"si", "sit+draft", "drum"} <= set(
+        results["strategies"]
+    )
+    assert results["strategies"]["oracle"]["metric"] == pytest.approx(5 / 6)
+    assert "1 queries have labels that no demonstration has ('robin')" in caplog.text
+    assert "st is left out: it compares prompts, and the tables have none" in caplog.text
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_tables_without_images(clip, caplog):
+    support, queries = worded_table(12), worded_table(4, prefix="u")
+    names = ["zero-shot", "si", "st", "mmices", "bm25"]
+    results = evaluate_strategies(support, queries, names=names, shots=[1], lvlm=StubLVLM(), encoder=clip, task="vqa")
+    assert list(results["strategies"]) == ["zero-shot", "st", "bm25"]
+    assert "mmices is left out: it compares images" in caplog.text

@@ -23,8 +23,8 @@ from drum_hf.experiments.suites.results import summarise
 from drum_hf.experiments.suites.spec import split_name
 from drum_hf.retriever.retriever import DemoRetriever
 from drum_hf.scores.feedback import Feedback
+from drum_hf.training.arguments import own_arguments
 from drum_hf.training.methods import METHODS
-from drum_hf.training.trainer import own_arguments
 
 SUITE = """
 data:

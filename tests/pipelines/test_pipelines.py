@@ -1,6 +1,8 @@
 """The pipelines against what they are made of: the retriever's own lists, the LVLM's own answers."""
 
+import base64
 import gc
+import io
 import json
 import logging
 import math
@@ -17,7 +19,14 @@ from tiny import tiny_idefics3, tiny_qwen2_vl
 
 import drum_hf
 from drum_hf import DemoRetriever, Query, TransformersLVLM, TripletTable
-from drum_hf.errors import ContextOverflowError, DrumError, ImageError, RowError, TooFewDemonstrationsError
+from drum_hf.errors import (
+    ColumnError,
+    ContextOverflowError,
+    DrumError,
+    ImageError,
+    RowError,
+    TooFewDemonstrationsError,
+)
 from drum_hf.pipelines.pipelines import DEFAULT_LVLM, ICLVQAPipeline
 from drum_hf.playground.building.pretraining import build_clip
 from drum_hf.selection import MMR, TokenBudget
@@ -582,11 +591,11 @@ def test_sampling_arguments_are_refused_rather_than_ignored(lvlm, inputs):
     ("given", "error", "message"),
     [
         ({"image": None, "question": ""}, RowError, "both are empty"),
-        ({"picture": 1}, RowError, "got the keys"),
-        ({"image": "no/such.png", "question": "q", "id": "row7"}, ImageError, "id 'row7'.*no/such.png"),
+        ({"picture": 1}, ColumnError, "unknown key 'picture'"),
+        ({"image": "no/such.png", "question": "q", "id": "row7"}, ImageError, "query 'row7'.*no/such.png"),
         ({"image": 3, "question": "q"}, ImageError, "got int"),
         ({"image": None, "question": 3}, RowError, "got int"),
-        ({"image": None, "question": "q", "draft": 3}, RowError, "'draft' as text, got int"),
+        ({"image": None, "question": "q", "draft": 3}, RowError, "'draft': expected a text, got int"),
         ({"image": None}, RowError, "expected a question"),
     ],
 )
@@ -608,3 +617,34 @@ def test_calls_that_make_no_sense(vqa, inputs):
         vqa([inputs[0]["image"]], ["a", "b"])
     with pytest.raises(TypeError, match="prompt as text"):
         vqa(inputs[0]["image"], 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_shot": 1}, "unknown argument 'num_shot'; did you mean 'num_shots'"),
+        ({"imge": "x.png"}, "unknown argument 'imge'; did you mean 'image'"),
+        ({"temperature": 0.5}, "unknown argument 'temperature'; known are num_shots"),
+    ],
+)
+def test_misspelt_arguments_are_named(lvlm, inputs, arguments, message):
+    vqa = drum_hf.pipeline("icl-vqa", lvlm)
+    with pytest.raises(TypeError, match=message):
+        vqa(inputs[0], **arguments)
+    with pytest.raises(TypeError, match=message):
+        vqa(**arguments)
+    if "imge" not in arguments:
+        with pytest.raises(TypeError, match=message):
+            drum_hf.pipeline("icl-vqa", lvlm, **arguments)
+
+
+def test_one_image_in_every_form_gives_one_answer(vqa, inputs, tmp_path):
+    image, question = inputs[0]["image"], inputs[0]["question"]
+    image.save(tmp_path / "p.png")
+    data = (tmp_path / "p.png").read_bytes()
+    expected = vqa(image, question)
+    forms = [tmp_path / "p.png", str(tmp_path / "p.png"), data, base64.b64encode(data).decode(), np.asarray(image)]
+    for form in (*forms, io.BytesIO(data), {"bytes": data, "path": None}):
+        assert vqa(form, question) == expected, type(form)
+    with pytest.raises(ImageError, match="urls=True"):
+        vqa("https://example.com/a.png", question)

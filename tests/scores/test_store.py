@@ -29,7 +29,7 @@ from drum_hf.errors import NonFiniteScoreError, SavedFileError
 from drum_hf.lvlm.fingerprint import describe, differences
 from drum_hf.scores.cached import CachedLVLM
 from drum_hf.scores.store import Entry, Merged, RequestParts, ScoreStore, request_key
-from drum_hf.types import LVLM, Demonstration, ICLRequest, Query
+from drum_hf.types import LVLM, Demonstration, ICLRequest, Query, trusted
 
 ROOT = str(Path(drum_hf.__file__).parents[1])
 
@@ -102,10 +102,11 @@ def test_bad_key_options(options):
 
 
 def test_keys_are_what_they_were_when_scores_were_paid_for():
-    shown = tuple(
-        Demonstration(id, None, f"Wie heißt {id}?", "ä", key=key)
-        for id, key in (("a", ""), ("b", "0" * 31 + "f"), ("c", "not hex"))
+    keyed = (
+        trusted(Demonstration, id=id, image=None, prompt=f"Wie heißt {id}?", response="ä", key=key)
+        for id, key in (("b", "0" * 31 + "f"), ("c", "not hex"))
     )
+    shown = (Demonstration("a", None, "Wie heißt a?", "ä"), *keyed)
     asked = ICLRequest(Query(None, "q "), shown, ("x", "y"), (1.0, 2.5), ("x", "y", "größer"))
     assert request_key(asked, "f").hex() == "a5e372938d4767840851ab7b4fd92e46"
     assert request_key(asked, "f", kind="generate", max_new_tokens=7).hex() == "3b07cb521156c4ee1bd0cc0da5d0c42c"

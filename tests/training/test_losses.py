@@ -14,6 +14,7 @@ from torch import nn
 from drum_hf.training.losses import (
     ContrastiveLVLMLoss,
     ListBatch,
+    ListNetLoss,
     ListwiseLVLMLoss,
     competition_ranks,
     in_batch_loss,
@@ -69,7 +70,7 @@ def test_position_weights_are_averaged_over_the_preferred_pairs():
 def test_an_unknown_weighting_is_named():
     with pytest.raises(ValueError, match="utility, rank, position; got 'gap'"):
         pair_weights(doubles([0.0]), doubles([0.0]), everywhere(doubles([0.0])), "gap")
-    with pytest.raises(ValueError, match="weighting of utility, rank, position, kl; got 'gap'"):
+    with pytest.raises(ValueError, match="weighting of utility, rank, position; got 'gap'"):
         ListwiseLVLMLoss(nn.Identity(), weighting="gap")
     with pytest.raises(ValueError, match="in_batch of best, soft; got 'hard'"):
         ListwiseLVLMLoss(nn.Identity(), in_batch="hard")
@@ -102,7 +103,7 @@ def test_kl_and_soft_targets_are_what_the_module_adds_up():
     similarities, scores = torch.randn(2, 4), -torch.rand(2, 4)
     index = torch.arange(4).expand(2, 4)
     batch = ListBatch(index, scores, everywhere(scores), scores, torch.zeros(2, 4, dtype=torch.bool))
-    loss = ListwiseLVLMLoss(nn.Identity(), weighting="kl", in_batch="soft", rank_weight=0.3, temperature=0.2)
+    loss = ListNetLoss(nn.Identity(), in_batch="soft", rank_weight=0.3, temperature=0.2)
     kl = list_distribution_loss(similarities, scores, batch.mask, temperature=0.2)
     soft = soft_in_batch_loss(similarities, scores, batch.blocked, temperature=0.2)
     torch.testing.assert_close(loss.list_loss(similarities, batch), 0.3 * kl + 0.7 * soft)
@@ -519,20 +520,23 @@ def test_the_plain_trainer_takes_bare_strings(tmp_path, mini_batch_size):
     data = Dataset.from_dict(
         {
             "query": [f"what colour is object {i}?" for i in range(4)],
-            "demo_0": ["a red ball"] * 4,
-            "demo_1": ["a blue ball"] * 4,
+            "demo_0": [f"a red ball {i}" for i in range(4)],
+            "demo_1": [f"a blue ball {i}" for i in range(4)],
             "label": [[-0.1 * i, -2.0] for i in range(4)],
         }
     )
     args = SentenceTransformerTrainingArguments(
         str(tmp_path / "out"),
-        max_steps=2,
-        per_device_train_batch_size=2,
+        max_steps=1,
+        per_device_train_batch_size=4,
         report_to=[],
         save_strategy="no",
         use_cpu=True,
         disable_tqdm=True,
     )
     loss = ListwiseLVLMLoss(encoder, mini_batch_size=mini_batch_size)
+    columns = [encoder.encode(data[name], convert_to_tensor=True) for name in ("query", "demo_0", "demo_1")]
+    expected = loss.calculate_loss([[column] for column in columns], torch.tensor(data["label"])).item()
     trainer = SentenceTransformerTrainer(encoder, args=args, train_dataset=data, loss=loss)
-    assert trainer.train().training_loss > 0
+    assert trainer.train().training_loss == pytest.approx(expected, rel=1e-4)
+    assert loss.temperature.item() != pytest.approx(0.05, abs=1e-9)

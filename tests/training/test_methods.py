@@ -14,6 +14,7 @@ from drum_hf.encoders.joint import build_encoder
 from drum_hf.errors import DimensionMismatchError, SavedFileError
 from drum_hf.retriever.retriever import PART_WEIGHTS, DemoRetriever
 from drum_hf.training import DrumTrainer, DrumTrainingArguments
+from drum_hf.training.losses import known_losses
 from drum_hf.training.methods import METHODS
 from drum_hf.training.mining import CandidateTable
 
@@ -83,12 +84,47 @@ def test_a_method_names_arguments_that_there_are_and_ablations_change_one_thing(
     drum = METHODS["drum"]
     for name, method in METHODS.items():
         assert set(method.training) <= fields, name
+        assert method.training["loss"] in known_losses(), name
         assert method.query in PART_WEIGHTS, name
         if name.startswith("drum-") and name != "drum-rank":  # which is the paper's
             changed = {k for k, v in method.training.items() if drum.training.get(k) != v}
             assert len(changed) + (method.query != drum.query) == 1, name
             assert set(drum.training) <= set(method.training), name
     assert len({method.label for method in METHODS.values()}) == len(METHODS)
+
+
+def test_defaults_are_those_of_their_sources():
+    """UDR (ACL 2023): three rounds, lists of 8, lambda 0.8, the top and bottom 5; ours: docs/benchmarks.md's table."""
+    args = {f.name: f.default for f in dataclasses.fields(DrumTrainingArguments)}
+    udr = {"rounds": 3, "list_size": 8, "rank_weight": 0.8, "pool_ends": 5}
+    ours = {
+        "loss": "listwise",
+        "weighting": "utility",
+        "in_batch": "soft",
+        "set_level_rounds": 1,
+        "set_level_weight": 0.25,
+        "candidates_per_round": 10,
+        "epochs_per_round": 3,
+        "random_share": 0.5,
+        "temperature": 0.05,
+        "hard_candidates": True,
+        "ends_once": False,
+        "hard_negatives": None,
+        "gather_negatives": True,
+    }
+    assert {name: args[name] for name in udr | ours} == udr | ours
+
+
+def test_ancestors_are_trained_as_their_sources_say():
+    ancestors = {"in_batch": "best", "set_level_rounds": 0}
+    contrastive = ancestors | {"loss": "contrastive"}
+    assert METHODS["drum-rank"].training == ancestors | {"loss": "listwise", "weighting": "rank"}
+    assert METHODS["udr"].training == ancestors | {
+        "loss": "listwise", "weighting": "rank", "ends_once": True, "hard_candidates": False, "random_share": 0.0
+    }  # fmt: skip
+    assert METHODS["epr"].training == contrastive  # its negatives are as many as a list of DRUM has
+    assert METHODS["epr-1"].training == contrastive | {"hard_negatives": 1}
+    assert METHODS["msier"].training == contrastive | {"hard_negatives": 1, "frozen_candidates": True}
 
 
 # Frozen candidates
@@ -107,9 +143,9 @@ def test_msiers_candidates_stay_where_they_are(make, clip, support, tmp_path, lo
     frozen, moved = weights(retriever.support_encoder), retriever.encode_queries(queries(support))
     untrained = DemoRetriever.from_encoder(clip, support, strategy="si", device="cpu").encode_support()
     trainer.train()
-    for name, value in weights(retriever.support_encoder).items():
-        assert torch.equal(frozen[name], value), name
-        assert not value.requires_grad
+    for name, parameter in retriever.support_encoder.named_parameters():
+        assert torch.equal(frozen[name], parameter), name
+        assert not parameter.requires_grad, name
     assert len(seen) == 2
     for vectors in (*seen, retriever.index.vectors(), retriever.encode_support()):
         np.testing.assert_allclose(vectors, untrained, atol=1e-6)

@@ -16,7 +16,7 @@ from tiny_training import forbidden, worded_table
 
 from drum_hf.errors import MissingIdError, SavedFileError
 from drum_hf.training import mining
-from drum_hf.training.mining import CandidateTable, mine_candidates, mine_set_level
+from drum_hf.training.mining import CandidateTable, doubts, mine_candidates, mine_set_level
 
 
 def pool_of(scores, places):
@@ -73,6 +73,47 @@ def test_contrastive_lists_are_one_of_the_best_then_some_of_the_worst(pool, size
     assert len(set(ids)) == len(ids) == (1 if len(scores) == 1 else min(size, 1 + count))
     assert drawn == [table.candidates("q")[i] for i in ids]
     assert drawn[0] == max(drawn)
+
+
+@settings(max_examples=100, deadline=None)
+@given(pool=pools, size=st.integers(2, 10), ends=st.integers(1, 7), seed=st.integers(0, 2**32 - 1))
+def test_udrs_lists_hold_exactly_one_of_the_best_and_one_of_the_worst(pool, size, ends, seed):
+    scores, places = pool
+    rng = np.random.default_rng(seed)
+    ids, _ = pool_of(scores, places).sample("q", size, rng, ends=ends, hard=False, ends_once=True)
+    assert len(ids) == len(set(ids)) == min(size, len(scores))
+    if 2 <= size < len(scores):
+        ranked = [f"c{i}" for i in np.argsort([-s for s in scores])]
+        count = max(1, min(ends, (len(scores) - size + 2) // 2))  # as many as leave enough between
+        assert [len(set(ids) & set(side)) for side in (ranked[:count], ranked[-count:])] == [1, 1]
+
+
+def test_udrs_lists_of_fifty_candidates_have_five_at_each_end():
+    table, drawn = pool_of([-0.1 * i for i in range(50)], range(50)), []
+    for seed in range(300):
+        ids, _ = table.sample("q", 8, np.random.default_rng(seed), hard=False, ends_once=True)
+        drawn.append(sorted(int(i[1:]) for i in ids))
+    assert {row[0] for row in drawn} == set(range(5)) and {row[-1] for row in drawn} == set(range(45, 50))
+    assert {number for row in drawn for number in row[1:-1]} == set(range(5, 45))
+
+
+@pytest.mark.parametrize(("negatives", "length"), [(1, 2), (3, 4), (None, 6), (9, 6)])
+def test_contrastive_lists_have_as_many_negatives_as_asked(negatives, length):
+    table, lists = pool_of([-0.1 * i for i in range(20)], range(20)), []
+    for seed in range(100):
+        ids, _ = table.sample("q", 8, np.random.default_rng(seed), sampling="contrastive", negatives=negatives)
+        lists.append([int(i[1:]) for i in ids])
+    assert {len(ids) for ids in lists} == {length}
+    assert {ids[0] for ids in lists} == set(range(5)) and {i for ids in lists for i in ids[1:]} == set(range(15, 20))
+
+
+def test_hard_candidates_are_in_the_best_third_of_one_ranking_and_the_worst_of_the_other():
+    # nine candidates, thirds of three; liked in the order c0 … c8. c2 is the third best and placed seventh, c6 the
+    # seventh best and placed third; c3 and c5, one place further in, are not hard
+    places = [3, 4, 6, 8, 1, 0, 2, 7, 5]
+    table = pool_of([-float(n) for n in range(9)], places)
+    drawn = {i for seed in range(200) for i in table.sample("q", 3, np.random.default_rng(seed), ends=1)[0]}
+    assert drawn == {"c0", "c8", "c2", "c6"}
 
 
 def test_an_empty_pool_gives_an_empty_list_and_a_strange_query_an_error():
@@ -320,17 +361,6 @@ def test_a_file_gives_back_the_same_table(tmp_path, table):
         assert drawn[0] == drawn[1]
 
 
-def test_a_table_of_the_first_format_has_no_scores_at_set_level(tmp_path):
-    path = tmp_path / "candidates.parquet"
-    grown().save(path)
-    with_state(format_version=1, rounds=3, bought=None)(path)
-    pq.write_table(pq.read_table(path).drop_columns(["set_level"]), path)
-    loaded = CandidateTable.load(path)
-    assert loaded.bought == [3, 4, 4]
-    assert [row[:-1] for row in loaded.rows()] == [row[:-1] for row in grown().rows()]
-    assert {row[-1] for row in loaded.rows()} == {None}
-
-
 def truncated(path):
     path.write_bytes(path.read_bytes()[:-40])
 
@@ -348,6 +378,25 @@ def with_state(**changes):
     return change
 
 
+def twice(path):
+    """The first pair stands there again, and its score was counted."""
+    table = pq.read_table(path)
+    state = json.loads(table.schema.metadata[b"drum_hf"])
+    state["bought"] = [n + 1 for n in state["bought"]]
+    more = pa.concat_tables([table.slice(0, 1), table])
+    pq.write_table(more.replace_schema_metadata({"drum_hf": json.dumps(state)}), path)
+
+
+def with_score(value):
+    def change(path):
+        table = pq.read_table(path)
+        scores = [value, *table["score"].to_pylist()[1:]]
+        column = table.schema.get_field_index("score")
+        pq.write_table(table.set_column(column, table.schema.field("score"), pa.array(scores, pa.float64())), path)
+
+    return change
+
+
 def other_columns(path):
     metadata = pq.read_table(path).schema.metadata
     pq.write_table(pa.table({"query_id": ["a"]}).replace_schema_metadata(metadata), path)
@@ -361,10 +410,17 @@ def other_columns(path):
         lambda path: path.write_text("not parquet"),
         without_metadata,
         with_state(format_version=3),
-        with_state(format_version=1),  # which had no such columns
+        with_state(format_version=1),
         with_state(query_ids=["a"]),  # pairs of a query that is not listed
         with_state(query_ids=None),
         with_state(bought="many"),
+        with_state(bought=[3, 4, 6]),  # five scores are there
+        with_state(bought=[2, 4, 5]),
+        with_state(bought=[4, 3, 5]),
+        with_state(bought=[3, 5]),
+        twice,
+        with_score(np.nan),
+        with_score(np.inf),
         other_columns,
     ],
 )
@@ -374,6 +430,38 @@ def test_a_broken_file_is_named(tmp_path, fault):
     fault(path)
     with pytest.raises(SavedFileError, match=r"candidates\.parquet"):
         CandidateTable.load(path)
+
+
+# Doubts
+
+
+def rated(*lists):
+    table = CandidateTable([f"q{i}" for i in range(len(lists))])
+    mined = {f"q{i}": [(f"c{j}", j) for j in range(len(own))] for i, own in enumerate(lists)}
+    table.extend(mined, np.log([p for own in lists for p in own]))
+    return table
+
+
+def test_a_table_that_can_teach_raises_no_doubt():
+    assert doubts(rated([0.2, 0.6], [0.3, 0.35], [0.1, 0.5])) == []  # the medians count, not each query
+    assert doubts(rated([0.5, 0.515], [], [0.2, 0.22])) == []
+    assert doubts(CandidateTable(["q"])) == [] and doubts(CandidateTable([])) == []
+
+
+def test_demonstrations_that_change_nothing_are_told():
+    (sentence,) = doubts(rated([0.5, 0.504], [0.2, 0.203], [0.1, 0.9]))
+    assert "hardly depend on the demonstration" in sentence and "differ by 0.004" in sentence
+
+
+def test_hopeless_gold_answers_are_told():
+    (sentence,) = doubts(rated([1e-6, 0.002], [1e-5, 0.003], [0.1, 0.9]))
+    assert "nearly impossible" in sentence and "median probability 0.003" in sentence
+
+
+def test_labels_with_few_queries_are_told():
+    labels = ["cat"] * 5 + ["dog"] * 4 + ["ant"]
+    (sentence,) = doubts(rated(*[[0.2, 0.6]] * 10), labels)
+    assert sentence.startswith("2 of 3 labels have fewer than 5 training queries (such as 'ant')")
 
 
 def test_a_summary_says_what_each_round_bought():

@@ -19,6 +19,7 @@ from drum_hf.errors import ContextOverflowError, SavedFileError, TooFewDemonstra
 from drum_hf.retriever.retriever import DemoRetriever
 from drum_hf.scores.store import ScoreStore
 from drum_hf.training import ContrastiveLVLMLoss, DrumTrainer, DrumTrainingArguments, ListwiseLVLMLoss
+from drum_hf.training.lists import Preprocessed
 
 ROWS = 24
 
@@ -69,7 +70,7 @@ def share_of_favourites(retriever, k=5):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"objective": "contrastive"}, {"weighting": "rank", "mini_batch_size": 8}, {"lora": True}],
+    [{}, {"loss": "contrastive"}, {"weighting": "rank", "mini_batch_size": 8}, {"lora": True}],
     ids=["listwise", "contrastive", "rank-cached", "lora"],
 )
 def test_training_brings_the_lvlms_favourites_up(make, arguments):
@@ -78,7 +79,7 @@ def test_training_brings_the_lvlms_favourites_up(make, arguments):
     trainer = make(
         epochs_per_round=4, trainer={"on_round_end": lambda t, n: ended.append((n, len(t.table)))}, **rate, **arguments
     )
-    contrastive = arguments.get("objective") == "contrastive"
+    contrastive = arguments.get("loss") == "contrastive"
     assert isinstance(trainer.loss, ContrastiveLVLMLoss if contrastive else ListwiseLVLMLoss)
     before = share_of_favourites(trainer.retriever)
     output = trainer.train()
@@ -207,7 +208,7 @@ def test_a_batch_holds_each_demonstration_once_and_what_is_known_of_it(make, sup
         assert label["mask"][b].all()
         banned, known = forbidden(support, row["query"]), trainer.table.candidates(row["query"])
         assert [c in banned for c in column] == label["blocked"][b].tolist()
-        assert [c in known for c in column] == (~label["known"][b].isnan()).tolist()
+        np.testing.assert_allclose(label["known"][b], [known.get(c, np.nan) for c in column], rtol=1e-6)
     assert label["blocked"].any()  # the groups of three pairs meet in the first eight rows
 
 
@@ -218,7 +219,7 @@ def test_lists_are_drawn_anew_each_epoch_and_the_same_again_for_the_same_epoch(m
     assert trainer.train_dataset[0]["candidates"] == first
     others = []
     for epoch in range(1, 5):
-        trainer.epoch = epoch
+        trainer.lists.epoch = epoch
         others.append(trainer.train_dataset[0]["candidates"])
     assert any(ids != first for ids in others)
 
@@ -284,6 +285,37 @@ def test_a_support_set_of_one_group_is_refused(clip, tmp_path):
     args = DrumTrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     with pytest.raises(TooFewDemonstrationsError, match=r"6 training queries.*'group'"):
         DrumTrainer(retriever, lvlm=StubLVLM(), args=args).train()
+
+
+# What was preprocessed
+
+
+class Counted:
+    """Makes a row of 4 bytes of each item, and counts the items it was given."""
+
+    def __init__(self):
+        self.made = []
+
+    def preprocess(self, items):
+        self.made += items
+        return {"row": torch.tensor([[float(item)] for item in items])}
+
+
+def test_rows_seen_lately_are_kept_and_the_oldest_go_first():
+    encoder = Counted()
+    rows = Preprocessed(encoder, limit=12)  # three rows
+
+    def read(*ids):
+        return rows("query", ids, int)["row"].flatten().tolist()
+
+    assert read("1", "2", "3") == [1, 2, 3] and encoder.made == [1, 2, 3]
+    assert read("3", "1", "1") == [3, 1, 1] and encoder.made == [1, 2, 3]
+    assert read("4") == [4] and encoder.made == [1, 2, 3, 4]  # 2 was seen the longest ago, and goes
+    assert [i for _, i in rows.rows] == ["3", "1", "4"] and rows.bytes == 12
+    assert read("1", "3", "4") == [1, 3, 4] and encoder.made == [1, 2, 3, 4]
+    assert read("2") == [2] and encoder.made == [1, 2, 3, 4, 2]
+    assert rows("demonstration", ["2"], lambda i: 20 + int(i))["row"].item() == 22  # the other side's is another row
+    assert read(*"56789") == [5, 6, 7, 8, 9] and rows.bytes == 12  # more than there is room for
 
 
 # Stops and starts
@@ -379,7 +411,10 @@ def test_queries_apart_from_the_support_set(make, support):
         ({"rounds": 0}, "rounds"),
         ({"list_size": 1}, "list_size"),
         ({"random_share": 1.5}, "random_share"),
-        ({"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}, "on_round_end"),
+        ({"rank_weight": -0.1}, "rank_weight"),
+        ({"hard_negatives": 0}, "hard_negatives"),
+        ({"eval_candidates": 1}, "eval_candidates"),
+        ({"loss": "listent"}, "expected a loss of listwise, contrastive.*'listent'; did you mean 'listnet'"),
     ],
 )
 def test_arguments_out_of_range_are_refused(tmp_path, fault, message):

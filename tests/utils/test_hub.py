@@ -492,7 +492,7 @@ def test_images_that_are_referred_to(table, pictures, clip, tmp_path):
     moved = TripletTable.load(tmp_path / "t.parquet", image_root=copy)
     assert moved["d4"].image.tobytes() == picture(4).tobytes()
     for some in (moved, moved.select(["d5"]), moved.without(["d5"]).concat(moved.select(["d5"]))):
-        with pytest.raises(ImageError, match="shows another picture than when the table was saved"):
+        with pytest.raises(ImageError, match="shows another picture"):
             some["d5"]
     (copy / "train" / "3.png").unlink()
     with pytest.raises(SavedFileError, match=r"'train/3\.png', and there is no such file"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -13,7 +12,7 @@ import numpy as np
 from ...scores.cached import CachedLVLM
 from ...scores.store import ScoreStore
 from ...types import LVLM, ICLRequest
-from ..answers import exact_match
+from ..answers import exact_match, letter_match
 from ..likelihood import Scoring, likeliest, option_probabilities
 from ..statistics import bootstrap_interval
 
@@ -36,18 +35,6 @@ Scorer = Callable[[str, str], float]
 
 #: The answers that need no look at the query: baselines of every benchmark.
 BASELINES = ("copy-first", "copy-last", "majority", "constant")
-
-_LETTER = re.compile(r"[\s(\[\"'*]*([A-Za-z])(?:[\s)\].,:;!?\"'*]*$|[.):])")
-
-
-def letter_match(prediction: str, gold: str) -> float:
-    """1.0 if an answer is the gold letter, brackets and punctuation around it aside, or begins as "B." or "B)" does.
-
-    >>> [letter_match(text, "B") for text in ("B", " (b).", "B. a bus", "Bus", "B or A")]
-    [1.0, 1.0, 1.0, 0.0, 0.0]
-    """
-    found = _LETTER.match(prediction)
-    return float(found is not None and found[1].upper() == gold.upper())
 
 
 def name_match(prediction: str, gold: str) -> float:

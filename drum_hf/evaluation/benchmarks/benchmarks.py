@@ -17,7 +17,7 @@ import numpy as np
 from ...data import TripletTable
 from ...errors import ColumnError, TooFewDemonstrationsError
 from ...tuning.episodes import choice_prompt
-from ...types import Demonstration, ICLRequest, Query, content_key
+from ...types import Demonstration, ICLRequest, Query, content_key, trusted
 from .base import (
     BASELINES,
     Benchmark,
@@ -293,12 +293,18 @@ class EpisodeBenchmark(Benchmark):
             return table[table.ids[row]].image
 
         demonstrations = tuple(
-            Demonstration(
-                table.ids[row], image(row), text, answer, key=content_key(table.image_keys[row], text, answer)
+            trusted(
+                Demonstration,
+                id=table.ids[row],
+                image=image(row),
+                prompt=text,
+                response=answer,
+                key=content_key(table.image_keys[row], text, answer),
             )
             for row, answer in shown
         )
-        asked = Query(image(query), text, id=table.ids[query], key=content_key(table.image_keys[query], text))
+        key = content_key(table.image_keys[query], text)
+        asked = trusted(Query, image=image(query), prompt=text, id=table.ids[query], key=key)
         return ICLRequest(asked, demonstrations)
 
 

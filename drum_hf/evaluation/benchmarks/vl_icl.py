@@ -97,7 +97,7 @@ def side_by_side(images: Sequence[Image]) -> Image:
     joined = Images.new("RGB", (sum(image.width for image in images) + gap * (len(images) - 1), height), "white")
     left = 0
     for image in images:
-        joined.paste(image.convert("RGB"), (left, (height - image.height) // 2))
+        joined.paste(image, (left, (height - image.height) // 2))
         left += image.width + gap
     return joined
 

@@ -15,9 +15,9 @@ from ...data import TripletTable
 from ...errors import SavedFileError
 from ...retriever.retriever import DemoRetriever
 from ...scores.cached import CachedLVLM
+from ...training import DrumTrainer, DrumTrainingArguments
 from ...training.checkpoints import last_checkpoint
 from ...training.methods import METHODS
-from ...training.trainer import DrumTrainer, DrumTrainingArguments
 from .spec import TrainingSpec
 
 __all__ = ["TrainedRetriever", "train_retriever"]

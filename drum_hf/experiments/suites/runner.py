@@ -19,8 +19,8 @@ from ...retriever.retriever import DemoRetriever
 from ...scores.cached import CachedLVLM
 from ...scores.feedback import Feedback
 from ...scores.store import ScoreStore
+from ...training.arguments import own_arguments
 from ...training.methods import METHODS
-from ...training.trainer import own_arguments
 from ...types import LVLM
 from ..demo import TASK_METRICS
 from ..examples import at_their_best, pick_rows, shown

@@ -72,8 +72,7 @@ class ChatMessages:
                 self._encoded.move_to_end(key)
                 return self._encoded[key]
         data = io.BytesIO()
-        pixels = image if image.mode == "RGB" else image.convert("RGB")
-        pixels.save(data, self.image_format.upper(), **({"quality": 95} if self.image_format == "jpeg" else {}))
+        image.save(data, self.image_format.upper(), **({"quality": 95} if self.image_format == "jpeg" else {}))
         url = f"data:image/{self.image_format};base64,{base64.b64encode(data.getvalue()).decode()}"
         with self._lock:
             if key not in self._encoded:

@@ -8,6 +8,7 @@ import io
 from typing import TYPE_CHECKING
 
 from ...evaluation.metrics import exact_match
+from ...utils.images import load_image
 from .compare import Outcome, SideBySide
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def thumbnail(image: Image) -> Image:
     """RGB, at most 256 pixels a side; tiny pictures are enlarged with their pixels as squares, by a whole factor."""
     from PIL.Image import Resampling
 
-    small = image.convert("RGB")
+    small = load_image(image).copy()
     longer = max(small.size)
     if longer <= _TINY:
         factor = _SIDE // longer
@@ -71,7 +72,7 @@ def _picture(image: Image | None, alt: str) -> str:
     if image is None:
         return '<div class="drum-none drum-quiet">no image</div>'
     tiny = max(image.size) <= _TINY
-    small, kind = (image.convert("RGB"), "PNG") if tiny else (thumbnail(image), "JPEG")
+    small, kind = (load_image(image), "PNG") if tiny else (thumbnail(image), "JPEG")
     data = io.BytesIO()
     small.save(data, kind)
     source = f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"

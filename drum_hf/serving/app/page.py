@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...encoders.joint import PARTS
 from ...errors import DrumError, ImageError
 from ...types import LVLM, Demonstration, Query
+from ...utils.images import load_image
 from ...utils.optional import require
 from .cards import CSS, answer_card, error_card, outcome_cards, thumbnail
 from .compare import Comparer, RetrieverView, strategy_name
@@ -81,7 +83,7 @@ def build_app(
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
                 image = gr.Image(type="pil", label="Image", height=260, sources=["upload", "clipboard"], buttons=[])
-                image.preprocess = _told_later(image.preprocess)
+                image.preprocess = _uploaded  # not Gradio's own, which decodes any format of any size
                 question = gr.Textbox(label="Question", placeholder=_placeholder(support), max_lines=3)
                 shots = gr.Slider(
                     1,
@@ -271,20 +273,16 @@ def _sliders(gr: Any, strategy: RetrieverView) -> list[Any]:
     return sliders
 
 
-def _told_later(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Reads an upload, or gives the error that says why not: raised here, Gradio would show its own insides."""
-
-    def reading(upload: Any) -> Any:
-        try:
-            return read(upload)
-        except Exception as error:  # PIL raises OSError, SyntaxError and more, Gradio its own
-            name = getattr(upload, "orig_name", None) or "another file"
-            return ImageError(
-                f"expected an image, got {name}, which can't be read as one ({type(error).__name__}); upload a PNG "
-                "or JPEG"
-            )
-
-    return reading
+def _uploaded(upload: Any) -> Any:
+    """The picture of an upload, or the error that says why not: raised here, Gradio would show its own insides."""
+    if upload is None:
+        return None
+    data = upload.url if (upload.url or "").startswith("data:") else None
+    try:
+        return load_image(data or Path(upload.path))
+    except ImageError as error:
+        name = upload.orig_name or "another file"
+        return ImageError(f"expected an image, got {name}, which can't be read as one ({error}); upload a PNG or JPEG")
 
 
 def _query(picture: Any, text: str, example: Demonstration | None) -> tuple[Query, tuple[str, ...]]:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from ...data.images import ImageCache, decode
+from ...data import MAX_PIXELS
+from ...data.images import ImageCache, decode_as
 from ...data.rows import Columns, RowCheck
-from ...data.table import MAX_PIXELS
 from ...errors import EmptySupportError, RowError
 from .files import OnBadRows, read_each, read_json, undecoded
 from .tables import Contents, contents_of
@@ -60,7 +60,9 @@ class Pictures:
     def __getitem__(self, key: str) -> Image:
         image = self._cache.get(key)
         if image is None:
-            image = decode(self._sources[key], max_pixels=self._max_pixels)
+            source = self._sources[key]
+            name = source["path"] or key[:16]
+            image = decode_as(source, key, id=name, max_pixels=self._max_pixels, where=name)
             self._cache.put(key, image)
         return image
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...data import MAX_PIXELS, load_table
 from ...data.rows import LETTERS
 from ...data.source_registry import SEED_TYPES
-from ...data.table import MAX_PIXELS, load_table
 from ...errors import ColumnError, EmptySupportError, RowError
 from .files import OnBadRows, read_each, read_json, undecoded
 from .tables import ConceptTable

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ...data.table import MAX_PIXELS, TripletTable
+from ...data import MAX_PIXELS, TripletTable
 from ...errors import ColumnError, EmptySupportError, RowError
 from ...types import content_key
 from .columns import match_columns, open_texts, row_check, triplet_texts

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from ...errors import RowError
 from ...types import content_key, image_key
+from ...utils.images import load_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,8 +36,8 @@ class Turn:
         prompt: what is asked, options included as they are shown; may be empty beside an image.
         answer: what the assistant says; a letter in multiple choice.
         options: the options in the order shown, in multiple choice.
-        image_key: hash of the pixels; computed where left out. A turn with a key and no image is one whose picture
-            was not loaded.
+        image_key: hash of the pixels; computed where there is an image. A turn with a key and no image is one whose
+            picture was not loaded.
         concept, value: what the turn is about, and what the image shows of it; "" where unknown.
     """
 
@@ -49,7 +50,8 @@ class Turn:
     value: str = ""
 
     def __post_init__(self) -> None:
-        if self.image is not None and not self.image_key:
+        if self.image is not None:
+            object.__setattr__(self, "image", load_image(self.image))
             object.__setattr__(self, "image_key", image_key(self.image))
         if not (self.image_key or self.prompt.strip()):
             raise RowError("expected an image or a prompt in every turn, got one with neither; give it one of them")
