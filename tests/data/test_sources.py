@@ -659,7 +659,7 @@ def test_check_notes_what_a_run_would_stumble_over():
     assert (
         "2 labels are the beginning of another, which scoring must tell apart: 'no' of 'no finding', 'no' of" in said
     )
-    assert "3 labels have fewer than 3 rows, so that hardly any other row can demonstrate them: 'no finding'" in said
+    assert "3 labels have fewer than 3 rows, so that hardly any other row can demonstrate them" in said
     assert "no row asks anything" in said and "no row has an image" not in said
     assert "'1' of '10'" in notes(classes("1", "10")) and "every label is a number" in notes(classes("1", "10"))
     assert "1 labels differ in case or in how they are encoded alone: 'Cat' and 'cat'" in notes(classes("Cat", "cat"))
@@ -669,7 +669,7 @@ def test_check_notes_what_a_run_would_stumble_over():
     assert "all rows are of the group 'g'" in notes(grouped)
     long = [{"id": "long", "image": Image.new("RGB", (402, 2)), "label": "a"}, *classes("b")]
     assert "1 images are more than 200 times as long as wide" not in notes(long[1:])
-    assert "1 images are more than 200 times as long as wide, which Qwen-VL" in notes([long[0], long[1] | {"id": "b"}])
+    assert "1 images are more than 200 times as long as wide" in notes([long[0], long[1] | {"id": "b"}])
 
 
 def test_check_asks_the_lvlms_processor(tmp_path, capsys, monkeypatch):
@@ -690,9 +690,7 @@ def test_check_asks_the_lvlms_processor(tmp_path, capsys, monkeypatch):
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert main(["-q", "data", "check", str(tmp_path), "--lvlm", "any"]) == 1
     out = capsys.readouterr().out
-    assert (
-        "row 2: column 'file_name': the LVLM's processor refuses this image of 300 x 2 pixels (ValueError: abs" in out
-    )
+    assert "row 2: column 'file_name': the LVLM's processor refuses this image of 300 x 2 pixels (ValueErr" in out
     assert "[image 8 x 8] 'why?" in out and "<user>why?" in out and "<assistant>so" in out and "\x1b" not in out
     assert sizes == [(8, 8), (300, 2)]  # each size once
 
