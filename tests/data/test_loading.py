@@ -292,12 +292,17 @@ def test_a_file_in_another_encoding(tmp_path):
         load_table(tmp_path / "t.csv")
 
 
-@pytest.mark.parametrize("path", ["nowhere.csv", "./nowhere", "/nowhere/at/all", "a/b/c"])
+@pytest.mark.parametrize(
+    "path",
+    ["nowhere.csv", "./nowhere", "/nowhere/at/all", "a/b/c", "x" * 90_000, "a\0b", "\ud800", "\x1b[31m"],
+    ids=lambda path: ascii(path)[:20],
+)
 def test_a_path_that_is_not_there_never_goes_to_the_hub(path, monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked the Hub"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SavedFileError, match="found none"):
+    with pytest.raises(SavedFileError, match="found none") as raised:
         load_table(path)
+    assert len(str(raised.value)) < 400 and str(raised.value).isprintable()
 
 
 # The Hub
