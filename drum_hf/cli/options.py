@@ -210,7 +210,7 @@ def read_table(path: str, args: argparse.Namespace) -> TripletTable:
     """The table at a path; images that a local LVLM's processor refuses are bad rows."""
     from ..data import load_table
 
-    lvlm = None if getattr(args, "endpoint", None) else getattr(args, "lvlm", None)
+    lvlm = "" if getattr(args, "endpoint", None) else getattr(args, "lvlm", None) or ""
     # the models that ship take any image
     check = image_check(load_images_of(lvlm, args)) if lvlm and not lvlm.startswith("playground/") else None
     return load_table(

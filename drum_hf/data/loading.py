@@ -39,6 +39,7 @@ _TEXTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 _SUFFIXES = (*_TEXTS, ".parquet", ".arrow")
 _SHOWN = ".csv, .tsv, .jsonl, .json, .parquet, .arrow, or one of the text formats as .gz"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_LONGEST_ID = 200
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 _MOST_FILES = 1_000_000  # in an archive (our choice)
 
@@ -133,7 +134,9 @@ def find_object(data: Any, *, split: str | None = None, image_root: Any = None) 
     if isinstance(data, datasets.Dataset):
         return Found("Dataset", data, image_root or _cache_roots(data))
     if isinstance(data, datasets.IterableDataset):
-        return Found("IterableDataset", list(_undecoded_stream(data)), image_root)
+        # What load_dataset streams may be anybody's.
+        root: ImageRoot = image_root or (None if data.info.builder_name is None else ())
+        return Found("IterableDataset", list(_undecoded_stream(data)), root)
     if isinstance(data, Sequence) and not isinstance(data, (str, bytes)):
         return Found("list of rows", data, image_root)
     module = type(data).__module__.partition(".")[0]
@@ -205,7 +208,8 @@ def _exists(path: Path) -> bool:
 
 
 def _from_hub(path: str, split: str | None, image_root: Any, options: dict[str, Any]) -> Found:
-    if not _HUB_ID.fullmatch(path) or path.lower().endswith((*_SUFFIXES, ".gz", ".zip")):
+    is_id = len(path) <= _LONGEST_ID and _HUB_ID.fullmatch(path)
+    if not is_id or path.lower().endswith((*_SUFFIXES, ".gz", ".zip")):
         shown = path if len(path) <= 200 and path.isprintable() else f"{path[:200]!r}"
         raise SavedFileError(f"{shown}: expected a file, a folder or a Hub data set id, found none; check the path")
     import datasets

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import base64
-import binascii
 import dataclasses
 import functools
 import io
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, overload
 from ..errors import ColumnError, DuplicateIdError, EmptySupportError, ImageError, RowError
 from ..types import content_key, image_key, texts_key
 from ..utils.files import leads_outside
+from ..utils.images import base64_bytes, is_image
 from .images import decode, image_column, image_dataset
 
 if TYPE_CHECKING:
@@ -692,15 +691,13 @@ class RowCheck:
             raise ImageError(f"column {name!r}: {str(error).removeprefix(_AT_IMAGE)}") from error
 
     def _picture(self, value: Any) -> tuple[dict[str, Any] | None, str]:
-        from PIL import Image as pillow
-
         if isinstance(value, (list, tuple)):
             if len(value) > 1:
                 raise ImageError(f"expected one image, got a list of {len(value)}; give each its own row")
             value = value[0] if value else None
         if value is None:
             return None, ""
-        if isinstance(value, pillow.Image):
+        if is_image(value) and not isinstance(value, (str, os.PathLike, bytes, bytearray)):
             # Saved anew even if it came from a file: it may have been drawn on since it was opened.
             image = self.decode(value)
             buffer = io.BytesIO()
@@ -712,7 +709,8 @@ class RowCheck:
             value = {"bytes": bytes(value)}
         if not isinstance(value, Mapping) or not value.keys() <= {"bytes", "path"}:
             raise ImageError(
-                f"expected a PIL image, a path, encoded bytes or {{'bytes', 'path'}}, got {type(value).__name__}"
+                "expected a PIL image, an array, a path, encoded bytes or {'bytes', 'path'}, got "
+                f"{type(value).__name__}"
             )
         data, path = value.get("bytes"), value.get("path")
         if data is None and (data := encoded_image(path)) is not None:
@@ -840,28 +838,15 @@ def _parts(content: Any) -> tuple[str | None, Any]:
 
 #: How files of the usual formats begin.
 _BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0")
-_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
 
 
 def encoded_image(text: Any) -> bytes | None:
     """The image that a text is in base64, bare or as a data URI; None where it is none, such as a path."""
     if not isinstance(text, str) or len(text) < 32:
         return None
-    is_uri = text[:11].lower() == "data:image/"
-    if is_uri:
-        head, _, text = text.partition(",")
-        if not head.endswith(";base64"):
-            return None
-    if not is_uri and not _BASE64.fullmatch(text):
-        return None
-    try:
-        data = base64.b64decode("".join(text.split()).translate(_STANDARD), validate=True)
-    except (binascii.Error, ValueError):
-        return None
-    return data if is_uri or data.startswith(_BEGINNINGS) else None
-
-
-_STANDARD = str.maketrans("-_", "+/")
+    data = base64_bytes(text)
+    is_image_file = data is not None and (text[:5].lower() == "data:" or data.startswith(_BEGINNINGS))
+    return data if is_image_file else None
 
 
 def majority(texts: Iterable[Any]) -> str | None:

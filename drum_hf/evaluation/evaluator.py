@@ -107,7 +107,8 @@ class ICLEvaluator:
         choices: Sequence[str] | None = None,
     ) -> None:
         self.lvlm = lvlm if isinstance(lvlm, CachedLVLM) else CachedLVLM(lvlm, store or ScoreStore())
-        self.support, self.queries = load_table(support), load_table(queries)
+        support, queries = load_table(support), load_table(queries)
+        self.support, self.queries = support, queries
         self.metric = get_metric(metric) if isinstance(metric, str) else metric
         self.order, self.max_new_tokens = order, max_new_tokens
         self.references = [list(r) or [g] for r, g in zip(queries.references, queries.responses, strict=True)]

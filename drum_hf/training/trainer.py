@@ -75,7 +75,7 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
     Args:
         retriever: encoder, support set and index. Trained in place.
         lvlm: whatever implements the `LVLM` protocol; its scores are bought once and kept in the score store.
-        train_dataset: the training queries with their gold responses, a `TripletTable` or what one is made from.
+        train_dataset: the training queries with their gold responses, a `TripletTable` or what `load_table` takes.
             By default the support set's own rows, each of which never demonstrates itself nor its group.
         args: `DrumTrainingArguments`.
         choices: the closed label set that scores are normalised over (classification); empty for open answers.
@@ -131,11 +131,11 @@ class DrumTrainer(WholeCheckpoints, SentenceTransformerTrainer):
         retriever: DemoRetriever,
         *,
         lvlm: LVLM,
-        train_dataset: TripletTable | Dataset | Sequence[dict[str, Any]] | None = None,
+        train_dataset: Any = None,
         args: DrumTrainingArguments | None = None,
         choices: Sequence[str] = (),
         cheap_lvlm: LVLM | None = None,
-        eval_dataset: TripletTable | Dataset | Sequence[dict[str, Any]] | None = None,
+        eval_dataset: Any = None,
         evaluator: Evaluator | BaseEvaluator | None = None,
         loss: torch.nn.Module | None = None,
         on_round_end: Callable[[DrumTrainer, int], None] | None = None,

@@ -292,12 +292,17 @@ def test_a_file_in_another_encoding(tmp_path):
         load_table(tmp_path / "t.csv")
 
 
-@pytest.mark.parametrize("path", ["nowhere.csv", "./nowhere", "/nowhere/at/all", "a/b/c"])
+@pytest.mark.parametrize(
+    "path",
+    ["nowhere.csv", "./nowhere", "/nowhere/at/all", "a/b/c", "x" * 90_000, "a\0b", "\ud800", "\x1b[31m"],
+    ids=lambda path: ascii(path)[:20],
+)
 def test_a_path_that_is_not_there_never_goes_to_the_hub(path, monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked the Hub"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SavedFileError, match="found none"):
+    with pytest.raises(SavedFileError, match="found none") as raised:
         load_table(path)
+    assert len(str(raised.value)) < 400 and str(raised.value).isprintable()
 
 
 # The Hub
@@ -370,6 +375,25 @@ def test_a_hub_data_set_reads_no_file_of_this_machine(kind, streamed, monkeypatc
     assert load_table("me/data", split="train").image_keys == [image_key(picture(0))]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows("secret.png"))
     assert len(load_table("me/data", split="train", image_root=tmp_path)) == 1  # where the user says so
+
+
+def test_what_load_dataset_gave_reads_no_file_of_this_machine(tmp_path):
+    picture(0).save(tmp_path / "secret.png")
+    rows = {"image": [str(tmp_path / "secret.png")], "prompt": ["p"], "response": ["r"]}
+    cached = tmp_path / "me___data" / "default" / "data-train.arrow"  # as datasets names the cache of me/data
+    cached.parent.mkdir(parents=True)
+    with pa.OSFile(str(cached), "wb") as sink, pa.ipc.new_stream(sink, pa.table(rows).schema) as writer:
+        writer.write_table(pa.table(rows))
+    fetched = datasets.Dataset.from_file(str(cached))
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    streamed = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "t.parquet"), split="train", streaming=True, cache_dir=str(tmp_path)
+    )
+    for data in (fetched, streamed):
+        with pytest.raises(ImageError, match="files of this machine are not read for it"):
+            load_table(data)
+        assert len(load_table(data, image_root=tmp_path)) == 1
+    assert len(load_table(datasets.Dataset.from_dict(rows))) == 1  # the user's own
 
 
 def test_a_table_file_that_is_a_link_out_of_its_folder(tmp_path):

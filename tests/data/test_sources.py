@@ -648,6 +648,53 @@ def test_check_of_a_good_table(tmp_path, capsys):
     assert report.rows == 1 and [problem[-100:].count("expected 2 cells") for problem in report.problems] == [1, 1]
 
 
+def test_check_notes_what_a_run_would_stumble_over():
+    def notes(rows, **options):
+        return " / ".join(check_table(rows, **options).notes)
+
+    def classes(*labels):
+        return [{"image": picture(n), "label": label} for n, label in enumerate(labels)]
+
+    said = notes(classes("no", "no", "no", "no finding", "nothing", "yes"))
+    assert (
+        "2 labels are the beginning of another, which scoring must tell apart: 'no' of 'no finding', 'no' of" in said
+    )
+    assert "3 labels have fewer than 3 rows, so that hardly any other row can demonstrate them" in said
+    assert "no row asks anything" in said and "no row has an image" not in said
+    assert "'1' of '10'" in notes(classes("1", "10")) and "every label is a number" in notes(classes("1", "10"))
+    assert "1 labels differ in case or in how they are encoded alone: 'Cat' and 'cat'" in notes(classes("Cat", "cat"))
+    assert "column 'label': 1 cells are read without the blanks" in notes(classes("cat ", "cat", "dog"))
+    assert "no row has an image" in notes([{"prompt": "p", "response": "r"}])
+    grouped = [{"prompt": f"p{n}", "response": f"r{n}", "group": "g"} for n in range(3)]
+    assert "all rows are of the group 'g'" in notes(grouped)
+    long = [{"id": "long", "image": Image.new("RGB", (402, 2)), "label": "a"}, *classes("b")]
+    assert "1 images are more than 200 times as long as wide" not in notes(long[1:])
+    assert "1 images are more than 200 times as long as wide" in notes([long[0], long[1] | {"id": "b"}])
+
+
+def test_check_asks_the_lvlms_processor(tmp_path, capsys, monkeypatch):
+    class Refusing:
+        def image_processor(self, images, **options):
+            sizes.append(images[0].size)
+            if images[0].width > 100 * images[0].height:
+                raise ValueError("absolute aspect ratio must be smaller than 100")
+
+        def apply_chat_template(self, turns, tokenize):
+            return "".join(f"<{turn['role']}>{turn['content'][-1]['text']}" for turn in turns)
+
+    sizes = []
+    monkeypatch.setattr("drum_hf.cli.data.load_images_of", lambda name, args: Refusing())
+    rows = [{"file_name": f"{n}.png", "question": "why?\x1b[31m", "answer": "so"} for n in range(3)]
+    for n, size in enumerate([(8, 8), (8, 8), (300, 2)]):
+        Image.new("RGB", size, (n, 0, 0)).save(tmp_path / f"{n}.png")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["-q", "data", "check", str(tmp_path), "--lvlm", "any"]) == 1
+    out = capsys.readouterr().out
+    assert "row 2: column 'file_name': the LVLM's processor refuses this image of 300 x 2 pixels (ValueErr" in out
+    assert "[image 8 x 8] 'why?" in out and "<user>why?" in out and "<assistant>so" in out and "\x1b" not in out
+    assert sizes == [(8, 8), (300, 2)]  # each size once
+
+
 def test_check_where_nothing_can_be_used(tmp_path):
     (tmp_path / "t.csv").write_text("prompt,response\nWhy?,\nHow?,\n")
     report = check_table(tmp_path / "t.csv")
