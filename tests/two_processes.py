@@ -69,9 +69,14 @@ def make_trainer(clip: Path, out: Path, *, support: Any = None, queries: Any = N
 
 
 def fingerprints(encoder: Any) -> dict[str, list[float]]:
-    """Name -> three random projections of a parameter; a change of each weight by d shows as about d."""
+    """Name -> three random projections of a parameter; a change of each weight by d shows as about d.
+
+    Without the keys' biases: attention does not depend on them, so they follow rounding alone.
+    """
     found = {}
     for name, parameter in encoder.named_parameters():
+        if name.endswith("k_proj.bias"):
+            continue
         draw = np.random.default_rng(len(name)).normal(size=(3, parameter.numel())) / np.sqrt(parameter.numel())
         found[name] = (draw @ parameter.detach().double().flatten().numpy()).tolist()
     return found

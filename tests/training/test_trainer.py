@@ -12,7 +12,7 @@ from datasets.fingerprint import Hasher
 from safetensors.torch import load_file
 from tiny_encoders import tiny_clip
 from tiny_training import StubLVLM, coloured_rows, coloured_table, forbidden
-from transformers import TrainerCallback
+from transformers import HfArgumentParser, TrainerCallback
 
 from drum_hf.data import TripletTable
 from drum_hf.errors import ContextOverflowError, SavedFileError, TooFewDemonstrationsError
@@ -424,3 +424,11 @@ def test_arguments_out_of_range_are_refused(tmp_path, fault, message):
 
 def test_the_number_of_epochs_follows_from_the_rounds(tmp_path):
     assert DrumTrainingArguments(str(tmp_path), rounds=3, epochs_per_round=4, use_cpu=True).num_train_epochs == 12
+
+
+def test_a_command_line_parser_of_the_platform_takes_all_arguments(tmp_path):
+    given = ["--output_dir", str(tmp_path), "--loss", "lambda", "--loss_kwargs", '{"scheme": "lambdarank", "k": 3}']
+    given += ["--weighting", "rank", "--hard_negatives", "1", "--ends_once", "--rounds", "2", "--use_cpu"]
+    (args,) = HfArgumentParser(DrumTrainingArguments).parse_args_into_dataclasses(given)
+    assert (args.loss, args.loss_kwargs) == ("lambda", {"scheme": "lambdarank", "k": 3})
+    assert (args.weighting, args.hard_negatives, args.ends_once, args.num_train_epochs) == ("rank", 1, True, 6)
