@@ -22,9 +22,9 @@ from ..types import LVLM
 from ..utils import hub as _hub
 from ..utils.files import check_size, plain_schema, read_batches, refuse_special
 from ..utils.manifest import write_manifest
-from .card import render_scores_card
 from ..utils.optional import bar_options, public_name
 from ..utils.text import shown, well_formed
+from .card import render_scores_card
 from .store import Entry, Merged, RequestParts, ScoreStore
 
 if TYPE_CHECKING:
