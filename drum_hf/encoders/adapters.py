@@ -88,7 +88,7 @@ def attach(module: Transformer, folder: str | os.PathLike[str], name: str) -> No
         config.inference_mode = False
         inject(module, config, name)
         weights = load_file(Path(folder) / ADAPTER_WEIGHTS)
-        found = set_peft_model_state_dict(
+        found: Any = set_peft_model_state_dict(
             module.model, {key.removeprefix(_PREFIX): value for key, value in weights.items()}, adapter_name=name
         )
     amiss = [key for key in found.missing_keys if f".{name}." in key] or list(found.unexpected_keys)
@@ -113,7 +113,7 @@ def save_adapter(module: Transformer, folder: Path, *, base_model: str, base_rev
         folder / ADAPTER_WEIGHTS,
         metadata={"format": "pt"},
     )
-    config = copy.copy(module.model.peft_config[name])
+    config: Any = copy.copy(module.model.peft_config[name])
     config.base_model_name_or_path, config.revision = base_model, base_revision
     config.save_pretrained(os.fspath(folder))
 
