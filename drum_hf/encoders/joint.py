@@ -391,7 +391,7 @@ class JointEncoder(Transformer):
         Args:
             subfolder: where in the folder or repository it is.
             **kwargs: `token`, `cache_folder`, `revision`, `local_files_only`; sentence-transformers' others are left
-                aside. So is `trust_remote_code`, which it asks for to import this class: nothing of the files needs it.
+                aside, and so is `trust_remote_code`, which it asks for to import this class: no file needs it.
         """
         hub = {name: kwargs.get(name) for name in ("token", "cache_folder", "revision")}
         offline = bool(kwargs.get("local_files_only"))
