@@ -720,7 +720,7 @@ def test_reasoning_is_no_part_of_an_answer(server, message, answer):
     ],
 )
 def test_reasoning_that_was_cut_off_is_an_error(server, message, ending, error):
-    answer = complete(message, usage={"prompt_tokens": 3, "completion_tokens": 32})
+    answer = complete(message)
     answer["choices"][0]["finish_reason"] = ending
     server.rule = lambda body: Reply(200, answer)
     with pytest.raises(EndpointError, match=f"(?s)query 'q1': .*{error}"):

@@ -57,6 +57,7 @@ _PROBES = (("What is two plus three?", "five"), ("Name the capital of Norway", "
 #: Statuses by which a probe learns nothing about fields: key, model or address are wrong.
 _NOT_ABOUT_FIELDS = {401, 402, 403, 404, 429}
 
+_MORE_ROOM = "raise its context (Ollama: OLLAMA_CONTEXT_LENGTH), or use fewer shots or smaller images"
 _INSTEAD = (
     "Score with TransformersLVLM, with a vLLM endpoint (which returns prompt_logprobs), or, for labels of one token "
     "each given as choices, with an endpoint that returns top_logprobs"
@@ -307,38 +308,42 @@ class OpenAILVLM:
 
         def answer(request: ICLRequest, stop: Stop) -> str:
             found = self._complete(self._messages(request), stop, max_new_tokens)
-            self._check_whole(request, found, max_new_tokens)
+            self._check_prompt(request, found)
             try:
-                return answer_text(found, self.reasoning_markers)
+                text = answer_text(found, self.reasoning_markers)
             except ValueError as error:
                 raise EndpointError(
                     f"{self.base_url}, asked for {max_new_tokens} tokens on query {request.query.id!r}: {error}"
                 ) from error
+            self._check_end(request, found, max_new_tokens)
+            return text
 
         return self._run(requests, answer, "generating", progress)
 
-    def _check_whole(self, request: ICLRequest, found: dict[str, Any], asked: int) -> None:
+    def _check_prompt(self, request: ICLRequest, found: dict[str, Any]) -> None:
         """
         Raises:
-            ContextOverflowError: the endpoint cut the conversation, or the answer before the tokens it may have.
+            ContextOverflowError: the endpoint cut the conversation.
         """
-        usage = found.get("usage")
-        usage = usage if isinstance(usage, dict) else {}
-        prompt, answered = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        least = self._lengths.lost(request, prompt) if is_count(prompt) and prompt else None
-        remedy = "raise its context (Ollama: OLLAMA_CONTEXT_LENGTH), or use fewer shots or smaller images"
+        prompt = _counted(found, "prompt_tokens")
+        least = self._lengths.lost(request, prompt) if prompt else None
         if least is not None:
             raise ContextOverflowError(
                 f"expected {self.base_url} to read all of query {request.query.id!r} and its demonstrations, but it "
-                f"counts {prompt} tokens where there are at least {least}: it cut them; {remedy}"
+                f"counts {prompt} tokens where there are at least {least}: it cut them; {_MORE_ROOM}"
             )
-        choices = found.get("choices")
-        ending = choices[0].get("finish_reason") if isinstance(choices, list) and _is_dict(choices[:1]) else None
+
+    def _check_end(self, request: ICLRequest, found: dict[str, Any], asked: int) -> None:
+        """
+        Raises:
+            ContextOverflowError: the answer was cut before the tokens that it may have.
+        """
+        answered, ending = _counted(found, "completion_tokens"), found["choices"][0].get("finish_reason")
         limits = {"max_tokens", "max_completion_tokens"} & self.extra_body.keys()
-        if ending == "length" and is_count(answered) and 0 < answered < asked and not limits:
+        if ending == "length" and answered and answered < asked and not limits:
             raise ContextOverflowError(
                 f"expected up to {asked} tokens of {self.base_url} on query {request.query.id!r}, but it ended after "
-                f"{answered}: its context is full; {remedy}"
+                f"{answered}: its context is full; {_MORE_ROOM}"
             )
 
     def score(self, requests: Sequence[ICLRequest], *, progress: bool = False) -> np.ndarray:
@@ -576,12 +581,9 @@ class OpenAILVLM:
             if error.status is None or error.status in _NOT_ABOUT_FIELDS:
                 raise
             found = self._sent(send, messages, 1, {})
-        usage = found.get("usage")
-        length = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         called = found.get("model")
-        return Greeting(
-            called[:200] if isinstance(called, str) else None, length if is_count(length) else None, tuple(tokens)
-        )
+        model = called[:200] if isinstance(called, str) else None
+        return Greeting(model, _counted(found, "prompt_tokens"), tuple(tokens))
 
     # ---- many at once ----
 
@@ -646,5 +648,8 @@ def _conversation(request: ICLRequest) -> Hashable:
     return request.query.key, tuple(demonstration.key for demonstration in request.demonstrations)
 
 
-def _is_dict(several: list[Any]) -> bool:
-    return bool(several) and isinstance(several[0], dict)
+def _counted(answer: dict[str, Any], what: str) -> int | None:
+    """A number of tokens in an answer's `usage`; None where it doesn't say, or says something else."""
+    usage = answer.get("usage")
+    value = usage.get(what) if isinstance(usage, dict) else None
+    return value if is_count(value) else None
