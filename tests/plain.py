@@ -86,7 +86,11 @@ def plain_logprobs(
     assert mine == list(range(mine[0], mine[-1] + 1)) and mine[0] > 0
     if end_of_turn:
         special = processor.tokenizer.added_tokens_decoder
-        mine += range(mine[-1] + 1, next(i for i in range(mine[-1] + 1, len(ids)) if ids[i] in special) + 1)
+        close = next((i for i in range(mine[-1] + 1, len(ids)) if ids[i] in special), None)
+        if close is None:  # nothing ends a turn: the end of the text does
+            ids[mine[-1] + 1 :] = [processor.tokenizer.eos_token_id]
+            close = mine[-1] + 1
+        mine += range(mine[-1] + 1, close + 1)
     logprobs = model(**full, use_cache=False).logits[0].double().log_softmax(-1)
     return np.array([logprobs[i - 1, ids[i]].item() for i in mine])
 
@@ -98,7 +102,9 @@ def _length(span: tuple[int, int]) -> int:
 def plain_score(model: Any, processor: Any, request: ICLRequest) -> float:
     """A request's score by its definition: see `TransformersLVLM.score`."""
     if request.choices:
-        sums = np.array([plain_logprobs(model, processor, request, choice).sum() for choice in request.choices])
+        # Where one choice begins another, the end of the turn tells them apart.
+        ends = any(a != b and b.startswith(a) for a in request.choices for b in request.choices)
+        sums = np.array([plain_logprobs(model, processor, request, c, end_of_turn=ends).sum() for c in request.choices])
         sums -= np.logaddexp.reduce(sums)
         values = np.array([sums[request.choices.index(response)] for response in request.responses])
     else:

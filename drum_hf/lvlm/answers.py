@@ -1,14 +1,25 @@
-"""What a request wants scored, and one score from the log-probabilities of its answers' tokens."""
+"""What a request wants scored, one score from the log-probabilities of its answers' tokens, and answers as read."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from ..types import ICLRequest
 
-__all__ = ["combine_answers", "log_softmax", "wanted_answers"]
+__all__ = ["REASONING_MARKERS", "combine_answers", "log_softmax", "one_begins_another", "without_reasoning"]
+__all__ += ["wanted_answers"]
+
+#: What models write around their reasoning: Qwen, DeepSeek, GLM; Kimi; Gemma 4; Seed; Magistral.
+REASONING_MARKERS: tuple[tuple[str, str], ...] = (
+    ("<think>", "</think>"),
+    ("◁think▷", "◁/think▷"),
+    ("<|channel>", "<channel|>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+)
 
 
 def log_softmax(values: np.ndarray) -> np.ndarray:
@@ -54,6 +65,36 @@ def combine_answers(request: ICLRequest, parts: Sequence[np.ndarray]) -> float:
         values = np.array([part.mean() for part in parts])
     weights = np.array(request.weights or [1.0] * len(values))
     return float(np.logaddexp.reduce(values + np.log(weights / weights.sum())))
+
+
+def one_begins_another(choices: Sequence[str]) -> bool:
+    """Whether a choice is the beginning of another, so that the longer one could never be likelier.
+
+    >>> one_begins_another(["1", "2", "10"]), one_begins_another(["yes", "no"])
+    (True, False)
+    """
+    texts = sorted(choice.strip() for choice in choices)
+    return any(after.startswith(text) for text, after in itertools.pairwise(texts))
+
+
+def without_reasoning(
+    text: str, markers: Sequence[tuple[str, str]] = REASONING_MARKERS, *, begun: bool = False
+) -> str | None:
+    """An answer without the reasoning that it begins with, or None where the reasoning doesn't end.
+
+    Args:
+        markers: what begins and ends reasoning.
+        begun: whether the prompt has begun it already.
+
+    >>> without_reasoning("<think>red or blue?</think> red"), without_reasoning("<think>red or")
+    ('red', None)
+    """
+    text = text.strip()
+    for begin, end in markers:
+        if text.startswith(begin) or (begun and end in text):
+            _, found, answer = text.partition(end)
+            return answer.strip() if found else None
+    return None if begun else text
 
 
 def _stripped(text: str, kind: str, query: str | None) -> str:
