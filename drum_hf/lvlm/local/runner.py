@@ -334,9 +334,8 @@ class Runner:
         for batch in self._batches(rows, _TRIAL_TOKENS):
             inputs = self._encoded([rows[i] for i in batch], way)
             with self._greedy(_TRIAL_TOKENS, stops=False) as settings:
-                out = self.model.generate(
-                    **inputs, generation_config=settings, return_dict_in_generate=True, output_logits=True
-                )
+                settings.update(return_dict_in_generate=True, output_logits=True)
+                out = self.model.generate(**inputs, generation_config=settings)
             steps = torch.stack(out.logits, 1).float().log_softmax(-1).cpu().numpy()
             new = out.sequences[:, -steps.shape[1] :].tolist()
             found.update(zip(batch, zip(new, steps, strict=True), strict=True))
