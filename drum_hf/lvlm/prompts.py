@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,8 +29,15 @@ _THINKING = ("enable_thinking", "thinking")
 #: Llama's templates fall back to.
 _TODAY = datetime.datetime(2024, 7, 26)
 
+#: How a template asks for the date, in a format that it names.
+_DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
 #: Roles whose turns of text alone are given as a string, from the usual way (none) on.
-_STRING_ROLES = (frozenset(), frozenset({"system", "assistant"}), frozenset({"system", "assistant", "user"}))
+_STRING_ROLES: tuple[frozenset[str], ...] = (
+    frozenset(),
+    frozenset({"system", "assistant"}),
+    frozenset({"system", "assistant", "user"}),
+)
 
 # Private-use characters: no chat template trims or escapes them, and no response holds them.
 _SLOT = "\ue000response\ue001"
@@ -234,10 +242,10 @@ class ChatFormat:
                 self.template_kwargs[name] = False
                 logger.info("%s=False: the model answers without reasoning (chat_template_kwargs sets it)", name)
         self.date = None
-        self._clock: dict[str, Any] = {}
+        self._template: str | None = None  # in the processor's place
         if "strftime_now" in known and "date_string" not in self.template_kwargs:
             self.date = _TODAY.date().isoformat()
-            self._clock["strftime_now"] = _TODAY.strftime
+            self._template = _DATE.sub(lambda found: repr(_TODAY.strftime(found[2])), template)
             logger.info("the chat template writes the date: it is taken to be %s, so that scores stay", self.date)
 
     def _fail(self, what: str) -> ChatTemplateError:
@@ -351,8 +359,8 @@ class ChatFormat:
                 [[self._as_string(message) for message in messages] for messages in conversations],
                 add_generation_prompt=generate,
                 tokenize=False,
+                chat_template=self._template,
                 **self.template_kwargs,
-                **self._clock,
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise self._fail(f"fails: {error}") from error

@@ -207,7 +207,7 @@ class ImageInputs:
         images: dict[str, Image] = {}
         keys = []
         for row in rows:
-            own = []
+            own: list[str] = []
             for image in row.images:
                 if id(image) not in known:
                     known[id(image)] = image_key(image)

@@ -30,7 +30,7 @@ from ...utils.optional import loading, local_name, require, resolve_name
 from ..answers import REASONING_MARKERS, combine_answers, log_softmax, wanted_answers, without_reasoning
 from ..fingerprint import Identity, describe
 from ..prompts import ChatFormat, ImagePosition
-from .processors import ImageBudget, default_budget, load_processor, with_budget
+from .processors import ImageBudget, coarsest, default_budget, image_tokens, load_processor, with_budget
 from .runner import Capabilities, Runner, context_length, progress_bar
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ class TransformersLVLM:
                 f"expected a model that continues a conversation, but {self.name} ({type(model).__name__}) is an "
                 "encoder with a decoder; use one of the families in docs/scoring.md"
             )
+        self._published = processor
         self.image_budget: ImageBudget = image_budget
         if image_budget == "auto":
             tokenizer = getattr(processor, "tokenizer", processor)
@@ -252,7 +253,7 @@ class TransformersLVLM:
     @cached_property
     def _described(self) -> tuple[str, Identity]:
         shown = {"image_budget": self.image_budget, "query_image_budget": self.query_image_budget}
-        more = {name: None if value is None else json.dumps(value, sort_keys=True) for name, value in shown.items()}
+        more: Identity = {k: None if v is None else json.dumps(v, sort_keys=True) for k, v in shown.items()}
         if self.reasoning_markers != REASONING_MARKERS:
             more["reasoning_markers"] = json.dumps(self.reasoning_markers)
         return describe(self.model, self.format, name=self.name, revision=self.revision, more=more)
@@ -283,6 +284,13 @@ class TransformersLVLM:
             RowError: the processor refuses the image, such as one 200 times as wide as it is high (Qwen-VL).
         """
         return self._runner.images.tokens_of(image, query=query)
+
+    def other_budgets(self, image: Image) -> dict[str, int]:
+        """Tokens that an image would take as published, and at the coarsest, by image budget."""
+        found = {"published": image_tokens(self._published, image)}
+        if (coarse := coarsest(self._published)) is not None:
+            found[json.dumps(coarse)] = image_tokens(with_budget(self._published, coarse), image)
+        return found
 
     def with_fewer_image_tokens(self, factor: int) -> TransformersLVLM:
         """This LVLM looking less closely: `factor` neighbouring image tokens are averaged into one.

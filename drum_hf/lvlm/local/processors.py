@@ -15,7 +15,7 @@ from ...errors import DependencyError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageBudget", "default_budget", "image_only", "image_tokens", "load_processor", "with_budget"]
+__all__ = ["ImageBudget", "coarsest", "default_budget", "image_only", "image_tokens", "load_processor", "with_budget"]
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +203,11 @@ def default_budget(processor: Any, context: int | None) -> ImageBudget:
     return whole
 
 
+def coarsest(processor: Any) -> dict[str, Any] | None:
+    """Settings by which a picture isn't cut into tiles; None where the family doesn't cut or has no such setting."""
+    return _whole(_cuts(processor)) if hasattr(processor, "image_processor") else None
+
+
 def _changed(processor: Any, settings: dict[str, Any]) -> Any:
     parts = processor.image_processor
     known = set(getattr(type(parts).valid_kwargs, "__annotations__", {})) | {*parts.to_dict(), "size"}
@@ -268,9 +273,9 @@ def _settings(parts: Any, budget: int) -> Iterator[dict[str, Any]]:
         most = budget * area
         yield {"max_pixels": most, "min_pixels": min(parts.size["shortest_edge"], most)}
     for name in ("max_patches", "max_tiles", "max_slice_nums", "max_image_tiles"):
-        if (most := getattr(parts, name, None)) and _whole(parts):
+        if (count := getattr(parts, name, None)) and _whole(parts):
             least = max(2, getattr(parts, name.replace("max", "min"), 0) or 0)
-            yield from ({name: count} for count in range(int(most) - 1, least - 1, -1))
+            yield from ({name: count} for count in range(int(count) - 1, least - 1, -1))
     grid = getattr(parts, "image_grid_pinpoints", None)
     if grid:
         areas = sorted({h * w for h, w in grid}, reverse=True)
@@ -281,8 +286,8 @@ def _settings(parts: Any, budget: int) -> Iterator[dict[str, Any]]:
         yield from ({"size": {"longest_edge": side * k}} for k in range(largest["longest_edge"] // side - 1, 1, -1))
     if (soft := getattr(parts, "max_soft_tokens", None)) is not None:
         yield from ({"max_soft_tokens": n} for n in (1120, 560, 280, 140, 70) if n < soft)
-    if (most := getattr(parts, "max_image_tokens", None)) is not None and budget < most:
-        least = min(getattr(parts, "min_image_tokens", budget), budget)
-        yield {**(_whole(parts) or {}), "max_image_tokens": budget, "min_image_tokens": least}
+    if (limit := getattr(parts, "max_image_tokens", None)) is not None and budget < limit:
+        fewest = min(getattr(parts, "min_image_tokens", budget), budget)
+        yield {**(_whole(parts) or {}), "max_image_tokens": budget, "min_image_tokens": fewest}
     if (whole := _whole(parts)) is not None:
         yield whole

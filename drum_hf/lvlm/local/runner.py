@@ -250,7 +250,9 @@ class Runner:
             return worst <= self._tolerance
 
         def planned(name: str, share: bool, pack: bool) -> bool:
-            return works(name, lambda *work: self._run_planned(*work, share, pack, least=1))
+            return works(
+                name, lambda rows, placed, results: self._run_planned(rows, placed, results, share, pack, least=1)
+            )
 
         features = shares = packs = False
         if not self.images.can_keep or self.model.get_output_embeddings() is None:
