@@ -216,8 +216,7 @@ class ImageInputs:
                     key += _ASKED
                 if self._counts and len(row.images) > 1:
                     key += _PAIRED
-                if key not in self._shown_as:
-                    self._shown_as[key] = _whose(row, len(own))
+                self._shown_as[key] = _whose(row, len(own))
                 images.setdefault(key, image)
                 own.append(key)
             keys.append(own)

@@ -29,7 +29,7 @@ _TEXT_TOKENS = 64
 #: Settings of image processors that say how many tokens an image takes.
 _NAMES = (
     *("size", "patch_size", "merge_size", "do_image_splitting", "crop_to_patches", "slice_mode", "do_pan_and_scan"),
-    *("max_image_tiles", "image_grid_pinpoints", "max_patches", "min_patches", "max_tiles", "min_tiles"),
+    *("max_image_tiles", "max_patches", "min_patches", "max_tiles", "min_tiles"),
     *("max_slice_nums", "max_image_size", "max_soft_tokens", "max_image_tokens", "min_image_tokens"),
 )
 
@@ -211,6 +211,7 @@ def coarsest(processor: Any) -> dict[str, Any] | None:
 def _changed(processor: Any, settings: dict[str, Any]) -> Any:
     parts = processor.image_processor
     known = set(getattr(type(parts).valid_kwargs, "__annotations__", {})) | {*parts.to_dict(), "size"}
+    known -= {"image_grid_pinpoints"}  # the model's configuration says it, too (LLaVA-NeXT, LLaVA-OneVision)
     unknown = sorted(settings.keys() - known)
     if unknown:
         raise ValueError(
@@ -241,8 +242,8 @@ def _cuts(processor: Any) -> Any:
 
 def _pixels_a_token(parts: Any) -> int | None:
     """Pixels that become one token, where a picture keeps its size up to a limit (Qwen-VL, GLM-V and others)."""
-    size, merge = getattr(parts, "size", None), getattr(parts, "merge_size", None)
-    if size is None or merge is None or not {"longest_edge", "shortest_edge"} <= {k for k, v in size.items() if v}:
+    size, merge = dict(parts.size or {}), parts.merge_size
+    if merge is None or not (size.get("longest_edge") and size.get("shortest_edge")):
         return None
     return int(parts.patch_size * merge) ** 2
 
@@ -259,9 +260,6 @@ def _whole(parts: Any) -> dict[str, Any] | None:
         return {"do_pan_and_scan": False}
     if (getattr(parts, "max_image_tiles", None) or 1) > 1:
         return {"max_image_tiles": 1}
-    grid = getattr(parts, "image_grid_pinpoints", None)
-    if grid and len(grid) > 1:
-        return {"image_grid_pinpoints": [min(grid, key=lambda shape: shape[0] * shape[1])]}
     return None
 
 
@@ -276,10 +274,6 @@ def _settings(parts: Any, budget: int) -> Iterator[dict[str, Any]]:
         if (count := getattr(parts, name, None)) and _whole(parts):
             least = max(2, getattr(parts, name.replace("max", "min"), 0) or 0)
             yield from ({name: count} for count in range(int(count) - 1, least - 1, -1))
-    grid = getattr(parts, "image_grid_pinpoints", None)
-    if grid:
-        areas = sorted({h * w for h, w in grid}, reverse=True)
-        yield from ({"image_grid_pinpoints": [s for s in grid if s[0] * s[1] <= a]} for a in areas[1:])
     largest, tile = getattr(parts, "size", None), getattr(parts, "max_image_size", None)
     if getattr(parts, "do_image_splitting", False) and largest and tile and not isinstance(tile, int):
         side = tile["longest_edge"]

@@ -443,13 +443,14 @@ class Runner:
     def _batches(self, rows: list[Row], new_tokens: int) -> Iterator[list[int]]:
         """Indices of rows, longest first, so that memory runs out early or never."""
         sizes = [len(row.ids) + len(row.images) * (self.images.tokens_an_image - 1) + new_tokens for row in rows]
-        order = sorted(range(len(rows)), key=lambda i: (bool(rows[i].images), sizes[i]), reverse=True)
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i].images), sizes[i]), reverse=True)
         batch: list[int] = []
         for i in order:
             if batch:
                 full = len(batch) == self.limits.rows or (len(batch) + 1) * sizes[batch[0]] > self.limits.tokens
-                # Processors take batches in which every conversation has images, or none has.
-                if full or bool(rows[batch[0]].images) != bool(rows[i].images):
+                # Processors take batches in which every conversation has images, or none has; and beside more images
+                # than its own, a conversation of Mllama's is another.
+                if full or len(rows[batch[0]].images) != len(rows[i].images):
                     yield batch
                     batch = []
             batch.append(i)
