@@ -109,7 +109,8 @@ def plain_logprobs(
     offsets = full.pop("offset_mapping")[0].tolist()
     replaced = [one for sample in full.pop("text_replacement_offsets", []) for one in sample]
     grown = sum(_length(one["new_span"]) - _length(one["span"]) for one in replaced)
-    if not replaced or getattr(processor, "use_default_system_prompt", False):
+    shows = any(part["type"] == "image" for message in messages for part in message["content"])
+    if (shows and not replaced) or getattr(processor, "use_default_system_prompt", False):
         grown = max(b for _, b in offsets) - len(before + answer + after)  # what it does to a text it doesn't say
     ids = full["input_ids"][0].tolist()
     mine = [i for i, (a, b) in enumerate(offsets) if a < end + grown and b > begin + grown]

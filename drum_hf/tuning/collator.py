@@ -148,7 +148,9 @@ class ConversationFormat:
         (text,) = self.chat.render([turns[:-1]], generate=False)
         before = text.partition(_slot(0))[0]
         rest = before.removeprefix(prompt)
-        return len(rest) if before.startswith(prompt) and not rest.strip() else None
+        if before.startswith(prompt) and not rest.strip():
+            return len(rest)
+        return 0 if before.rstrip() == prompt.rstrip() else None  # LLaVA-OneVision's begin with another blank
 
     def _render(self, talk: Conversation, name: str) -> tuple[str, list[tuple[int, int, int]]]:
         """Text, and of each answer that the loss falls on: begin, end, and end of what ends its turn."""

@@ -293,8 +293,9 @@ def test_an_image_takes_no_more_than_its_budget(family: str, budget: int, tokens
     requests = REQUESTS[3:10]
     close(lvlm.score(requests), [plain_score(lvlm.model, lvlm.processor, request) for request in requests])
     assert lvlm.fingerprint != published.fingerprint
-    with pytest.raises(ValueError, match="the least that"):
-        load_lvlm(family, tmp, image_budget=1)
+    if not family.startswith("qwen"):  # whose images become as small as one token
+        with pytest.raises(ValueError, match="the least that"):
+            load_lvlm(family, tmp, image_budget=1)
 
 
 def test_queries_are_looked_at_otherwise_than_demonstrations(tmp: Path) -> None:

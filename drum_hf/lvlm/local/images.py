@@ -302,10 +302,11 @@ class ImageInputs:
         Raises:
             RowError: the processor refuses it.
         """
+        token = getattr(processor, "image_token", None) or self.format.image_token
+        if token is None:
+            return
         try:
-            processor(
-                text=[processor.image_token * times], images=[[image] * times], return_tensors="pt", padding=True
-            )
+            processor(text=[token * times], images=[[image] * times], return_tensors="pt", padding=True)
         except (ValueError, ZeroDivisionError) as error:
             whose = self._shown_as.get(key, "a conversation")
             raise RowError(
@@ -421,7 +422,12 @@ class ImageInputs:
         Raises:
             RowError: the processor refuses it.
         """
-        return image_tokens(self.query_processor if query and self.budgets_differ else self.processor, image)
+        processor = self.query_processor if query and self.budgets_differ else self.processor
+        try:
+            return image_tokens(processor, image)
+        except (ValueError, ZeroDivisionError):
+            self._one(processor, "", image, 1)
+            raise
 
     def fewer_tokens(self, factor: int) -> ImageInputs:
         """The same images, joined with this one's memory of them, in a `factor`th of the tokens."""

@@ -333,7 +333,7 @@ class Runner:
         import torch
 
         found: dict[int, tuple[list[int], np.ndarray]] = {}
-        for batch in self._batches(rows, _TRIAL_TOKENS):
+        for batch in self._batches(rows, _TRIAL_TOKENS, alike=way != "features"):
             inputs = self._encoded([rows[i] for i in batch], way)
             with self._greedy(_TRIAL_TOKENS, stops=False) as settings:
                 settings.update(return_dict_in_generate=True, output_logits=True)
@@ -426,7 +426,7 @@ class Runner:
                 answers[i] = ids
             bar.update(len(batch))
 
-        self.in_batches(rows, run, max_new_tokens, alone=way == "alone")
+        self.in_batches(rows, run, max_new_tokens, alike=way != "features", alone=way == "alone")
         return answers
 
     # ---- running ----
@@ -440,17 +440,20 @@ class Runner:
                 return self.model(**inputs, use_cache=False, logits_to_keep=keep).logits
             return self.model(**inputs, use_cache=False).logits[:, -keep:]
 
-    def _batches(self, rows: list[Row], new_tokens: int) -> Iterator[list[int]]:
-        """Indices of rows, longest first, so that memory runs out early or never."""
+    def _batches(self, rows: list[Row], new_tokens: int, *, alike: bool) -> Iterator[list[int]]:
+        """Indices of rows, longest first, so that memory runs out early or never.
+
+        With `alike`, conversations run beside others with as many images: to Mllama, missing ones are others.
+        Processors take batches in which every conversation has images, or none has.
+        """
         sizes = [len(row.ids) + len(row.images) * (self.images.tokens_an_image - 1) + new_tokens for row in rows]
-        order = sorted(range(len(rows)), key=lambda i: (len(rows[i].images), sizes[i]), reverse=True)
+        kinds = [len(row.images) if alike else bool(row.images) for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: (kinds[i], sizes[i]), reverse=True)
         batch: list[int] = []
         for i in order:
             if batch:
                 full = len(batch) == self.limits.rows or (len(batch) + 1) * sizes[batch[0]] > self.limits.tokens
-                # Processors take batches in which every conversation has images, or none has; and beside more images
-                # than its own, a conversation of Mllama's is another.
-                if full or len(rows[batch[0]].images) != len(rows[i].images):
+                if full or kinds[batch[0]] != kinds[i]:
                     yield batch
                     batch = []
             batch.append(i)
@@ -458,13 +461,19 @@ class Runner:
             yield batch
 
     def in_batches(
-        self, rows: list[Row], run: Callable[[list[int]], None], new_tokens: int = 0, *, alone: bool = False
+        self,
+        rows: list[Row],
+        run: Callable[[list[int]], None],
+        new_tokens: int = 0,
+        *,
+        alike: bool = True,
+        alone: bool = False,
     ) -> None:
         """Call `run` on batches of row indices; a batch that doesn't fit the memory is halved, down to one row."""
         import torch
 
         with torch.inference_mode():
-            for batch in self._batches(rows, new_tokens):
+            for batch in self._batches(rows, new_tokens, alike=alike):
                 for part in [[i] for i in batch] if alone else [batch]:
                     halving(part, run, self.limits)
 
