@@ -23,7 +23,7 @@ from ...errors import ContextOverflowError, EndpointError, ScoringUnsupportedErr
 from ...types import ICLRequest
 from ...utils.optional import bar_options
 from ...utils.redaction import body_secrets, redacted
-from ..answers import REASONING, combine_answers, wanted_answers
+from ..answers import REASONING_MARKERS, combine_answers, wanted_answers
 from ..prompts import ImagePosition
 from .chat_api import ChatMessages, PromptLengths, answer_text
 from .fleet import ChatFleet, Greeting
@@ -142,7 +142,7 @@ class OpenAILVLM:
         seed: sent with each request, if given. Answers are greedy (temperature 0) in any case.
         chat_template_kwargs: arguments of the model's chat template, such as `{"enable_thinking": False}`, for servers
             that take them (vLLM, SGLang, llama.cpp).
-        reasoning_markers: what opens and closes reasoning within an answer's text; it is left out of the answer.
+        reasoning_markers: pairs of what begins and ends reasoning in an answer, which is left out of it; () for none.
             None: nothing does. Reasoning that a server gives beside the text is left out in any case.
         extra_body: fields added to each request; they win over ours, and a None takes one of ours out. Only the length
             of a request that scores stays 1.
@@ -185,7 +185,7 @@ class OpenAILVLM:
         image_position: ImagePosition = "first",
         seed: int | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
-        reasoning_markers: tuple[str, str] | None = REASONING,
+        reasoning_markers: Sequence[tuple[str, str]] = REASONING_MARKERS,
         extra_body: dict[str, Any] | None = None,
         name: str | None = None,
         revision: str | None = None,
@@ -208,11 +208,12 @@ class OpenAILVLM:
         self.extra_body = dict(extra_body or {})
         if chat_template_kwargs:
             self.extra_body = {"chat_template_kwargs": dict(chat_template_kwargs), **self.extra_body}
-        if reasoning_markers is not None and (len(reasoning_markers) != 2 or not all(reasoning_markers)):
+        if any(len(pair) != 2 or not all(pair) for pair in reasoning_markers):
             raise ValueError(
-                f"expected reasoning_markers as two texts, such as {REASONING}, or None, got {reasoning_markers!r}"
+                f"expected reasoning_markers as pairs of texts, such as {REASONING_MARKERS[:1]}, or (), got "
+                f"{reasoning_markers!r}"
             )
-        self.reasoning_markers = reasoning_markers
+        self.reasoning_markers = tuple((begin, end) for begin, end in reasoning_markers)
         self._vouched = name is not None or revision is not None
         key = os.environ.get("OPENAI_API_KEY") if api_key is None else api_key
         how: dict[str, Any] = {"timeout": timeout, "max_retries": max_retries}
@@ -265,7 +266,7 @@ class OpenAILVLM:
             "seed": None if self.seed is None else str(self.seed),
             "extra_body": json.dumps(redacted(self.extra_body), sort_keys=True) if self.extra_body else None,
         }
-        if self.reasoning_markers != REASONING:
+        if self.reasoning_markers != REASONING_MARKERS:
             parts["reasoning_markers"] = json.dumps(self.reasoning_markers)
         return parts
 
