@@ -36,8 +36,8 @@ def strip_reasoning(text: str, markers: tuple[str, str] | None = REASONING) -> s
     answer = text.rpartition(closing)[2].strip()
     if answer.startswith(opening):
         raise ValueError(
-            f"expected an answer, but the reasoning that {opening} opens was cut off; raise max_new_tokens, or switch "
-            "reasoning off, such as by chat_template_kwargs={'enable_thinking': False}"
+            f"expected an answer, but the reasoning that {opening} opens was cut off; raise max_new_tokens (and a "
+            "server's context), or switch reasoning off, such as by chat_template_kwargs={'enable_thinking': False}"
         )
     return answer
 

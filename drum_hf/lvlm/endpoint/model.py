@@ -335,11 +335,22 @@ class OpenAILVLM:
         choices = found.get("choices")
         ending = choices[0].get("finish_reason") if isinstance(choices, list) and _is_dict(choices[:1]) else None
         limits = {"max_tokens", "max_completion_tokens"} & self.extra_body.keys()
+        if self._is_thinking(choices):
+            return  # which is said of its answer
         if ending == "length" and is_count(answered) and 0 < answered < asked and not limits:
             raise ContextOverflowError(
                 f"expected up to {asked} tokens of {self.base_url} on query {request.query.id!r}, but it ended after "
                 f"{answered}: its context is full; {remedy}"
             )
+
+    def _is_thinking(self, choices: Any) -> bool:
+        """Whether an answer is reasoning alone, which was cut off."""
+        if self.reasoning_markers is None or not isinstance(choices, list) or not _is_dict(choices[:1]):
+            return False
+        message = choices[0].get("message")
+        text = message.get("content") if isinstance(message, dict) else None
+        opening, closing = self.reasoning_markers
+        return isinstance(text, str) and text.lstrip().startswith(opening) and closing not in text
 
     def score(self, requests: Sequence[ICLRequest], *, progress: bool = False) -> np.ndarray:
         """Log-likelihood of each request's gold response, as defined by `LVLM.score`; only where it is exact.
