@@ -232,7 +232,7 @@ WAYS = {
     "csv-pandas-index": lambda r, d: written(d / "t.csv", frame(beside(r, d)).to_csv),
     "csv-pandas-gz": lambda r, d: written(d / "t.csv.gz", lambda p: frame(beside(r, d)).to_csv(p, index=False)),
     "csv-windows-paths": lambda r, d: write_csv(d / "t.csv", [on_windows(row) for row in beside(r, d)]),
-    "csv-python-bytes": lambda r, d: write_csv(d / "t.csv", [row | {"image": str(row["image"])} for row in in_bytes(r)]),
+    "csv-python-bytes": lambda r, d: write_csv(d / "t.csv", [{**row, "image": str(row["image"])} for row in in_bytes(r)]),
     "csv-python-structs": lambda r, d: written(d / "t.csv", lambda p: frame(in_structs(r)).to_csv(p, index=False)),
     "csv-capitals": lambda r, d: write_csv(d / "t.csv", [capitals(row) for row in beside(r, d)]),
     "csv-metadata-in-folder": lambda r, d: write_csv(d / "metadata.csv", beside(r, d)).parent,
@@ -299,12 +299,6 @@ WAYS = {
     "hf-imagefolder-dict": lambda r, d: datasets.DatasetDict(
         train=imagefolder(write_json(d / "x/metadata.jsonl", beside(r, d / "x"), lines=True), d)
     ),
-    # polars
-    "polars-csv": lambda r, d: written(d / "t.csv", frame(texts(beside(r, d)), "polars").write_csv),
-    "polars-parquet": lambda r, d: written(d / "t.parquet", frame(in_bytes(r), "polars").write_parquet),
-    "polars-ipc": lambda r, d: written(d / "t.arrow", frame(in_structs(r), "polars").write_ipc),
-    "polars-ndjson": lambda r, d: written(d / "t.jsonl", frame(beside(r, d), "polars").write_ndjson),
-    "polars-lazy": lambda r, d: frame(in_bytes(r), "polars").lazy(),
     # zip
     "zip-base64": lambda r, d: zipped(
         write_csv(d / "x/t.csv", in_base64(r)).parent, d / "x.zip", zipfile.ZIP_DEFLATED
