@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ColumnError
+from ..utils.files import write_text
 from ..utils.images import load_image
 from .plots import Estimate, StrategySeries, TaskResult, plot_pairs, plot_rounds, plot_shots, read_results
 
@@ -490,8 +491,8 @@ def write_report(
         f"<style>{_CSS}</style></head>\n<body><header><h1>Which demonstrations help the LVLM?</h1></header>\n"
         f"<main>{sections}\n{_HOW_TO_READ}</main>\n{_footer(results, tasks)}</body></html>\n"
     )
-    (out / "results.json").write_text(numbers_json + "\n", encoding="utf-8")
-    (out / "table.md").write_text(format_table(results, style="markdown") + "\n", encoding="utf-8")
+    write_text(out / "results.json", numbers_json + "\n")
+    write_text(out / "table.md", format_table(results, style="markdown") + "\n")
     path = out / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SavedFileError
+from ..utils.files import write_text
 
 __all__ = ["WholeCheckpoints", "in_steps_of_now", "last_checkpoint", "read_note", "same_run", "write_note"]
 
@@ -149,9 +150,7 @@ def same_run(folder: str | os.PathLike[str], settings: dict[str, Any], *, anew: 
 
 def write_note(note: Path, content: dict[str, Any]) -> None:
     """Write a small JSON file; a reader sees the old one or the new one."""
-    part = note.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    part.replace(note)
+    write_text(note, json.dumps(content, indent=1))
 
 
 def read_note(note: Path) -> dict[str, Any] | None:
@@ -201,9 +200,7 @@ class WholeCheckpoints:
     def _seal(self, checkpoint: Path, limit: int | None) -> None:
         sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size
                  for path in sorted(checkpoint.rglob("*")) if path.is_file()}  # fmt: skip
-        part = checkpoint / f"{_WHOLE}.part"
-        part.write_text(json.dumps(sizes), encoding="utf-8")
-        part.replace(checkpoint / _WHOLE)
+        write_text(checkpoint / _WHOLE, json.dumps(sizes))
         best = self.state.best_model_checkpoint
         kept = [path for path in _numbered(checkpoint.parent) if best is None or path != Path(best)]
         if limit is not None and limit > 0:

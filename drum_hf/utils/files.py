@@ -41,6 +41,8 @@ __all__ = [
     "refuse_special",
     "replacing_file",
     "replacing_folder",
+    "settled",
+    "write_text",
     "writing",
 ]
 
@@ -60,8 +62,10 @@ _PARTIAL = ".saving-"
 #: Names the folder that holds a complete save, from the moment it counts until it has been moved into place.
 _MARKER = ".saved"
 _LOCK = ".saving.lock"
-#: Seconds that a save waits for another of the same folder, and how often a reader begins anew.
-_PATIENCE, _ATTEMPTS = 600.0, 20
+#: Of the file beside the folder of a save, which is locked for as long as its writer lives.
+_ALIVE = ".alive"
+#: Seconds that a save waits for another that moves its files into the same folder, and how often a reader begins anew.
+_PATIENCE, _ATTEMPTS = 60.0, 20
 
 
 def leads_outside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
@@ -177,16 +181,26 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _clean_files(path.parent)
-        partial = path.with_name(f"{_PARTIAL}{secrets.token_hex(8)}{path.suffix}")
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        partial, descriptor = _claim(path.parent, path.suffix)
         try:
-            _try_lock(descriptor)  # tells others that its writer lives
             yield partial
             os.fsync(descriptor)
             os.replace(partial, path)
         finally:
             _unlock(descriptor)
             partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file in UTF-8, in place of an earlier one at once; see `replacing_file`.
+
+    Half surrogate pairs, such as those of a file name that is not UTF-8, become "?".
+
+    Raises:
+        SavedFileError: the disk is full, or the place can't be written.
+    """
+    with replacing_file(path) as partial:
+        partial.write_bytes(text.encode("utf-8", "replace"))
 
 
 @contextlib.contextmanager
@@ -196,7 +210,8 @@ def replacing_folder(folder: str | os.PathLike[str], *, owns: Sequence[str]) -> 
     The new files are first written to a folder within `folder`. A marker file, written last, makes it the one that
     `read_folder` reads; then its files are moved into place and the marker is removed. A save that is killed before
     the marker is written leaves the old files, one that is killed later is read from its own folder; the next save
-    removes what is left. Savers of one folder take turns, those of other processes too.
+    removes what is left. Savers of one folder take turns to move their files, those of other processes too; the last
+    one's stay.
 
     Args:
         folder: made where it is missing.
@@ -210,30 +225,30 @@ def replacing_folder(folder: str | os.PathLike[str], *, owns: Sequence[str]) -> 
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with _exclusive(folder):
-            earlier = _marked(folder)
-            for name in os.listdir(folder):
-                if _is_partial(name) and folder / name != earlier and (folder / name).is_dir():
-                    shutil.rmtree(folder / name, ignore_errors=True)
+            _clean_folders(folder)
             _clean_files(folder)
-            partial = folder / f"{_PARTIAL}{secrets.token_hex(8)}"
+            held, alive = _claim(folder, _ALIVE)
+            partial = held.with_suffix("")
             partial.mkdir()
-            try:
-                yield partial
-                made = sorted(path.relative_to(partial) for path in partial.rglob("*") if path.is_file())
+        try:
+            yield partial
+            made = sorted(path.relative_to(partial) for path in partial.rglob("*") if path.is_file())
+            for inner in made:
+                _flush(partial / inner)
+            with _exclusive(folder):
+                earlier = _marked(folder)
                 for inner in made:
-                    _flush(partial / inner)
                     _refuse_obstacle(folder, inner)
-                with replacing_file(folder / _MARKER) as marker:
-                    marker.write_text(partial.name, encoding="utf-8")
-            except BaseException:
-                if _marked(folder) != partial:
-                    shutil.rmtree(partial, ignore_errors=True)
-                raise
-            _move_into_place(partial, folder, made, owns)
-            (folder / _MARKER).unlink()
-            for done in (partial, earlier):
-                if done is not None:
-                    shutil.rmtree(done, ignore_errors=True)
+                write_text(folder / _MARKER, partial.name)
+                _move_into_place(partial, folder, made, owns)
+                (folder / _MARKER).unlink()
+                if earlier is not None:
+                    shutil.rmtree(earlier, ignore_errors=True)
+        finally:
+            if _marked(folder) != partial:
+                shutil.rmtree(partial, ignore_errors=True)
+            held.unlink(missing_ok=True)
+            _unlock(alive)
 
 
 def read_folder(folder: str | os.PathLike[str], key: str, read: Callable[[Path], Result]) -> Result:
@@ -264,6 +279,11 @@ def read_folder(folder: str | os.PathLike[str], key: str, read: Callable[[Path],
             if _state(folder, key) == before:
                 return result
     raise SavedFileError(f"{folder}: it was saved anew each of the {_ATTEMPTS} times it was read; try again later")
+
+
+def settled(folder: str | os.PathLike[str]) -> Path:
+    """The folder with the files of the last save by `replacing_folder`: another one where that was killed late."""
+    return _marked(Path(folder)) or Path(folder)
 
 
 def _is_partial(name: str) -> bool:
@@ -329,6 +349,32 @@ def _move_into_place(partial: Path, folder: Path, made: Sequence[Path], owns: Se
                     os.rmdir(place)
         elif Path(top) not in made:
             (folder / top).unlink()
+
+
+def _claim(folder: Path, suffix: str) -> tuple[Path, int]:
+    """A new partial file, and its descriptor with the lock that tells others that its writer lives."""
+    while True:
+        path = folder / f"{_PARTIAL}{secrets.token_hex(8)}{suffix}"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        if _try_lock(descriptor) and path.exists():  # nobody took it for left over meanwhile
+            return path, descriptor
+        _unlock(descriptor)
+
+
+def _clean_folders(folder: Path) -> None:
+    """Remove what savers that have gone left, unless it is a complete save that has not been moved into place."""
+    complete = _marked(folder)
+    for name in os.listdir(folder):
+        place = folder / name
+        if not _is_partial(name) or place == complete or not place.is_dir() or place.is_symlink():
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(f"{place}{_ALIVE}", os.O_RDWR)
+            gone = _try_lock(descriptor)
+            _unlock(descriptor)
+            if not gone:
+                continue
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _clean_files(folder: Path) -> None:

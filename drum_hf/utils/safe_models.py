@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DrumError, SavedFileError
-from .files import leads_outside, refuse_special
+from .files import leads_outside, refuse_special, settled
 from .hub import commit_of, fetch_snapshot
 from .optional import adapting, resolve_name
 
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
+    "MODEL_FILES",
     "ModelSource",
     "check_adapter",
     "check_extent",
@@ -54,6 +55,11 @@ _TEXTS = (
     "sentence_bert_config.json",
 )
 _PATTERNS = (*_SETTINGS, *_TEXTS, WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors", ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+#: What a saved model or adapter may consist of, its card and manifest with it; a later save replaces all of it.
+MODEL_FILES = (
+    *(pattern.partition("/")[0] for pattern in _PATTERNS if pattern != "sentence_bert_config.json"),
+    *("README.md", "manifest.json"),
+)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 #: Of a file of settings or a vocabulary; our choice (Gemma's tokenizer.json, one of the largest, has 33 MB).
 _MOST_BYTES = 64 << 20
@@ -164,7 +170,7 @@ def find_model(
         options = {key: value for key, value in given.items() if value is not None}
         options |= {"local_files_only": local_files_only, "force_download": force_download}
         return ModelSource(name, name, {**options, "trust_remote_code": True}, {})
-    folder = Path(name)
+    folder = settled(name)
     if not folder.is_dir():
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         hub |= {"force_download": force_download, "patterns": _PATTERNS}
@@ -232,6 +238,11 @@ def _check_file(path: Path, folder: Path) -> None:
         raise SavedFileError(
             f"{path}: expected at most {_MOST_BYTES >> 20} MB, got {path.stat().st_size >> 20} MB; {_REMEDY}"
         )
+    if path.suffix in (".jinja", ".txt"):
+        try:
+            path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise SavedFileError(f"{path}: expected a text in UTF-8 ({error}); {_REMEDY}") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:

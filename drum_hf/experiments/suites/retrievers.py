@@ -17,7 +17,7 @@ from ...scores.cached import CachedLVLM
 from ...training import DrumTrainer, DrumTrainingArguments
 from ...training.checkpoints import last_checkpoint
 from ...training.methods import METHODS
-from ...utils.files import replacing_file
+from ...utils.files import write_text
 from .spec import TrainingSpec
 
 __all__ = ["TrainedRetriever", "train_retriever"]
@@ -115,7 +115,6 @@ def train_retriever(
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     pairs = tuple(trainer.table.bought)
     retriever.save_pretrained(folder / f"round-{len(pairs)}", include_support=False)
-    with replacing_file(folder / _DONE) as partial:
-        partial.write_text(json.dumps({"method": method, "seed": seed, "pairs": pairs}), encoding="utf-8")
+    write_text(folder / _DONE, json.dumps({"method": method, "seed": seed, "pairs": pairs}))
     shutil.rmtree(work, ignore_errors=True)
     return TrainedRetriever(folder, pairs)

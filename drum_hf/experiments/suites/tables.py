@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...evaluation.registry import STRATEGIES
+from ...utils.files import write_text
 from ..plots import plot_shots
 from ..report import escape_latex, escape_markdown, write_report
 from .results import label_of
@@ -193,8 +194,8 @@ def write_pages(
         DependencyError: matplotlib is not installed.
     """
     tables = make_tables(summary)
-    (out / "tables.md").write_text("\n\n".join(t.markdown() for t in tables) + "\n", encoding="utf-8")
+    write_text(out / "tables.md", "\n\n".join(t.markdown() for t in tables) + "\n")
     head = "% needs \\usepackage{booktabs}\n\n"
-    (out / "tables.tex").write_text(head + "\n\n".join(t.latex() for t in tables) + "\n", encoding="utf-8")
+    write_text(out / "tables.tex", head + "\n\n".join(t.latex() for t in tables) + "\n")
     _figure(spec, summary, out / "figure.png")
     write_report(report_results(summary, command=command), examples, out)
