@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 from ..errors import DrumError
+from ..utils.files import check_name
 from ..utils.text import printable, shown
 from . import (
     app as _app,
@@ -146,6 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted = threading.Event()
     try:
         with _ending_on_interrupt(interrupted), contextlib.redirect_stdout(_Escaping(sys.stdout)):
+            for given in vars(args).values():  # before anything is paid for
+                if isinstance(given, (str, os.PathLike)):
+                    check_name(given)
             if getattr(args, "device", None):
                 check_device(args.device)
             status = args.run(args)

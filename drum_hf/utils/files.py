@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import SavedFileError
+from .text import shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_extent",
+    "check_name",
     "check_size",
     "checksum",
     "leads_outside",
@@ -38,6 +40,7 @@ __all__ = [
     "read_json",
     "read_parquet",
     "read_yaml",
+    "refuse_outside",
     "refuse_special",
     "replacing_file",
     "replacing_folder",
@@ -80,6 +83,14 @@ def leads_outside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) 
     return at is None or not real.is_relative_to(Path(*root.parts[:at], "blobs"))
 
 
+def refuse_outside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+    """Raise SavedFileError where a file or folder found in `folder` is a link that leads out of it."""
+    if leads_outside(path, folder):
+        raise SavedFileError(
+            f"{os.fspath(path)}: it is a link that leaves the folder; pass what it leads to, or copy it into the folder"
+        )
+
+
 def checksum(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
@@ -114,6 +125,13 @@ def _plain_type(type: pa.DataType) -> pa.DataType:
     return type
 
 
+def check_name(path: str | os.PathLike[str]) -> None:
+    """Raise SavedFileError where a path is not UTF-8, which tokenizers, Arrow and SQLite can't name, or holds NUL."""
+    name = os.fsdecode(path)
+    if "\0" in name or any("\ud800" <= character <= "\udfff" for character in name):
+        raise SavedFileError(f"expected a path in UTF-8 without NUL, got {shown(name)!r}; rename it, or give another")
+
+
 def refuse_special(path: str | os.PathLike[str]) -> None:
     """Raise OSError where a pipe, a device or a folder stands for a file: reading it might never end."""
     if os.path.exists(path) and not os.path.isfile(path):
@@ -129,6 +147,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     from safetensors import SafetensorError
 
+    check_name(path)
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -574,11 +574,15 @@ ARTEFACTS: dict[str, Artefact] = {
     "index-ivfpq": Artefact(
         _make_index(kind="ivfpq", storage="float16", pq_bytes=4), _read_index, _sign_index, sealed=True
     ),
-    "store": Artefact(_make_store, _read_store, share=2.0),
-    "export": Artefact(_make_export, _read_export),
-    "candidates": Artefact(_make_candidates, _read_candidates),
-    "table": Artefact(lambda folder: _table().save(folder / "triplets.parquet"), _saved_table),
-    "table-mapped": Artefact(lambda folder: _table().save(folder / "triplets.parquet"), _mapped_table),
+    "store": Artefact(_make_store, _read_store, share=2.0, given=("scores.sqlite",)),
+    "export": Artefact(_make_export, _read_export, given=("scores.parquet",)),
+    "candidates": Artefact(_make_candidates, _read_candidates, given=("candidates.parquet",)),
+    "table": Artefact(
+        lambda folder: _table().save(folder / "triplets.parquet"), _saved_table, given=("triplets.parquet",)
+    ),
+    "table-mapped": Artefact(
+        lambda folder: _table().save(folder / "triplets.parquet"), _mapped_table, given=("triplets.parquet",)
+    ),
     "rows-csv": Artefact(_make_csv, _load_table, share=0.6),
     "rows-jsonl": Artefact(_make_jsonl, _load_table, share=0.6),
     "rows-parquet": Artefact(_make_rows_parquet, _load_table, share=0.6),

@@ -195,8 +195,10 @@ def replace(folder: Path, number: int, secret: Path, mark: Path) -> str:
         path.unlink()
         path.mkdir()
         return f"{name}: a folder"
-    if way == 17 and path.parent != folder:
+    if way == 17:
         place = path.parent
+        if place == folder:
+            return ""
         shutil.rmtree(place)
         place.symlink_to(secret)
         return f"{place.name}: a link to a folder"

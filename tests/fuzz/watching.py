@@ -6,6 +6,7 @@ import ctypes
 import os
 import select
 import site
+import struct
 import sys
 import sysconfig
 import tempfile
@@ -80,14 +81,18 @@ class Watch:
             yield self.seen
         finally:
             self._on = False
-            if self._opened() and not anywhere:
-                self.seen.append("a file of the secret folder was opened")
+            if (opened := self._opened()) and not anywhere:
+                self.seen.append(f"opened {opened} of the secret folder")
 
-    def _opened(self) -> bool:
-        """Whether anything opened a file of the secret folder since the last time."""
-        found = False
+    def _opened(self) -> list[str]:
+        """Names of the files in the secret folder that anything opened since the last time."""
+        found: list[str] = []
         while select.select([self._notes], [], [], 0)[0]:
-            found = bool(os.read(self._notes, 1 << 16)) or found
+            events = os.read(self._notes, 1 << 16)
+            while events:  # of inotify: watch, mask, cookie, length of the name, and the name
+                *_, length = struct.unpack_from("iIII", events)
+                found.append(events[16 : 16 + length].rstrip(b"\0").decode() or "itself")
+                events = events[16 + length :]
         return found
 
     def _note(self, event: str, args: tuple[Any, ...]) -> None:
@@ -100,6 +105,8 @@ class Watch:
                 raise ConnectionRefusedError("not in this test")
         elif event == "exec" and getattr(args[0], "co_filename", "").startswith(self._allowed):
             self._say(f"ran {args[0].co_filename}")
+        elif event in ("os.remove", "os.rmdir", "os.mkdir") and args[-1] != -1:
+            return  # relative to a folder that was opened
         elif event in _PATHS and not self._anywhere:
             writes = event not in ("open", "os.listdir", "os.scandir", "ctypes.dlopen", "sqlite3.connect")
             if event == "open":

@@ -33,8 +33,8 @@ def change(folder: Path, number: int, chance: random.Random, secret: Path, mark:
     turn, which = number % 4, number // 4
     if turn in (0, 1) and (what := poison(folder, which * 2 + turn, chance, secret)):
         return what
-    if turn == 2 and which < replacements(folder):
-        return replace(folder, which, secret, mark)
+    if turn == 2 and which < replacements(folder) and (what := replace(folder, which, secret, mark)):
+        return what
     return mutate(folder, chance, secret, mark)
 
 
@@ -110,7 +110,9 @@ def main() -> None:
         source, expected = pristine[kind]
         shutil.copytree(source, folder)
         what = change(folder, seed % 1_000_000, chance, secret, mark)
-        while any((folder / name).is_symlink() for name in ARTEFACTS[kind].given):
+        while any(
+            (at := folder / name).is_symlink() and (at.is_file() or at.is_dir()) for name in ARTEFACTS[kind].given
+        ):
             shutil.rmtree(folder)
             shutil.copytree(source, folder)
             what = mutate(folder, chance, secret, mark)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import importlib.util
 import re
 import socket
@@ -205,6 +206,24 @@ def picture(query, tmp_path):
     path = tmp_path / "picture.png"
     query.image.save(path)
     return handle_file(path)
+
+
+@needs_gradio
+def test_names_of_a_retriever_are_shown_as_text(retriever):
+    """What a retriever's files say of its models is neither Markdown nor HTML: no picture is fetched, no link forged."""
+    evil = (
+        "x ![t](http://evil.example/t.png) <img src=http://evil.example/u.png onerror=x()> [in](http://evil.example)"
+    )
+    renamed = copy.copy(retriever)
+    renamed.teacher, renamed.base_model = {"name": evil, "task": "icl-vqa"}, f"{evil} base"
+    app = build_app(RetrieverView(renamed, name=f"{evil} view"), Echo(), title=f"{evil} title")
+    shown = [block for block in app.config["components"] if "evil.example" in str(block["props"].get("value"))]
+    app.close()
+    assert [block["type"] for block in shown] == ["html", "html"]
+    for block, names in zip(shown, (["title"], ["view", "base"]), strict=True):
+        tags = re.findall(r"<[^>]*>", block["props"]["value"])
+        assert set(tags) <= {"<h1>", "</h1>", "<h2>", "</h2>", "<p>", "</p>"}
+        assert all(f"{html.escape(evil)} {name}" in block["props"]["value"] for name in names)
 
 
 @needs_gradio
