@@ -87,7 +87,7 @@ def refuse_outside(path: str | os.PathLike[str], folder: str | os.PathLike[str])
     """Raise SavedFileError where a file or folder found in `folder` is a link that leads out of it."""
     if leads_outside(path, folder):
         raise SavedFileError(
-            f"{os.fspath(path)}: it is a link that leaves the folder; pass what it leads to, or copy it into the folder"
+            f"{os.fspath(path)}: it is a link that leaves the folder; pass what it leads to, or copy that here"
         )
 
 
@@ -129,7 +129,7 @@ def check_name(path: str | os.PathLike[str]) -> None:
     """Raise SavedFileError where a path is not UTF-8, which tokenizers, Arrow and SQLite can't name, or holds NUL."""
     name = os.fsdecode(path)
     if "\0" in name or any("\ud800" <= character <= "\udfff" for character in name):
-        raise SavedFileError(f"expected a path in UTF-8 without NUL, got {shown(name)!r}; rename it, or give another")
+        raise SavedFileError(f"expected a path in UTF-8 without NUL, got '{shown(name)}'; rename it, or give another")
 
 
 def refuse_special(path: str | os.PathLike[str]) -> None:

@@ -169,7 +169,7 @@ def find_model(
         given = {"revision": revision, "token": token, "cache_dir": cache_dir}
         options = {key: value for key, value in given.items() if value is not None}
         options |= {"local_files_only": local_files_only, "force_download": force_download}
-        return ModelSource(name, name, {**options, "trust_remote_code": True}, {})
+        return ModelSource(name, name, {**options, "trust_remote_code": trust_remote_code}, {})
     folder = settled(name)
     if not folder.is_dir():
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -238,7 +238,7 @@ def _check_file(path: Path, folder: Path) -> None:
         raise SavedFileError(
             f"{path}: expected at most {_MOST_BYTES >> 20} MB, got {path.stat().st_size >> 20} MB; {_REMEDY}"
         )
-    if path.suffix in (".jinja", ".txt"):
+    if path.name in _TEXTS or path.suffix == ".jinja":
         try:
             path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
