@@ -210,7 +210,7 @@ def picture(query, tmp_path):
 
 @needs_gradio
 def test_names_of_a_retriever_are_shown_as_text(retriever):
-    """What a retriever's files say of its models is neither Markdown nor HTML: no picture is fetched, no link forged."""
+    """What a retriever's files say of its models is neither Markdown nor HTML: no picture is fetched."""
     evil = "x ![t](http://evil.example/t.png) <img src=http://evil.example/u.png onerror=x()> [in](//evil.example)"
     renamed = copy.copy(retriever)
     renamed.teacher, renamed.base_model = {"name": evil, "task": "icl-vqa"}, f"{evil} base"
