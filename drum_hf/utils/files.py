@@ -415,7 +415,8 @@ def _exclusive(folder: Path) -> Iterator[None]:
     """One process and thread at a time; the lock of one that was killed is free.
 
     Raises:
-        OSError: another has held it for too long, or the folder can't be written.
+        SavedFileError: another has held it for too long.
+        OSError: the folder can't be written.
     """
     path, end = folder / _LOCK, time.monotonic() + _PATIENCE
     while True:
@@ -428,7 +429,10 @@ def _exclusive(folder: Path) -> Iterator[None]:
             break
         _unlock(descriptor)
         if time.monotonic() > end:
-            raise TimeoutError(f"another process has been saving there for {_PATIENCE:.0f} seconds")
+            raise SavedFileError(
+                f"{folder}: another process has been saving there for {_PATIENCE:.0f} seconds; end it, or try again "
+                "later"
+            )
         time.sleep(0.01)
     try:
         yield

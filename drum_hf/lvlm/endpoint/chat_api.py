@@ -6,6 +6,7 @@ import re
 import reprlib
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...types import Demonstration, ICLRequest, Query, chat_messages, check_choices, data_url, image_key
