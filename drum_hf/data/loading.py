@@ -26,6 +26,7 @@ from ..utils.files import (
     checksum,
     most_content,
     plain_schema,
+    read_json,
     read_parquet,
     refuse_outside,
     refuse_special,
@@ -278,13 +279,16 @@ def which_split(path: Any, split: str | None, found: Sequence[str]) -> ValueErro
 
 def split_folder(folder: Path, split: str | None) -> Path:
     try:
-        splits = json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        splits = read_json(folder / "dataset_dict.json")["splits"]
+        if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
+            raise ValueError("it is none")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SavedFileError(f"{folder / 'dataset_dict.json'}: expected a list of splits; save it again") from error
     if split is None and len(splits) == 1:
         split = splits[0]
     if split is None or split not in splits:
         raise which_split(folder, split, splits)
+    refuse_outside(folder / split, folder)
     return folder / split
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ColumnError
+from ..utils.cards import as_text
 from ..utils.files import write_text
 from ..utils.images import load_image
 from .plots import Estimate, StrategySeries, TaskResult, plot_pairs, plot_rounds, plot_shots, read_results
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "escape_latex",
-    "escape_markdown",
     "format_table",
     "headline",
     "plot_pairs",
@@ -132,12 +132,12 @@ def _markdown_table(task: TaskResult) -> str:
     header, rows = _cells(task)
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     for strategy, row in zip(task.strategies, rows, strict=True):
-        cells = [escape_markdown(row[0]), *row[1:]]
+        cells = [as_text(row[0]), *row[1:]]
         if strategy is task.best_learnt:
             cells = [cell if cell == "–" else f"**{cell}**" for cell in cells]
         lines.append("| " + " | ".join(cells) + " |")
     note = " In bold: the highest of the learnt strategies." if task.best_learnt else ""
-    return "\n".join([f"### {task.task}", "", f"{task.metric_name} × 100.{note}", "", *lines])
+    return "\n".join([f"### {as_text(task.task)}", "", f"{as_text(task.metric_name)} × 100.{note}", "", *lines])
 
 
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
@@ -150,15 +150,6 @@ _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "<": r"\textless{}",
     "×": r"$\times$",
 }
-
-
-def escape_markdown(text: str) -> str:
-    """Text for a cell of a Markdown table.
-
-    >>> escape_markdown("a|b")
-    'a\\\\|b'
-    """
-    return re.sub(r"([|\\`*_<\[\]])", r"\\\1", text)
 
 
 def escape_latex(text: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SavedFileError
-from ..utils.files import write_text
+from ..utils.files import read_json, write_text
 
 __all__ = ["WholeCheckpoints", "in_steps_of_now", "last_checkpoint", "read_note", "same_run", "write_note"]
 
@@ -33,7 +33,7 @@ def _numbered(folder: Path) -> list[Path]:
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        sizes = json.loads((checkpoint / _WHOLE).read_text(encoding="utf-8"))
+        sizes = read_json(checkpoint / _WHOLE)
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, AttributeError):
         return False
@@ -69,7 +69,7 @@ def in_steps_of_now(checkpoint: Path, steps: int) -> Iterator[Path]:
 
     state_file, schedule_file = checkpoint / "trainer_state.json", checkpoint / "scheduler.pt"
     try:
-        state = json.loads(state_file.read_text(encoding="utf-8"))
+        state = read_json(state_file, limit=1 << 30)  # the platform's log of every step
         before, odd = divmod(int(state["max_steps"]), int(state["num_train_epochs"]))
         done = int(state["global_step"])
         if before < 1 or odd:
@@ -156,7 +156,7 @@ def write_note(note: Path, content: dict[str, Any]) -> None:
 def read_note(note: Path) -> dict[str, Any] | None:
     """What `write_note` wrote; None where there is nothing that can be read."""
     try:
-        found = json.loads(note.read_text(encoding="utf-8"))
+        found = read_json(note)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

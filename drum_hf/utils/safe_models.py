@@ -10,7 +10,6 @@ import base64
 import binascii
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import re
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DrumError, SavedFileError
-from .files import leads_outside, refuse_special, settled
+from .files import leads_outside, read_json, refuse_special, settled
 from .hub import commit_of, fetch_snapshot
 from .optional import adapting, resolve_name
 
@@ -252,11 +251,10 @@ def read_object(path: Path) -> dict[str, Any]:
         SavedFileError: it can't be read, or is something else.
     """
     try:
-        refuse_special(path)
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, limit=_MOST_BYTES)
         if not isinstance(content, dict):
             raise ValueError(f"it is a {type(content).__name__}")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise SavedFileError(f"{path}: expected a JSON object ({error}); {_REMEDY}") from error
     return content
 

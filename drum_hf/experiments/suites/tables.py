@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ...evaluation.registry import STRATEGIES
+from ...utils.cards import as_text
 from ...utils.files import write_text
 from ..plots import plot_shots
-from ..report import escape_latex, escape_markdown, write_report
+from ..report import escape_latex, write_report
 from .results import label_of
 from .spec import SuiteSpec, split_name
 
@@ -37,9 +38,9 @@ class Table:
 
     def markdown(self) -> str:
         """With its title as a heading."""
-        lines = [f"### {escape_markdown(self.title)}", "", self.note, ""]
+        lines = [f"### {as_text(self.title)}", "", self.note, ""]
         lines += ["| " + " | ".join(self.header) + " |", "|---|" + "---:|" * (len(self.header) - 1)]
-        lines += ["| " + " | ".join([escape_markdown(row[0]), *row[1:]]) + " |" for row in self.rows]
+        lines += ["| " + " | ".join([as_text(row[0]), *row[1:]]) + " |" for row in self.rows]
         return "\n".join(lines)
 
     def latex(self) -> str:
