@@ -23,7 +23,7 @@ from ..lvlm.local.processors import load_processor
 from ..training.checkpoints import WholeCheckpoints, last_checkpoint
 from ..utils.files import replacing_folder, write_text
 from ..utils.hub import commit_folder, commit_of, make_repository
-from ..utils.manifest import write_manifest
+from ..utils.manifest import MANIFEST, write_manifest
 from ..utils.optional import loading, local_name, public_name, resolve_name
 from ..utils.safe_models import ADAPTER_CONFIG, MODEL_FILES, find_model
 from .arguments import ICLTuningArguments
@@ -384,7 +384,7 @@ class ICLTuner(WholeCheckpoints, Trainer):
         Args:
             merged: write the whole model with the adapter in its weights.
         """
-        with replacing_folder(folder, owns=MODEL_FILES) as partial:
+        with replacing_folder(folder, owns=(*MODEL_FILES, "README.md", MANIFEST)) as partial:
             if not merged or self.args.full:
                 self._save(os.fspath(partial))
                 return

@@ -54,11 +54,8 @@ _TEXTS = (
     "sentence_bert_config.json",
 )
 _PATTERNS = (*_SETTINGS, *_TEXTS, WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors", ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-#: What a saved model or adapter may consist of, its card and manifest with it; a later save replaces all of it.
-MODEL_FILES = (
-    *(pattern.partition("/")[0] for pattern in _PATTERNS if pattern != "sentence_bert_config.json"),
-    *("README.md", "manifest.json"),
-)
+#: What a saved model or adapter may consist of, at the top of its folder; a later save replaces all of it.
+MODEL_FILES = tuple(pattern.partition("/")[0] for pattern in _PATTERNS)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 #: Of a file of settings or a vocabulary; our choice (Gemma's tokenizer.json, one of the largest, has 33 MB).
 _MOST_BYTES = 64 << 20
