@@ -86,10 +86,10 @@ def find_table(
 
     Lines of a CSV or JSONL file that can't be read raise, or are told in `faults` and left out.
     """
-    check_name(path)
     local = Path(path)
     if not _exists(local):
         return _from_hub(os.fspath(path), split, image_root, load_options or {})
+    check_name(path)
     if load_options:
         raise ValueError(
             f"{', '.join(load_options)}: expected only with a Hub id, but {local} is on this machine; "
