@@ -42,7 +42,6 @@ def render_tuned_card(about: Mapping[str, Any]) -> str:
         base_model: me/smol
         library_name: peft
         pipeline_tag: image-text-to-text
-        base_model_relation: adapter
         <BLANKLINE>
     """
     adapter, base, revision = bool(about.get("adapter")), about.get("base_model"), about.get("base_revision")

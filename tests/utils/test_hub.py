@@ -543,7 +543,7 @@ def test_the_card_is_what_the_hub_reads(hub, base, table):
         "2412.07619",
         "2403.12736",
         "## Limits",
-        "Licence of the data**: cc-by-4.0",
+        "License of the data**: cc-by-4.0",
         hub.repo("me/clip").refs["main"],
     ):
         assert told in text
