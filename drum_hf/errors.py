@@ -28,6 +28,7 @@ __all__ = [
     "ScoringUnsupportedError",
     "SuiteError",
     "TooFewDemonstrationsError",
+    "UnfinishedReasoningError",
 ]
 
 
@@ -96,6 +97,16 @@ class ChatTemplateError(DrumError, ValueError):
 
 class ScoringUnsupportedError(DrumError, NotImplementedError):
     """This LVLM can't return log-probabilities of a given response."""
+
+
+class UnfinishedReasoningError(DrumError, ValueError):
+    """A model that reasons before it answers was cut off before it answered.
+
+    Attributes:
+        partial: the answers to the call's other requests, by position.
+    """
+
+    partial: dict[int, str]
 
 
 class EndpointError(DrumError, RuntimeError):

@@ -142,13 +142,13 @@ def tasks(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     picture = asked[asked.ids[0]].image
     yield "(b) pipeline -> answer", lambda: vqa(image=picture, question="what colour is it?")
     lvlm = TransformersLVLM.from_pretrained("playground/lvlm")
-    feedback, module, ids = Feedback(lvlm, asked, asked), retriever.encoder[0], asked.ids[:5]
+    feedback, encoder, ids = Feedback(lvlm, asked, asked), retriever.encoder, asked.ids[:5]
 
     def score_and_loss() -> None:
         scores = feedback.score([(ids[0], (other,)) for other in ids[1:]])
         items = [{"image": asked[i].image, "text": [asked[i].prompt, asked[i].response]} for i in ids]
-        features = [module.preprocess([item]) for item in items]
-        loss = ListwiseLVLMLoss(retriever.encoder)(features, torch.tensor(scores[None], dtype=torch.float32))
+        features = [encoder[0].preprocess([item]) for item in items]
+        loss = ListwiseLVLMLoss(encoder)(features, torch.tensor(scores[None], dtype=torch.float32))
         assert torch.isfinite(loss)
 
     yield "(c) pair -> score -> loss", score_and_loss

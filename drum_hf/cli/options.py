@@ -66,6 +66,22 @@ def encoder_dtype_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'expected a JSON object such as {{"name": "value"}}, got {text!r}')
+    return found
+
+
+def budget(text: str) -> int | str | dict[str, Any]:
+    if text in ("auto", "published"):
+        return text
+    return int(text) if text.isdecimal() else json_object(text)
+
+
 def model_options(parser: argparse.ArgumentParser, *, lvlm: bool = True, encoder: bool = True) -> None:
     group = parser.add_argument_group("models")
     if lvlm:
@@ -87,6 +103,32 @@ def model_options(parser: argparse.ArgumentParser, *, lvlm: bool = True, encoder
             type=int,
             help="tokens of the LVLM in a forward, at most; by default what memory holds",
         )
+        group.add_argument(
+            "--image-budget",
+            type=budget,
+            default="auto",
+            metavar="TOKENS",
+            help="how closely images are looked at: tokens an image at most, or arguments of its image processor as "
+            'JSON, such as \'{"do_image_splitting": false}\', or "published"; by default so that eight shots fit',
+        )
+        group.add_argument(
+            "--query-image-budget", type=budget, metavar="TOKENS", help="the same for queries' images (--image-budget)"
+        )
+        group.add_argument(
+            "--chat-template-kwargs",
+            type=json_object,
+            metavar="JSON",
+            help="variables of the chat template, such as '{\"enable_thinking\": true}'; reasoning is off by default",
+        )
+        group.add_argument(
+            "--score-end-of-turn",
+            action=argparse.BooleanOptionalAction,
+            help="whether the end of its turn is scored with an answer; by default where one choice begins another",
+        )
+        group.add_argument("--device-map", metavar="MAP", help='"auto" spreads the LVLM over all devices')
+        group.add_argument("--attn-implementation", metavar="NAME", help="sdpa, eager, flash_attention_2, …")
+        group.add_argument("--load-in-4bit", action="store_true", help="quantize the LVLM (bitsandbytes)")
+        group.add_argument("--load-in-8bit", action="store_true", help="quantize the LVLM (bitsandbytes)")
         group.add_argument(
             "--image-cache-dir", metavar="DIR", help="folder for image features that memory has no room for"
         )
@@ -286,7 +328,28 @@ def load_lvlm(args: argparse.Namespace, name: str | None = None) -> Transformers
         batch_size=args.batch_size,
         max_batch_tokens=args.max_batch_tokens,
         image_cache_dir=args.image_cache_dir,
+        image_budget=args.image_budget,
+        query_image_budget=args.query_image_budget,
+        chat_template_kwargs=None if name else args.chat_template_kwargs,
+        score_end_of_turn=args.score_end_of_turn,
+        device_map=args.device_map,
+        attn_implementation=args.attn_implementation,
+        load_in_4bit=args.load_in_4bit,
+        load_in_8bit=args.load_in_8bit,
     )
+
+
+def describe_images(lvlm: TransformersLVLM | OpenAILVLM, table: TripletTable) -> str:
+    """A line on what the table's first image costs a local LVLM, and what it would under other budgets; or ""."""
+    from ..lvlm.local.model import TransformersLVLM
+
+    image = next((row.image for row in table if row.image is not None), None)
+    if image is None or not isinstance(lvlm, TransformersLVLM):
+        return ""
+    tokens = lvlm.image_tokens(image)
+    others = [f"{n:,} ({budget})" for budget, n in lvlm.other_budgets(image).items() if n != tokens]
+    more = f"; under other budgets {', '.join(others)}" if others else ""
+    return f"an image ({image.width} x {image.height}) takes {tokens:,} tokens (--image-budget){more}\n"
 
 
 def default_to_teacher(parser: argparse.ArgumentParser) -> None:
@@ -332,6 +395,7 @@ def _connect(args: argparse.Namespace) -> OpenAILVLM:
         max_concurrency=args.concurrency,
         max_requests=args.max_requests,
         max_tokens=args.max_tokens,
+        extra_body={"chat_template_kwargs": args.chat_template_kwargs} if args.chat_template_kwargs else None,
     )
 
 

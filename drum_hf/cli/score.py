@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
         from ..training.pricing import CALIBRATION, plan_scores
         from ..utils.manifest import manifest_beside
         from ..utils.optional import public_name
+        from .options import describe_images
 
         support = read_table(args.data, args)
         if args.retriever:
@@ -68,6 +69,8 @@ def run(args: argparse.Namespace) -> None:
             )
             if processes.is_main:
                 sys.stdout.write(plan.describe() + "\n")
+                if args.dry_run:
+                    sys.stdout.write(describe_images(lvlm, support))
                 sys.stdout.flush()
             if args.dry_run:
                 return

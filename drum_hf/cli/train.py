@@ -141,8 +141,10 @@ def run(args: argparse.Namespace) -> None:
         if not processes.is_main:
             return
         retriever.teacher = {**(retriever.teacher or {}), "task": PIPELINES[args.task]}
+        note_of_saved = args.out / "training" / _SAVED
+        note_of_saved.unlink(missing_ok=True)  # killed from here on, the support set's fingerprint decides
         retriever.save_pretrained(saved)
-        write_note(args.out / "training" / _SAVED, {"config": checksum(saved / CONFIG)})
+        write_note(note_of_saved, {"config": checksum(saved / CONFIG)})
         data = {"support": support.fingerprint} | ({"queries": queries.fingerprint} if queries else {})
         write_manifest(args.out, seed=settings.seed, data=data, lvlm=lvlm, settings=dataclasses.asdict(settings))
         sys.stdout.write(f"{retriever!r}\nsaved to {saved}; {len(trainer.table)} scored pairs\n")

@@ -28,9 +28,6 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="LVLM, sources, mix and arguments; docs/icl-tuning.md",
     )
     parser.add_argument("--out", type=Path, default=Path("icl-tuning"), help="folder of the result (%(default)s)")
-    parser.add_argument(
-        "--resume", action="store_true", help="what happens anyway: the same command goes on from its last checkpoint"
-    )
     parser.add_argument("--restart", action="store_true", help="forget the checkpoints in --out")
     parser.add_argument(
         "--dry-run",

@@ -386,39 +386,28 @@ class JointEncoder(Transformer):
         self.save_config(output_path)
 
     @classmethod
-    def load(  # type: ignore[override]  # the platform hands over no `model_kwargs` of a folder
-        cls,
-        model_name_or_path: str,
-        subfolder: str = "",
-        token: bool | str | None = None,
-        cache_folder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        trust_remote_code: bool = False,
-        **kwargs: Any,
-    ) -> JointEncoder:
+    def load(cls, model_name_or_path: str, *args: Any, subfolder: str = "", **kwargs: Any) -> JointEncoder:
         """What sentence-transformers calls to load a module; see `from_pretrained`.
 
         Args:
             subfolder: where in the folder or repository it is.
-            trust_remote_code: left aside: sentence-transformers asks for it to import this class, and nothing of the
-                files needs it.
-            **kwargs: sentence-transformers' others; left aside, too.
+            **kwargs: `token`, `cache_folder`, `revision`, `local_files_only`; sentence-transformers' others are left
+                aside, and so is `trust_remote_code`, which it asks for to import this class: no file needs it.
         """
+        hub = {name: kwargs.get(name) for name in ("token", "cache_folder", "revision")}
+        offline = bool(kwargs.get("local_files_only"))
+        place = resolve_name(model_name_or_path)
         if subfolder:
-            hub: dict[str, Any] = {"token": token, "cache_folder": cache_folder, "revision": revision}
-            folder = cls.load_dir_path(
-                resolve_name(model_name_or_path), subfolder=subfolder, local_files_only=local_files_only, **hub
-            )
+            folder = cls.load_dir_path(place, subfolder=subfolder, local_files_only=offline, **hub)
             if folder is None:
                 raise OSError(f"{model_name_or_path!r} has no folder {subfolder!r}; it is not a saved encoder")
-            model_name_or_path, revision = folder, None  # that of the repository is not the base model's
+            place, hub["revision"] = folder, None  # that of the repository is not the base model's
         return cls.from_pretrained(
-            model_name_or_path,
-            revision=revision,
-            token=token,
-            cache_dir=cache_folder,
-            local_files_only=local_files_only,
+            place,
+            revision=hub["revision"],
+            token=hub["token"],
+            cache_dir=hub["cache_folder"],
+            local_files_only=offline,
         )
 
     @classmethod

@@ -13,6 +13,7 @@ from ..data import TripletTable
 from ..selection import Selector, get_selector
 from ..types import Query
 from ..utils.optional import require
+from ..utils.text import normalize_text
 
 if TYPE_CHECKING:
     from ..retriever.retriever import DemoRetriever
@@ -210,7 +211,7 @@ class SameAnswerOracle:
         self.support, self.queries, self.seed = support, queries, seed
         self.by_response: dict[str, list[str]] = {}
         for i, response in zip(support.ids, support.responses, strict=True):
-            self.by_response.setdefault(response, []).append(i)
+            self.by_response.setdefault(normalize_text(response), []).append(i)
 
     def select(self, queries: Sequence[Query], k: int) -> list[list[str]]:
         rng = np.random.default_rng([self.seed, 3])
@@ -218,7 +219,7 @@ class SameAnswerOracle:
         for query in queries:
             gold = self.queries.responses[self.queries.row(query.id or "")]
             eligible = set(_eligible(self.support, query))
-            same = [i for i in self.by_response.get(gold, ()) if i in eligible]
+            same = [i for i in self.by_response.get(normalize_text(gold), ()) if i in eligible]
             chosen.append([same[i] for i in rng.permutation(len(same))[:k]])
         return chosen
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..types import VectorIndex
 from ..utils.files import read_folder
+from .faiss_kinds import IndexKind
 
 __all__ = ["check_index", "index_kinds", "load_index", "loader", "make_index", "register_index", "ships"]
 
@@ -16,7 +17,7 @@ __all__ = ["check_index", "index_kinds", "load_index", "loader", "make_index", "
 IndexFactory = Callable[..., VectorIndex]
 
 
-def _faiss(kind: str) -> IndexFactory:
+def _faiss(kind: IndexKind) -> IndexFactory:
     def make(dimension: int, *, shard_rows: int | None = None, **options: Any) -> VectorIndex:
         if shard_rows is None:
             from .demo_index import DemoIndex
@@ -30,7 +31,7 @@ def _faiss(kind: str) -> IndexFactory:
 
 
 #: The kinds of FAISS index; their options may come from a file.
-_SHIPPED = ("flat", "hnsw", "ivfpq")
+_SHIPPED: tuple[IndexKind, ...] = ("flat", "hnsw", "ivfpq")
 _FACTORIES: dict[str, IndexFactory] = {kind: _faiss(kind) for kind in _SHIPPED}
 
 

@@ -1,45 +1,29 @@
-"""What a request wants scored, and one score from the log-probabilities of its answers' tokens."""
+"""What a request wants scored, one score from the log-probabilities of its answers' tokens, and answers as read."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from ..types import ICLRequest
 
-__all__ = ["REASONING", "combine_answers", "log_softmax", "strip_reasoning", "wanted_answers"]
+__all__ = ["REASONING_MARKERS", "combine_answers", "log_softmax", "one_begins_another", "without_reasoning"]
+__all__ += ["wanted_answers"]
 
-#: What most models write around their reasoning.
-REASONING = ("<think>", "</think>")
+#: What models write around their reasoning: Qwen, DeepSeek, GLM; Kimi; Gemma 4; Seed; Magistral.
+REASONING_MARKERS: tuple[tuple[str, str], ...] = (
+    ("<think>", "</think>"),
+    ("◁think▷", "◁/think▷"),
+    ("<|channel>", "<channel|>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+)
 
 
 def log_softmax(values: np.ndarray) -> np.ndarray:
     return values - np.logaddexp.reduce(values)
-
-
-def strip_reasoning(text: str, markers: tuple[str, str] | None = REASONING) -> str:
-    """An answer without the reasoning before it, stripped. The template may have written the opening marker.
-
-    Args:
-        markers: what opens and closes reasoning; None: nothing does.
-
-    Raises:
-        ValueError: the reasoning doesn't end.
-
-    >>> strip_reasoning("<think>It looks red.</think> red"), strip_reasoning("It looks red.</think> red")
-    ('red', 'red')
-    """
-    if markers is None:
-        return text.strip()
-    opening, closing = markers
-    answer = text.rpartition(closing)[2].strip()
-    if answer.startswith(opening):
-        raise ValueError(
-            f"expected an answer, but the reasoning that {opening} opens was cut off; raise max_new_tokens (and a "
-            "server's context), or switch reasoning off, such as by chat_template_kwargs={'enable_thinking': False}"
-        )
-    return answer
 
 
 def wanted_answers(request: ICLRequest) -> list[str]:
@@ -81,6 +65,38 @@ def combine_answers(request: ICLRequest, parts: Sequence[np.ndarray]) -> float:
         values = np.array([part.mean() for part in parts])
     weights = np.array(request.weights or [1.0] * len(values))
     return float(np.logaddexp.reduce(values + np.log(weights / weights.sum())))
+
+
+def one_begins_another(choices: Sequence[str]) -> bool:
+    """Whether a choice is the beginning of another, so that the longer one could never be likelier.
+
+    >>> one_begins_another(["1", "2", "10"]), one_begins_another(["yes", "no"])
+    (True, False)
+    """
+    texts = sorted(choice.strip() for choice in choices)
+    return any(after.startswith(text) for text, after in itertools.pairwise(texts))
+
+
+def without_reasoning(
+    text: str, markers: Sequence[tuple[str, str]] = REASONING_MARKERS, *, begun: bool | None = False
+) -> str | None:
+    """An answer without the reasoning that it begins with, or None where the reasoning doesn't end.
+
+    Args:
+        markers: what begins and ends reasoning.
+        begun: whether the prompt has begun it already; None where that is not known.
+
+    >>> without_reasoning("<think>red or blue?</think> red"), without_reasoning("<think>red or")
+    ('red', None)
+    >>> without_reasoning("It looks red.</think> red", begun=None)
+    'red'
+    """
+    text = text.strip()
+    for begin, end in markers:
+        if text.startswith(begin) or (begun is not False and end in text):
+            _, found, answer = text.partition(end)
+            return without_reasoning(answer, markers) if found else None
+    return None if begun else text
 
 
 def _stripped(text: str, kind: str, query: str | None) -> str:

@@ -25,12 +25,15 @@ Identity = dict[str, str | bool | None]
 # ---- the LVLM ----
 
 
-def describe(model: Any, chat: ChatFormat, *, name: str, revision: str | None) -> tuple[str, Identity]:
+def describe(
+    model: Any, chat: ChatFormat, *, name: str, revision: str | None, more: Identity | None = None
+) -> tuple[str, Identity]:
     """An LVLM's fingerprint (32 hex digits of its model, processor and format of conversations), and its named parts.
 
     Args:
         name: what people call it; the fingerprint depends on it only together with a revision.
         revision: commit of the Hub repository `name` that identifies the weights; None: they are hashed.
+        more: further named parts.
     """
     image_processor = getattr(chat.processor, "image_processor", None)
     tokenizer = json.loads(chat.tokenizer.backend_tokenizer.to_str())
@@ -46,7 +49,7 @@ def describe(model: Any, chat: ChatFormat, *, name: str, revision: str | None) -
         "tokenizer": tokenizer,
         "processing": _settings({k: v for k, v in chat.processor.to_dict().items() if not isinstance(v, dict)}),
         "image_processing": _settings(image_processor.to_dict()) if image_processor is not None else None,
-        "format": [chat.image_position, chat.system, chat.score_end_of_turn],
+        "format": [chat.settings, more],
     }
     written = {part: json.dumps(value, sort_keys=True, default=str).encode() for part, value in parts.items()}
     hashed = ("configuration", "chat_template", "tokenizer", "processing", "image_processing")
@@ -57,9 +60,8 @@ def describe(model: Any, chat: ChatFormat, *, name: str, revision: str | None) -
         "dtype": parts["dtype"].removeprefix("torch."),
         "weights": parts["weights"],
         **{part: None if parts[part] is None else _hash(written[part])[:32] for part in hashed},
-        "image_position": chat.image_position,
-        "system": chat.system,
-        "score_end_of_turn": chat.score_end_of_turn,
+        **{k: json.dumps(v, sort_keys=True) if isinstance(v, dict) else v for k, v in chat.settings.items()},
+        **(more or {}),
     }
     return _hash(*written.values())[:32], identity
 

@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import datetime
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ChatTemplateError, RowError
 from ..types import Demonstration, ICLRequest, Query
+from .answers import one_begins_another
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["Answer", "ChatFormat", "Row", "build_messages"]
 
+logger = logging.getLogger(__name__)
+
 ImagePosition = Literal["first", "last"]
+
+#: Names under which chat templates switch reasoning on and off.
+_THINKING = ("enable_thinking", "thinking")
+
+#: The day that templates which write the date are given, so that scores don't change overnight. Our choice: what
+#: Llama's templates fall back to.
+_TODAY = datetime.datetime(2024, 7, 26)
+
+#: How a template asks for the date, in a format that it names.
+_DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
+#: Roles whose turns of text alone are given as a string, from the usual way (none) on.
+_STRING_ROLES: tuple[frozenset[str], ...] = (
+    frozenset(),
+    frozenset({"system", "assistant"}),
+    frozenset({"system", "assistant", "user"}),
+)
 
 # Private-use characters: no chat template trims or escapes them, and no response holds them.
 _SLOT = "\ue000response\ue001"
@@ -82,6 +105,23 @@ def _images(request: ICLRequest) -> list[Image]:
     return [image for image in (*images, request.query.image) if image is not None]
 
 
+def _variables(template: str) -> set[str]:
+    """Names that a chat template reads and doesn't set."""
+    from jinja2 import Environment, ext, meta
+
+    class Marked(ext.Extension):
+        """The tag by which templates mark what the assistant says."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = Environment(extensions=[Marked, "jinja2.ext.loopcontrols"])
+    return meta.find_undeclared_variables(environment.parse(template))
+
+
 @dataclasses.dataclass
 class Row:
     """One sequence to run: a rendered conversation, less the last `cut` of its tokens.
@@ -110,16 +150,25 @@ class Answer:
 class ChatFormat:
     """A processor's chat template and tokenizer, checked once; turns requests into rows of tokens.
 
-    The template must keep every text and every image: a conversation of two turns is tried out on construction.
+    The template must keep every text and every image: a few conversations are tried out on construction. Turns of
+    text alone are given as strings where the template prints lists of parts as they are. An answer is scored where
+    the template's generation prompt ends: where a rendered turn begins otherwise, the prompt takes its place.
 
     Args:
         processor: a Hugging Face processor with a chat template and a fast tokenizer.
         image_position: see `build_messages`.
         system: see `build_messages`.
-        score_end_of_turn: whether the special token after a response counts as its last.
+        score_end_of_turn: whether the token that ends the turn counts as the response's last. None: where one choice
+            of a request begins another, and nowhere else.
+        chat_template_kwargs: variables of the template. A switch for reasoning (`enable_thinking`, `thinking`) that
+            is not among them is off.
 
     Attributes:
-        end_of_turn: what the template writes after a response.
+        template_kwargs: the variables that the template gets, defaults included.
+        opening: what the template writes between the last question and where the model begins to answer.
+        date: the day that the template writes (ISO 8601), or None where it writes none.
+        end_of_turn: what the template writes after the last response.
+        stop: text of the special token that ends a response and is missing from `end_of_turn`; else "".
         image_token: text that stands for one image in a rendered conversation; None where the processor doesn't say.
         add_special_tokens: whether the tokenizer adds its own; not where the template writes the BOS token itself.
         special_ids: ids of tokens that no ordinary text gives.
@@ -127,8 +176,8 @@ class ChatFormat:
             where tokens can be put in afterwards.
 
     Raises:
-        ChatTemplateError: there is no template or no fast tokenizer, or the template fails, or loses a text or an
-            image.
+        ChatTemplateError: there is no template or no fast tokenizer, or the template fails, loses a text or an
+            image, or knows nothing of a variable.
     """
 
     def __init__(
@@ -137,7 +186,8 @@ class ChatFormat:
         *,
         image_position: ImagePosition = "first",
         system: str | None = None,
-        score_end_of_turn: bool = False,
+        score_end_of_turn: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if image_position not in ("first", "last"):
             raise ValueError(f'expected image_position "first" or "last", got {image_position!r}')
@@ -147,7 +197,8 @@ class ChatFormat:
         self.system = system
         self.score_end_of_turn = score_end_of_turn
         name = type(processor).__name__
-        if getattr(processor, "chat_template", None) is None:
+        template = getattr(processor, "chat_template", None)
+        if template is None:
             raise ChatTemplateError(
                 f"expected a processor with a chat template, but {name} has none: use the instruction-tuned version "
                 "of the model, or set processor.chat_template to a Jinja template"
@@ -157,17 +208,52 @@ class ChatFormat:
                 "expected a fast tokenizer, which knows where a response's tokens stand, but that of "
                 f"{name} is a {type(self.tokenizer).__name__}: convert it, or use a repository with a tokenizer.json"
             )
+        self._set_variables(template["default"] if isinstance(template, dict) else template, chat_template_kwargs)
         self.expansions: Callable[[list[Image]], list[str]] | None = None
         self.special_ids = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         self._special_texts = sorted(token.content for token in self.tokenizer.added_tokens_decoder.values())
-        self._check()
+        failures = []
+        for self._string_roles in _STRING_ROLES:
+            try:
+                self._check()
+                break
+            except ChatTemplateError as error:
+                failures.append(error)
+        else:
+            raise failures[0]
+
+    def _set_variables(self, template: str, given: Mapping[str, Any] | None) -> None:
+        """Find out which variables the template reads, and settle those that scores depend on."""
+        from jinja2 import TemplateError
+
+        try:
+            known = _variables(template)
+        except TemplateError as error:
+            raise self._fail(f"fails: {error}") from error
+        self.template_kwargs = dict(given or {})
+        unknown = sorted(self.template_kwargs.keys() - known)
+        if unknown:
+            raise ChatTemplateError(
+                f"expected chat_template_kwargs that the chat template of {type(self.processor).__name__} reads, got "
+                f"{', '.join(unknown)}; its variables are {', '.join(sorted(known))}"
+            )
+        for name in _THINKING:
+            if name in known and name not in self.template_kwargs:
+                self.template_kwargs[name] = False
+                logger.info("%s=False: the model answers without reasoning (chat_template_kwargs sets it)", name)
+        self.date = None
+        self._template: str | None = None  # in the processor's place
+        if "strftime_now" in known and "date_string" not in self.template_kwargs:
+            self.date = _TODAY.date().isoformat()
+            self._template = _DATE.sub(lambda found: repr(_TODAY.strftime(found[2])), template)
+            logger.info("the chat template writes the date: it is taken to be %s, so that scores stay", self.date)
 
     def _fail(self, what: str) -> ChatTemplateError:
         return ChatTemplateError(
             "expected a chat template that keeps every text and image of a conversation, but that of "
             f"{type(self.processor).__name__} {what}; set processor.chat_template to one that renders content lists "
             'of {"type": "image"} and {"type": "text"} parts for the roles user and assistant'
-            + (" and system" if self.system else "")
+            + (" and system" if getattr(self, "system", None) else "")
         )
 
     def _check(self) -> None:
@@ -181,20 +267,22 @@ class ChatFormat:
                     message["content"].insert(0 if self.image_position == "first" else 1, {"type": "image"})
             return messages
 
-        plain, shown = self._apply([conversation(False), conversation(True)], generate=True)
-        (full,) = self._apply([[*conversation(True), _text_turn("assistant", _SLOT)]], generate=False)
+        answer = _text_turn("assistant", _SLOT)
+        plain, shown = self.render([conversation(False), conversation(True)], generate=True)
+        whole, full = self.render([[*conversation(False), answer], [*conversation(True), answer]], generate=False)
         for text in [*texts, *([self.system.strip()] if self.system else [])]:
             if text not in shown:
                 raise self._fail(f"lost the text {text!r}")
         if full.count(_SLOT) != 1:
             raise self._fail(f"renders the last response {full.count(_SLOT)} times instead of once")
+        if "'type': 'text'" in full or '"type": "text"' in full:
+            raise self._fail("prints the list of a message's parts as it is")
         before, _, self.end_of_turn = full.partition(_SLOT)
+        self.opening = plain.rpartition(texts[-1])[2]
         bos = self.tokenizer.bos_token
         self.add_special_tokens = not (bos is not None and shown.startswith(bos))
-        # Whitespace between the generation prompt and the response is the model's to produce: a token that holds
-        # only that belongs to the response.
-        given = next((i for i, (a, b) in enumerate(zip(before, shown, strict=False)) if a != b), len(shown))
-        self._glue = len(before) - max(min(given, len(before)), len(before.rstrip()))
+        self._find_start([(whole.partition(_SLOT)[0], plain), (before, shown)])
+        self._find_stop(conversation(False))
 
         names = [getattr(self.processor, name, None) for name in ("image_token", "boi_token")]
         counts = {name: shown.count(name) for name in names if isinstance(name, str) and name}
@@ -205,25 +293,97 @@ class ChatFormat:
             raise self._fail("loses the images: a conversation reads the same with and without them")
         self.image_token = found[0] if found else None
 
-    def _apply(self, conversations: list[list[dict[str, Any]]], *, generate: bool) -> list[str]:
+    def _find_start(self, pairs: list[tuple[str, str]]) -> None:
+        """Where a response begins, from (rendered up to the response, generation prompt) of several conversations.
+
+        Attributes:
+            glue: characters before the response that are the model's to produce: whitespace that the template
+                writes between the generation prompt and the response. A token that holds only that belongs to the
+                response. A block, such as one of empty reasoning, is given.
+            from_prompt: the prompt doesn't begin the rendered turn, and is scored in its place.
+        """
+        rests = {before.removeprefix(prompt) if before.startswith(prompt) else None for before, prompt in pairs}
+        (rest,) = rests if len(rests) == 1 else (None,)
+        self.from_prompt = rest is None
+        self.glue = len(rest) if rest is not None and not rest.strip() else 0
+        if self.from_prompt:
+            logger.info("the generation prompt doesn't begin the rendered turn: responses are scored after the prompt")
+
+    def _find_stop(self, messages: list[dict[str, Any]]) -> None:
+        """The special token that ends a response, where the template writes none after the last one."""
+        self.stop = ""
+        if self.special_in(self.end_of_turn):
+            return
+        more = [*messages, _text_turn("assistant", _SLOT), _text_turn("user", "probe question three")]
+        (text,) = self.render([more], generate=True)
+        after = text.partition(_SLOT)[2].lstrip()
+        # What begins the next turn ends this one (GLM), else the tokenizer's end of a text (LLaVA 1.5).
+        follows = [t for t in self._special_texts if after.startswith(t) and t != self.tokenizer.bos_token]
+        self.stop = max(follows, key=len, default=self.tokenizer.eos_token or "")
+
+    def special_in(self, text: str) -> list[int]:
+        """Ids of the special tokens in a text."""
+        return [i for i in self.tokenizer(text, add_special_tokens=False)["input_ids"] if i in self.special_ids]
+
+    def counts_end(self, request: ICLRequest) -> bool:
+        """Whether the token that ends the turn counts as the last one of this request's answers."""
+        if self.score_end_of_turn is not None:
+            return self.score_end_of_turn
+        return one_begins_another(request.choices)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What rendered conversations and scores depend on, beside template and tokenizer; JSON-ready."""
+        return {
+            "image_position": self.image_position,
+            "system": self.system,
+            "score_end_of_turn": self.score_end_of_turn,
+            "chat_template_kwargs": self.template_kwargs,
+            "date": self.date,
+        }
+
+    def render(self, conversations: Sequence[list[dict[str, Any]]], *, generate: bool) -> list[str]:
+        """Conversations as the template writes them.
+
+        Args:
+            conversations: messages whose content is a list of parts.
+            generate: whether they end where the model begins to answer.
+
+        Raises:
+            ChatTemplateError: the template fails.
+        """
         from jinja2 import TemplateError
 
         try:
-            return self.processor.apply_chat_template(conversations, add_generation_prompt=generate, tokenize=False)
+            return self.processor.apply_chat_template(
+                [[self._as_string(message) for message in messages] for messages in conversations],
+                add_generation_prompt=generate,
+                tokenize=False,
+                chat_template=self._template,
+                **self.template_kwargs,
+            )
         except (TemplateError, TypeError, ValueError) as error:
             raise self._fail(f"fails: {error}") from error
 
+    def _as_string(self, message: dict[str, Any]) -> dict[str, Any]:
+        parts = message["content"]
+        if message["role"] not in self._string_roles or any(part["type"] != "text" for part in parts):
+            return message
+        return {**message, "content": "".join(part["text"] for part in parts)}
+
     def prompts(self, requests: Sequence[ICLRequest]) -> list[str]:
         """Each conversation as text, up to where the model begins to answer."""
-        return self._apply([_messages(r, self.image_position, self.system, False) for r in requests], generate=True)
+        return self.render([_messages(r, self.image_position, self.system, False) for r in requests], generate=True)
 
     def frames(self, requests: Sequence[ICLRequest]) -> list[tuple[str, str]]:
         """What stands before and after the response of each conversation: `before + response + after` is its text."""
+        if self.from_prompt:
+            return [(prompt, self.end_of_turn) for prompt in self.prompts(requests)]
         conversations = [
             [*_messages(r, self.image_position, self.system, False), _text_turn("assistant", _SLOT)] for r in requests
         ]
         frames = []
-        for text in self._apply(conversations, generate=False):
+        for text in self.render(conversations, generate=False):
             before, _, after = text.rpartition(_SLOT)
             frames.append((before, after))
         return frames
@@ -282,14 +442,16 @@ class ChatFormat:
         full: list[str] = []  # as they are tokenized
         spans: list[tuple[int, int]] = []
         pictures: list[list[Image]] = []
-        for request, (before, after), answers in zip(requests, self.frames(requests), wanted, strict=True):
+        ends = [self.counts_end(request) for request in requests]
+        for request, end, (before, after), answers in zip(requests, ends, self.frames(requests), wanted, strict=True):
+            after = (self.stop if end else "") + after
             pictures.append(self._checked_images(request, before + answers[0] + after))
             expanded = self._expanded(before, pictures[-1])
             for answer in answers:
                 texts.append(before + answer + after)
                 full.append(expanded + answer + after)
-                spans.append((len(expanded) - self._glue, len(expanded) + len(answer)))
-        tokenized = self._tokenized(full, spans, [len(answers) for answers in wanted])
+                spans.append((len(expanded) - self.glue, len(expanded) + len(answer)))
+        tokenized = self._tokenized(full, spans, [len(answers) for answers in wanted], ends)
         rows: list[Row] = []
         placed: list[list[Answer]] = []
         at = 0
@@ -317,18 +479,21 @@ class ChatFormat:
         return rows, placed
 
     def _tokenized(
-        self, texts: list[str], spans: list[tuple[int, int]], counts: list[int]
+        self, texts: list[str], spans: list[tuple[int, int]], counts: list[int], ends_count: list[bool]
     ) -> list[tuple[list[int], int, int]]:
         """Ids of each text, and first and one past the last of the tokens in its span.
 
-        Texts that follow one another in runs of `counts` differ in their answers only. What stands behind the last
+        Texts that follow one another in runs of `counts` differ in their answers only, and their end of turn counts
+        where `ends_count` says so. What stands behind the last
         special token is tokenized apart then, once for all texts that end alike: nothing merges across such a token.
         """
         ends: dict[int, int] = {}  # number of a text -> where its own end begins
         run_of: list[int] = []  # number of a text -> number of the first of its run
-        for count in counts:
+        closing: list[bool] = []
+        for count, closes in zip(counts, ends_count, strict=True):
             first = len(run_of)
             run_of += [first] * count
+            closing += [closes] * count
             if count > 1 and (start := self._after_special(texts[first], spans[first][0])):
                 ends.update(dict.fromkeys(range(first, first + count), start))
         tails = list(dict.fromkeys(texts[k][start:] for k, start in ends.items()))
@@ -354,11 +519,11 @@ class ChatFormat:
             head = heads.get(run_of[k]) if k in ends else None
             if head is None:
                 ids = encoded[k].ids
-                result.append((ids, *self._locate(ids, encoded[k].offsets, spans[k], text)))
+                result.append((ids, *self._locate(ids, encoded[k].offsets, spans[k], text, closing[k])))
                 continue
             own, start = tail[text[ends[k] :]], ends[k]
             span = (spans[k][0] - start, spans[k][1] - start)
-            first, stop = self._locate(own.ids, own.offsets, span, text[start:])
+            first, stop = self._locate(own.ids, own.offsets, span, text[start:], closing[k])
             result.append((head + own.ids, len(head) + first, len(head) + stop))
         return result
 
@@ -367,9 +532,9 @@ class ChatFormat:
         return max((place + len(t) for t in self._special_texts if (place := text.rfind(t, 0, stop)) >= 0), default=0)
 
     def _locate(
-        self, ids: list[int], offsets: list[tuple[int, int]], span: tuple[int, int], text: str
+        self, ids: list[int], offsets: list[tuple[int, int]], span: tuple[int, int], text: str, closes: bool
     ) -> tuple[int, int]:
-        """First and one past the last of the tokens that overlap the characters of `span`."""
+        """First and one past the last of the tokens that overlap the characters of `span`, and the end of its turn."""
         start, end = span
         stop = len(ids)
         while stop and (offsets[stop - 1][0] >= end or offsets[stop - 1] == (0, 0)):
@@ -382,13 +547,13 @@ class ChatFormat:
                 f"expected tokens in the response {text[start:end]!r}, but the tokenizer made none; "
                 "check the tokenizer's normalizer and the chat template"
             )
-        if self.score_end_of_turn:
+        if closes:
             while stop < len(ids) and ids[stop] not in self.special_ids:
                 stop += 1
             if stop == len(ids):
                 raise ChatTemplateError(
-                    "score_end_of_turn=True expects a chat template that ends an assistant's turn with a special "
-                    "token, and there is none after the response; leave score_end_of_turn out"
+                    "expected a special token that ends the assistant's turn, and neither the chat template nor the "
+                    "tokenizer has one; pass score_end_of_turn=False"
                 )
             stop += 1
         return first, stop

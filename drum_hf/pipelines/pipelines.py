@@ -37,6 +37,7 @@ from ..retriever.queries import as_query
 from ..selection import Order, Selector, TokenBudget, get_selector
 from ..types import LVLM, Demonstration, ICLRequest, Query
 from ..utils.optional import resolve_name
+from ..utils.text import normalize_text
 from .inputs import as_inputs, pairs
 from .models import DEFAULT_LVLM, UnnamedLVLM, find_processor, find_retriever, no_teacher, teacher_of
 
@@ -487,9 +488,9 @@ def named_label(answer: str, labels: Sequence[str]) -> str | None:
     >>> named_label("a bear or a cat", ["bear", "polar bear", "cat"]) is None
     True
     """
-    text, found = answer.casefold(), set()
+    text, found = normalize_text(answer), set()
     for label in sorted(labels, key=len, reverse=True):
-        pattern = rf"(?<!\w){re.escape(label.casefold())}(?!\w)"
+        pattern = rf"(?<!\w){re.escape(normalize_text(label))}(?!\w)"
         if re.search(pattern, text):
             found.add(label)
             text = re.sub(pattern, "\n", text)

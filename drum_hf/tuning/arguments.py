@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
@@ -30,6 +30,7 @@ class ICLTuningArguments(TrainingArguments):
         conversations: how many to draw from a `Mix`; by default what `max_steps` steps take. A mix is passed once.
         image_position: a turn's image before ("first") or after ("last") its text; as when the LVLM is used.
         system: text of a system turn, or None; as when the LVLM is used.
+        chat_template_kwargs, image_budget: of `TransformersLVLM`; as when the LVLM is used.
         on_leak: what happens where pictures to evaluate on are trained on: "raise", "warn" or "ignore".
         learning_rate: 2e-4 for adapters and 2e-5 for all weights.
         train_sampling_strategy: "group_by_length", which keeps a curriculum's order but for a few batches, or
@@ -46,6 +47,10 @@ class ICLTuningArguments(TrainingArguments):
     conversations: int | None = dataclasses.field(default=None, metadata={"help": "how many to draw from a mix"})
     image_position: str = dataclasses.field(default="first", metadata={"help": "image first or last in a turn"})
     system: str | None = dataclasses.field(default=None, metadata={"help": "text of a system turn"})
+    chat_template_kwargs: dict[str, Any] | None = dataclasses.field(
+        default=None, metadata={"help": "variables of the chat template"}
+    )
+    image_budget: Any = dataclasses.field(default="auto", metadata={"help": "how closely images are looked at"})
     on_leak: Literal["raise", "warn", "ignore"] = dataclasses.field(
         default="raise", metadata={"help": "raise, warn or ignore: pictures both trained and evaluated on"}
     )

@@ -58,4 +58,6 @@ def average_weights(base: TransformersLVLM, tuned: TransformersLVLM, *, share: f
         image_position=tuned.format.image_position,
         system=tuned.format.system,
         score_end_of_turn=tuned.format.score_end_of_turn,
+        chat_template_kwargs=tuned.format.template_kwargs,
+        image_budget="published",  # the processor has its budget already
     )

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ChatTemplateError, ContextOverflowError, RowError
 from ..lvlm.prompts import ChatFormat
-from ..types import ICLRequest, Query
 from .episodes import Conversation
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["ConversationCollator", "ConversationFormat", "LossOn", "MASKED", "Tokens"]
+
+logger = logging.getLogger(__name__)
 
 LossOn = Literal["all", "last"]
 #: Label of a token that the loss leaves out; what the platform counts by.
@@ -64,7 +66,9 @@ class ConversationFormat:
     `TransformersLVLM` scores with `score_end_of_turn=True`.
 
     Templates that end no turn by a special token (LLaVA 1.5's) would teach a model never to stop: there the
-    tokenizer's end-of-sequence token follows the last answer (our choice).
+    tokenizer's end-of-sequence token follows the last answer (our choice). Where the template writes earlier turns
+    otherwise than the one that is asked for (as templates with reasoning do), the loss falls on the last answer only:
+    the earlier ones are no samples of fewer shots.
 
     Args:
         chat: the processor and its checked template.
@@ -78,12 +82,13 @@ class ConversationFormat:
         self.chat = chat
         self.loss_on = loss_on
         self.max_length = max_length
-        probe = ICLRequest(Query(None, "probe question"))
-        (prompt,), ((before, after),) = chat.prompts([probe]), chat.frames([probe])
-        self._glue = len(before) - max(_shared(before, prompt), len(before.rstrip()))
-        self._end = after
-        ends = not chat.special_ids.isdisjoint(chat.tokenizer(after, add_special_tokens=False)["input_ids"])
-        self._stop = "" if ends else (chat.tokenizer.eos_token or "")
+        self._end = chat.stop + chat.end_of_turn
+        self._glue_before = self._earlier_glue()
+        if loss_on == "all" and self._glue_before is None:
+            logger.info(
+                "the chat template writes an earlier turn otherwise than the one that is asked for (as templates with "
+                "reasoning do): the loss falls on a conversation's last answer only"
+            )
         self._expansions: dict[tuple[Size, bool], str] = {}
 
     def __call__(self, talk: Conversation, sizes: Sequence[Size], name: str) -> Tokens:
@@ -133,12 +138,31 @@ class ConversationFormat:
             labels[first:stop] = ids[first:stop]
         return Tokens(text, ids, labels)
 
+    def _earlier_glue(self) -> int | None:
+        """Whitespace before an answer that is not the last, as `ChatFormat.glue`; None where it begins otherwise."""
+        turns = [{"role": "user", "content": [{"type": "text", "text": "probe question"}]}]
+        (prompt,) = self.chat.render([turns], generate=True)
+        for number in range(2):
+            turns.append({"role": "assistant", "content": [{"type": "text", "text": _slot(number)}]})
+            turns.append(turns[0])
+        (text,) = self.chat.render([turns[:-1]], generate=False)
+        before = text.partition(_slot(0))[0]
+        rest = before.removeprefix(prompt)
+        if before.startswith(prompt) and not rest.strip():
+            return len(rest)
+        return 0 if before.rstrip() == prompt.rstrip() else None  # LLaVA-OneVision's begin with another blank
+
     def _render(self, talk: Conversation, name: str) -> tuple[str, list[tuple[int, int, int]]]:
         """Text, and of each answer that the loss falls on: begin, end, and end of what ends its turn."""
         said = [turn.answer for turn in talk.turns]
         messages = self._messages(talk, said)
         marked = self._messages(talk, [_slot(number) for number in range(len(said))])
-        rendered, frame = self._apply([messages, marked], name)
+        if self.chat.from_prompt:  # the last answer follows what the model is given
+            (rendered,), (frame,) = (self._apply([m[:-1]], name, generate=True) for m in (messages, marked))
+            ending = self.chat.end_of_turn
+            rendered, frame = rendered + said[-1] + ending, frame + _slot(len(said) - 1) + ending
+        else:
+            rendered, frame = self._apply([messages, marked], name)
         pieces = []
         for number in range(len(said)):
             before, found, frame = frame.partition(_slot(number))
@@ -153,16 +177,16 @@ class ConversationFormat:
         else:
             raise self._changed(f"changes the answers of {name}")
         spans, at = [], 0
-        for piece, answer, following in zip(pieces, answers, pieces[1:], strict=False):
+        for number, (piece, answer, following) in enumerate(zip(pieces, answers, pieces[1:], strict=False)):
             at += len(piece)
-            glue = min(self._glue, len(piece) - len(piece.rstrip()))
+            glue = self.chat.glue if number == len(said) - 1 else (self._glue_before or 0)
             end = at + len(answer) + _shared(following, self._end)
             spans.append((at - glue, at + len(answer), end))
             at += len(answer)
-        if self._stop:
-            text = text[:at] + self._stop + text[at:]
-            spans[-1] = (*spans[-1][:2], at + len(self._stop))
-        return text, spans if self.loss_on == "all" else spans[-1:]
+        if stop := self.chat.stop:
+            text = text[:at] + stop + text[at:]
+            spans[-1] = (*spans[-1][:2], at + len(stop))
+        return text, spans if self.loss_on == "all" and self._glue_before is not None else spans[-1:]
 
     def _messages(self, talk: Conversation, answers: Sequence[str]) -> list[dict[str, Any]]:
         messages = []
@@ -176,12 +200,10 @@ class ConversationFormat:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return messages
 
-    def _apply(self, conversations: list[list[dict[str, Any]]], name: str) -> list[str]:
-        from jinja2 import TemplateError
-
+    def _apply(self, conversations: list[list[dict[str, Any]]], name: str, *, generate: bool = False) -> list[str]:
         try:
-            return self.chat.processor.apply_chat_template(conversations, tokenize=False)
-        except (TemplateError, TypeError, ValueError) as error:
+            return self.chat.render(conversations, generate=generate)
+        except ChatTemplateError as error:
             raise self._changed(f"fails on {name}: {error}") from error
 
     def _changed(self, what: str) -> ChatTemplateError:

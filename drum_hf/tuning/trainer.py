@@ -155,7 +155,13 @@ class ICLTuner(WholeCheckpoints, Trainer):
         self.base_revision: str | None = commit
         # The template is tried, the padding token set and the context measured as when the LVLM is used.
         lvlm = TransformersLVLM(
-            model, processor, name=name, image_position=_position(args.image_position), system=args.system
+            model,
+            processor,
+            name=name,
+            image_position=_position(args.image_position),
+            system=args.system,
+            chat_template_kwargs=args.chat_template_kwargs,
+            image_budget=args.image_budget,
         )
         limits = [limit for limit in (args.max_length, lvlm.context_length) if limit is not None]
         self.format = ConversationFormat(lvlm.format, loss_on=args.loss_on, max_length=min(limits, default=None))
@@ -431,7 +437,9 @@ class ICLTuner(WholeCheckpoints, Trainer):
         Args:
             kwargs: for `TransformersLVLM`.
         """
-        kwargs = {"image_position": _position(self.args.image_position), "system": self.args.system, **kwargs}
+        shown = {"image_position": _position(self.args.image_position), "system": self.args.system}
+        shown |= {"chat_template_kwargs": self.args.chat_template_kwargs, "image_budget": self.args.image_budget}
+        kwargs = {**shown, **kwargs}
         name = kwargs.pop("name", f"{self.base_model} tuned for {self.state.global_step} steps")
         return TransformersLVLM(self._merged(), self.processing_class, name=name, **kwargs)
 

@@ -211,9 +211,9 @@ def replacing_folder(folder: str | os.PathLike[str], *, owns: Sequence[str]) -> 
         folder.mkdir(parents=True, exist_ok=True)
         with _exclusive(folder):
             earlier = _marked(folder)
-            for name in os.listdir(folder):
-                if _is_partial(name) and folder / name != earlier and (folder / name).is_dir():
-                    shutil.rmtree(folder / name, ignore_errors=True)
+            for left in os.listdir(folder):
+                if _is_partial(left) and folder / left != earlier and (folder / left).is_dir():
+                    shutil.rmtree(folder / left, ignore_errors=True)
             _clean_files(folder)
             partial = folder / f"{_PARTIAL}{secrets.token_hex(8)}"
             partial.mkdir()

@@ -164,7 +164,7 @@ def _encoded(source: Any, shown: str, urls: bool | str, timeout: float) -> io.By
             if not urls:
                 raise ImageError(
                     f"expected an image that is here, got the address {shown}; download it first, or allow addresses "
-                    "with urls=True"
+                    "with urls=True (of load_image, or a pipeline's call)"
                 )
             source = download(source, timeout=timeout, max_bytes=MAX_BYTES, private=urls == "private")
         elif source[:5].lower() == "data:" or not os.path.exists(source):

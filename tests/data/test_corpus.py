@@ -199,6 +199,11 @@ def spaced_csv(path, rows):
     return path
 
 
+def as_printed(rows):
+    """Bytes as Python prints them."""
+    return [row | {"image": str(row["image"])} for row in rows]
+
+
 def on_windows(row):
     return row | {"file_name": row["file_name"].replace("/", "\\")}
 
@@ -232,7 +237,7 @@ WAYS = {
     "csv-pandas-index": lambda r, d: written(d / "t.csv", frame(beside(r, d)).to_csv),
     "csv-pandas-gz": lambda r, d: written(d / "t.csv.gz", lambda p: frame(beside(r, d)).to_csv(p, index=False)),
     "csv-windows-paths": lambda r, d: write_csv(d / "t.csv", [on_windows(row) for row in beside(r, d)]),
-    "csv-python-bytes": lambda r, d: write_csv(d / "t.csv", [{**row, "image": str(row["image"])} for row in in_bytes(r)]),
+    "csv-python-bytes": lambda r, d: write_csv(d / "t.csv", as_printed(in_bytes(r))),
     "csv-python-structs": lambda r, d: written(d / "t.csv", lambda p: frame(in_structs(r)).to_csv(p, index=False)),
     "csv-capitals": lambda r, d: write_csv(d / "t.csv", [capitals(row) for row in beside(r, d)]),
     "csv-metadata-in-folder": lambda r, d: write_csv(d / "metadata.csv", beside(r, d)).parent,

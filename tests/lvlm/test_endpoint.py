@@ -720,7 +720,7 @@ def test_reasoning_is_no_part_of_an_answer(server, message, answer):
     ],
 )
 def test_reasoning_that_was_cut_off_is_an_error(server, message, ending, error):
-    answer = complete(message, usage={"prompt_tokens": 3, "completion_tokens": 32})
+    answer = complete(message)
     answer["choices"][0]["finish_reason"] = ending
     server.rule = lambda body: Reply(200, answer)
     with pytest.raises(EndpointError, match=f"(?s)query 'q1': .*{error}"):
@@ -729,11 +729,11 @@ def test_reasoning_that_was_cut_off_is_an_error(server, message, ending, error):
 
 def test_markers_of_reasoning_can_be_set(server):
     server.rule = lambda body: Reply(200, complete({"content": "<|channel>red?<channel|>red <think>"}))
-    assert connect(server, reasoning_markers=("<|channel>", "<channel|>")).generate([ask(1)]) == ["red <think>"]
-    assert connect(server, reasoning_markers=None).generate([ask(1)]) == ["<|channel>red?<channel|>red <think>"]
-    assert connect(server).fingerprint != connect(server, reasoning_markers=None).fingerprint
-    with pytest.raises(ValueError, match="two texts"):
-        connect(server, reasoning_markers=("", "x"))
+    assert connect(server, reasoning_markers=[("<|channel>", "<channel|>")]).generate([ask(1)]) == ["red <think>"]
+    assert connect(server, reasoning_markers=()).generate([ask(1)]) == ["<|channel>red?<channel|>red <think>"]
+    assert connect(server).fingerprint != connect(server, reasoning_markers=()).fingerprint
+    with pytest.raises(ValueError, match="pairs of texts"):
+        connect(server, reasoning_markers=[("", "x")])
 
 
 def test_a_conversation_that_the_server_cuts_is_noticed(server):

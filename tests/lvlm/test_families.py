@@ -16,7 +16,6 @@ from PIL import Image
 from plain import conversation, inputs, plain_generate, plain_logprobs, plain_score
 from tiny import FAMILIES, load_lvlm
 
-from drum_hf.errors import ChatTemplateError
 from drum_hf.lvlm.local.model import TransformersLVLM
 
 
@@ -83,10 +82,6 @@ def test_the_end_of_the_turn_counts_on_demand(family: Family) -> None:
     model, processor = family.lvlm.model, family.lvlm.processor
     ending = TransformersLVLM(model, processor, batch_size=4, score_end_of_turn=True)
     requests = [REQUESTS[0], REQUESTS[6]]
-    if family.name == "llava":
-        with pytest.raises(ChatTemplateError, match="special token"):
-            ending.score(requests)
-        return
     for request, tokens in zip(requests, ending.score_tokens(requests), strict=True):
         close(tokens, plain_logprobs(model, processor, request, request.responses[0], end_of_turn=True))
 

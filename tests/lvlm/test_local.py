@@ -17,8 +17,8 @@ from plain import plain_logprobs
 from tiny import tiny_idefics3, tiny_llava, tiny_qwen2_vl
 
 from drum_hf.errors import ChatTemplateError, ContextOverflowError, NonFiniteScoreError
-from drum_hf.lvlm.local.capabilities import Capabilities
 from drum_hf.lvlm.local.model import TransformersLVLM
+from drum_hf.lvlm.local.runner import Capabilities
 from drum_hf.lvlm.prompts import build_messages
 from drum_hf.types import LVLM, Demonstration, ICLRequest, Query
 
@@ -104,7 +104,7 @@ def test_several_responses_are_a_weighted_log_sum_exp(lvlm: TransformersLVLM) ->
 
 def test_choices_are_normalised_over_summed_log_probabilities(lvlm: TransformersLVLM) -> None:
     choices = ("seven blick", "seven", "red", "seven wug", "red wug dax", "größe")
-    sums = np.array([oracle(lvlm, ICLRequest(QUERY, SHOTS[:2]), choice).sum() for choice in choices])
+    sums = np.array([oracle(lvlm, ICLRequest(QUERY, SHOTS[:2]), choice, end_of_turn=True).sum() for choice in choices])
     expected = sums - np.log(np.exp(sums).sum())
     labels = lvlm.label_scores(ICLRequest(QUERY, SHOTS[:2], choices=choices))
     np.testing.assert_allclose(labels, expected, atol=1e-4, rtol=0)
@@ -349,6 +349,10 @@ def test_fingerprint_changes_with_whatever_scores_depend_on(folder: Path, tmp_pa
         load(folder, image_position="last").fingerprint,
         load(folder, system="be brief").fingerprint,
         load(folder, score_end_of_turn=True).fingerprint,
+        load(folder, score_end_of_turn=False).fingerprint,
+        load(folder, image_budget={"size": {"longest_edge": 16}}).fingerprint,
+        load(folder, query_image_budget={"size": {"longest_edge": 16}}).fingerprint,
+        load(folder, reasoning_markers=[("(", ")")]).fingerprint,
         TransformersLVLM(nudged.model, nudged.processor, name="me/model", revision="a" * 40).fingerprint,
         TransformersLVLM(nudged.model, nudged.processor, name="me/model", revision="b" * 40).fingerprint,
         changed_file("chat_template.jinja", "Assistant:", "Answer:"),

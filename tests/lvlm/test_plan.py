@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drum_hf.lvlm.local.plan import Leaf, Line, Node, Plan, Target, make_plan
+from drum_hf.lvlm.local.engine import Leaf, Line, Node, Plan, Target, make_plan
 
 SAVINGS = ((True, False), (False, True), (True, True))
 

@@ -6,11 +6,12 @@ import re
 import reprlib
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...types import Demonstration, ICLRequest, Query, chat_messages, check_choices, data_url, image_key
 from ...utils.text import shown
-from ..answers import REASONING, strip_reasoning
+from ..answers import REASONING_MARKERS, without_reasoning
 from ..prompts import ImagePosition
 
 if TYPE_CHECKING:
@@ -73,11 +74,11 @@ class ChatMessages:
         return url
 
 
-def answer_text(answer: dict[str, Any], reasoning: tuple[str, str] | None = REASONING) -> str:
+def answer_text(answer: dict[str, Any], markers: Sequence[tuple[str, str]] = REASONING_MARKERS) -> str:
     """The text of a chat completion without its reasoning, stripped; a refusal's, where there is one instead.
 
     Args:
-        reasoning: what opens and closes reasoning within the text; see `strip_reasoning`.
+        markers: what begins and ends reasoning within the text.
 
     Raises:
         ValueError: it is no chat completion, or one that was cut off before it began to answer.
@@ -95,7 +96,12 @@ def answer_text(answer: dict[str, Any], reasoning: tuple[str, str] | None = REAS
             f"expected one answer in choices[0].message.content, got {shown(_repr.repr(answer))}; is it a chat "
             "endpoint?"
         ) from error
-    plain = strip_reasoning(text, reasoning)
+    plain = without_reasoning(text, markers, begun=None)
+    if plain is None:
+        raise ValueError(
+            "expected an answer, but its reasoning was cut off; raise max_new_tokens, or switch it off with "
+            "chat_template_kwargs={'enable_thinking': False} or extra_body="
+        )
     if plain or (content == "" and not text and ending != "length"):
         return plain
     thought = message.get("reasoning") or message.get("reasoning_content") or text

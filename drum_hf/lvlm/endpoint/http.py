@@ -424,7 +424,7 @@ def _fault(content: Any) -> tuple[str, list[str]]:
     error = content.get("error", content) if isinstance(content, dict) else content
     if not isinstance(error, dict):
         error = {"message": error}
-    message = error.get("message") or error.get("detail") or error
+    message = error.get("message") or error.get("detail") or (error if any(error.values()) else "")
     codes = [str(error[name]) for name in ("code", "type", "param") if isinstance(error.get(name), (str, int))]
     text = message if isinstance(message, str) else _brief(message)
     return text.strip() or "no message", codes

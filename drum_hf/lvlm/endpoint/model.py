@@ -23,7 +23,7 @@ from ...errors import ContextOverflowError, EndpointError, ScoringUnsupportedErr
 from ...types import ICLRequest
 from ...utils.optional import bar_options
 from ...utils.redaction import body_secrets, redacted
-from ..answers import REASONING, combine_answers, wanted_answers
+from ..answers import REASONING_MARKERS, combine_answers, wanted_answers
 from ..prompts import ImagePosition
 from .chat_api import ChatMessages, PromptLengths, answer_text
 from .fleet import ChatFleet, Greeting
@@ -57,6 +57,7 @@ _PROBES = (("What is two plus three?", "five"), ("Name the capital of Norway", "
 #: Statuses by which a probe learns nothing about fields: key, model or address are wrong.
 _NOT_ABOUT_FIELDS = {401, 402, 403, 404, 429}
 
+_MORE_ROOM = "raise its context (Ollama: OLLAMA_CONTEXT_LENGTH), or use fewer shots or smaller images"
 _INSTEAD = (
     "Score with TransformersLVLM, with a vLLM endpoint (which returns prompt_logprobs), or, for labels of one token "
     "each given as choices, with an endpoint that returns top_logprobs"
@@ -141,7 +142,7 @@ class OpenAILVLM:
         seed: sent with each request, if given. Answers are greedy (temperature 0) in any case.
         chat_template_kwargs: arguments of the model's chat template, such as `{"enable_thinking": False}`, for servers
             that take them (vLLM, SGLang, llama.cpp).
-        reasoning_markers: what opens and closes reasoning within an answer's text; it is left out of the answer.
+        reasoning_markers: pairs of what begins and ends reasoning in an answer, which is left out of it; () for none.
             None: nothing does. Reasoning that a server gives beside the text is left out in any case.
         extra_body: fields added to each request; they win over ours, and a None takes one of ours out. Only the length
             of a request that scores stays 1.
@@ -184,7 +185,7 @@ class OpenAILVLM:
         image_position: ImagePosition = "first",
         seed: int | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
-        reasoning_markers: tuple[str, str] | None = REASONING,
+        reasoning_markers: Sequence[tuple[str, str]] = REASONING_MARKERS,
         extra_body: dict[str, Any] | None = None,
         name: str | None = None,
         revision: str | None = None,
@@ -207,11 +208,12 @@ class OpenAILVLM:
         self.extra_body = dict(extra_body or {})
         if chat_template_kwargs:
             self.extra_body = {"chat_template_kwargs": dict(chat_template_kwargs), **self.extra_body}
-        if reasoning_markers is not None and (len(reasoning_markers) != 2 or not all(reasoning_markers)):
+        if any(len(pair) != 2 or not all(pair) for pair in reasoning_markers):
             raise ValueError(
-                f"expected reasoning_markers as two texts, such as {REASONING}, or None, got {reasoning_markers!r}"
+                f"expected reasoning_markers as pairs of texts, such as {REASONING_MARKERS[:1]}, or (), got "
+                f"{reasoning_markers!r}"
             )
-        self.reasoning_markers = reasoning_markers
+        self.reasoning_markers = tuple((begin, end) for begin, end in reasoning_markers)
         self._vouched = name is not None or revision is not None
         key = os.environ.get("OPENAI_API_KEY") if api_key is None else api_key
         how: dict[str, Any] = {"timeout": timeout, "max_retries": max_retries}
@@ -264,7 +266,7 @@ class OpenAILVLM:
             "seed": None if self.seed is None else str(self.seed),
             "extra_body": json.dumps(redacted(self.extra_body), sort_keys=True) if self.extra_body else None,
         }
-        if self.reasoning_markers != REASONING:
+        if self.reasoning_markers != REASONING_MARKERS:
             parts["reasoning_markers"] = json.dumps(self.reasoning_markers)
         return parts
 
@@ -307,50 +309,43 @@ class OpenAILVLM:
 
         def answer(request: ICLRequest, stop: Stop) -> str:
             found = self._complete(self._messages(request), stop, max_new_tokens)
-            self._check_whole(request, found, max_new_tokens)
+            self._check_prompt(request, found)
             try:
-                return answer_text(found, self.reasoning_markers)
+                text = answer_text(found, self.reasoning_markers)
             except ValueError as error:
                 raise EndpointError(
                     f"{self.base_url}, asked for {max_new_tokens} tokens on query {request.query.id!r}: {error}"
                 ) from error
+            self._check_end(request, found, max_new_tokens)
+            return text
 
         return self._run(requests, answer, "generating", progress)
 
-    def _check_whole(self, request: ICLRequest, found: dict[str, Any], asked: int) -> None:
+    def _check_prompt(self, request: ICLRequest, found: dict[str, Any]) -> None:
         """
         Raises:
-            ContextOverflowError: the endpoint cut the conversation, or the answer before the tokens it may have.
+            ContextOverflowError: the endpoint cut the conversation.
         """
-        usage = found.get("usage")
-        usage = usage if isinstance(usage, dict) else {}
-        prompt, answered = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        least = self._lengths.lost(request, prompt) if is_count(prompt) and prompt else None
-        remedy = "raise its context (Ollama: OLLAMA_CONTEXT_LENGTH), or use fewer shots or smaller images"
+        prompt = _counted(found, "prompt_tokens")
+        least = self._lengths.lost(request, prompt) if prompt else None
         if least is not None:
             raise ContextOverflowError(
                 f"expected {self.base_url} to read all of query {request.query.id!r} and its demonstrations, but it "
-                f"counts {prompt} tokens where there are at least {least}: it cut them; {remedy}"
-            )
-        choices = found.get("choices")
-        ending = choices[0].get("finish_reason") if isinstance(choices, list) and _is_dict(choices[:1]) else None
-        limits = {"max_tokens", "max_completion_tokens"} & self.extra_body.keys()
-        if self._is_thinking(choices):
-            return  # which is said of its answer
-        if ending == "length" and is_count(answered) and 0 < answered < asked and not limits:
-            raise ContextOverflowError(
-                f"expected up to {asked} tokens of {self.base_url} on query {request.query.id!r}, but it ended after "
-                f"{answered}: its context is full; {remedy}"
+                f"counts {prompt} tokens where there are at least {least}: it cut them; {_MORE_ROOM}"
             )
 
-    def _is_thinking(self, choices: Any) -> bool:
-        """Whether an answer is reasoning alone, which was cut off."""
-        if self.reasoning_markers is None or not isinstance(choices, list) or not _is_dict(choices[:1]):
-            return False
-        message = choices[0].get("message")
-        text = message.get("content") if isinstance(message, dict) else None
-        opening, closing = self.reasoning_markers
-        return isinstance(text, str) and text.lstrip().startswith(opening) and closing not in text
+    def _check_end(self, request: ICLRequest, found: dict[str, Any], asked: int) -> None:
+        """
+        Raises:
+            ContextOverflowError: the answer was cut before the tokens that it may have.
+        """
+        answered, ending = _counted(found, "completion_tokens"), found["choices"][0].get("finish_reason")
+        limits = {"max_tokens", "max_completion_tokens"} & self.extra_body.keys()
+        if ending == "length" and answered and answered < asked and not limits:
+            raise ContextOverflowError(
+                f"expected up to {asked} tokens of {self.base_url} on query {request.query.id!r}, but it ended after "
+                f"{answered}: its context is full; {_MORE_ROOM}"
+            )
 
     def score(self, requests: Sequence[ICLRequest], *, progress: bool = False) -> np.ndarray:
         """Log-likelihood of each request's gold response, as defined by `LVLM.score`; only where it is exact.
@@ -587,12 +582,9 @@ class OpenAILVLM:
             if error.status is None or error.status in _NOT_ABOUT_FIELDS:
                 raise
             found = self._sent(send, messages, 1, {})
-        usage = found.get("usage")
-        length = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         called = found.get("model")
-        return Greeting(
-            called[:200] if isinstance(called, str) else None, length if is_count(length) else None, tuple(tokens)
-        )
+        model = called[:200] if isinstance(called, str) else None
+        return Greeting(model, _counted(found, "prompt_tokens"), tuple(tokens))
 
     # ---- many at once ----
 
@@ -657,5 +649,8 @@ def _conversation(request: ICLRequest) -> Hashable:
     return request.query.key, tuple(demonstration.key for demonstration in request.demonstrations)
 
 
-def _is_dict(several: list[Any]) -> bool:
-    return bool(several) and isinstance(several[0], dict)
+def _counted(answer: dict[str, Any], what: str) -> int | None:
+    """A number of tokens in an answer's `usage`; None where it doesn't say, or says something else."""
+    usage = answer.get("usage")
+    value = usage.get(what) if isinstance(usage, dict) else None
+    return value if is_count(value) else None

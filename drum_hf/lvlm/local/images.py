@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import ChatTemplateError
+from ...errors import ChatTemplateError, DrumError, RowError
 from ...types import ICLRequest, Query, image_key
 from ..prompts import ChatFormat, Row
+from .processors import image_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,9 @@ _FEWEST_AT_ONCE = 4
 
 #: Ends the key of an image that is one of several of its conversation, in families to which that matters.
 _PAIRED = "+"
+
+#: Stands in the key of a query's image, where queries are shown otherwise than demonstrations.
+_ASKED = "q"
 
 _NOBODY = ICLRequest(Query(None, "nobody"))
 
@@ -65,6 +69,7 @@ class ImageInputs:
 
     Args:
         model, chat: what runs, and the format of its conversations.
+        query_processor: what queries' images go through; None: what the demonstrations' go through.
         batch_size: images that pass the vision tower together, at most.
         limit: bytes of features to keep in memory; None: a quarter of the free memory, at most 4 GiB.
         folder: where features go that memory has no room for; called once, on first need. None: they are dropped.
@@ -72,6 +77,7 @@ class ImageInputs:
     Attributes:
         tokens_an_image: the most seen so far, to estimate lengths.
         encoded: images that passed the vision tower so far.
+        apart: whether queries' images go through a processor of their own; not before the trial is over.
     """
 
     def __init__(
@@ -79,11 +85,16 @@ class ImageInputs:
         model: Any,
         chat: ChatFormat,
         *,
+        query_processor: Any = None,
         batch_size: int,
         limit: int | None = None,
         folder: Callable[[], Path] | None = None,
     ) -> None:
         self.model, self.format, self.processor = model, chat, chat.processor
+        self.query_processor = query_processor
+        self.apart = False
+        self._text_through_processor = False
+        self._shown_as: dict[str, str] = {}  # key of an image -> whose it is, for messages
         self.batch_size = batch_size
         self.limit = _affordable() if limit is None else limit
         self.tokens_an_image = 1
@@ -112,14 +123,17 @@ class ImageInputs:
     # ---- the plain way ----
 
     def expand(self, rows: list[Row]) -> tuple[list[list[int]], dict[str, Any]]:
-        """Ids of each row with its images' tokens in place, and what else the model takes. Each row has images."""
-        out = self.processor(
-            text=[row.text for row in rows],
-            images=[row.images for row in rows],
-            padding=True,
-            return_tensors="pt",
-            add_special_tokens=self.format.add_special_tokens,
-        )
+        """Ids of each row with its images' tokens in place, and what else the model takes.
+
+        Each row has images, or none has.
+
+        Raises:
+            RowError: the processor refuses an image.
+        """
+        pictured = any(row.images for row in rows)
+        if not pictured and not self._text_through_processor:
+            return [row.ids for row in rows], {}
+        out = self._processed(rows, pictured)
         shape, mask = out["input_ids"].shape, out["attention_mask"].bool()
         ids = []
         for row, full, real in zip(rows, out["input_ids"], mask, strict=True):
@@ -131,16 +145,46 @@ class ImageInputs:
                     f"{row.request.query.id!r}; check that the processor's tokenizer is the one it was saved with"
                 )
             ids.append(own)
-            self.tokens_an_image = max(self.tokens_an_image, 1 + (len(own) - len(row.ids)) // len(row.images))
+            if pictured:
+                grown = (len(own) - len(row.ids)) // len(row.images)
+                self.tokens_an_image = max(self.tokens_an_image, 1 + grown)
         extra: dict[str, Any] = {}
         for key, value in out.items():
             if key in ("input_ids", "attention_mask"):
                 continue
-            if getattr(value, "shape", None) == shape:  # one entry a token, such as token_type_ids
+            # One entry a token, such as token_type_ids, or a row of entries, such as Mllama's cross_attention_mask.
+            if tuple(getattr(value, "shape", ())[:2]) == tuple(shape):
                 value = [v[real].tolist()[: len(i)] for v, real, i in zip(value, mask, ids, strict=True)]
                 self.per_token.add(key)
             extra[key] = value
         return ids, extra
+
+    def _processed(self, rows: list[Row], pictured: bool) -> Any:
+        try:
+            return self.processor(
+                text=[row.text for row in rows],
+                **({"images": [row.images for row in rows]} if pictured else {}),
+                padding=True,
+                return_tensors="pt",
+                add_special_tokens=self.format.add_special_tokens,
+            )
+        except (ValueError, ZeroDivisionError) as error:
+            if not pictured or isinstance(error, DrumError):
+                raise
+            for row in rows:  # which of them it is
+                for key, image in zip(self.keyed([row])[0][0], row.images, strict=True):
+                    self._one(self.processor, key, image, times=2 if key.endswith(_PAIRED) else 1)
+            raise
+
+    def try_text(self, chat: ChatFormat) -> None:
+        """Find out whether the processor changes text without images (Janus adds a system prompt)."""
+        for row in chat.prompt_rows([ICLRequest(Query(None, "which one?"))]):
+            try:
+                (ids,) = self.processor(text=[row.text], add_special_tokens=chat.add_special_tokens)["input_ids"]
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                logger.debug("the processor takes no text alone: %s", error)
+                continue
+            self._text_through_processor = [int(i) for i in ids] != row.ids
 
     # ---- with features that are kept ----
 
@@ -163,13 +207,16 @@ class ImageInputs:
         images: dict[str, Image] = {}
         keys = []
         for row in rows:
-            own = []
+            own: list[str] = []
             for image in row.images:
                 if id(image) not in known:
                     known[id(image)] = image_key(image)
                 key = known[id(image)]
+                if self.apart and len(own) == len(row.images) - 1 and row.request.query.image is not None:
+                    key += _ASKED
                 if self._counts and len(row.images) > 1:
                     key += _PAIRED
+                self._shown_as[key] = _whose(row, len(own))
                 images.setdefault(key, image)
                 own.append(key)
             keys.append(own)
@@ -219,16 +266,19 @@ class ImageInputs:
                 self._remember(key, read)
             else:
                 missing.append(key)
+        missing.sort(key=lambda key: _ASKED in key)  # what goes through another processor goes apart
         start = 0
         while start < len(missing):
             batch = missing[start : start + self._at_once]
+            batch = [key for key in batch if (_ASKED in key) == (_ASKED in batch[0])]
             paired = batch[0].endswith(_PAIRED)
             if not self._pixels:  # how many go at once is known from the first
-                self._encode([images[batch[0]]], paired=paired)
+                self._encode([images[batch[0]]], batch[:1], paired=paired)
             # A few pictures are multiplied otherwise than many, and round otherwise; an image's features must not
             # depend on which others were known already, or a run that was taken up again would not be the same.
             fill = max(0, min(self._at_once, _FEWEST_AT_ONCE) - len(batch))
-            made = self._encode([images[key] for key in batch + batch[-1:] * fill], paired=paired)
+            filled = batch + batch[-1:] * fill
+            made = self._encode([images[key] for key in filled], filled, paired=paired)
             made = made if made is None else made[: len(batch)]
             if made is None:
                 self._one_by_one = True  # what comes of several can't be told apart
@@ -246,7 +296,25 @@ class ImageInputs:
         most = _PIXELS_AT_ONCE.get(self.model.device.type, _PIXELS_AT_ONCE["other"])
         return max(1, min(self.batch_size, most // self._pixels))
 
-    def _encode(self, images: list[Image], paired: bool) -> list[KeptImage] | None:
+    def _one(self, processor: Any, key: str, image: Image, times: int) -> None:
+        """An image by itself through the processor.
+
+        Raises:
+            RowError: the processor refuses it.
+        """
+        token = getattr(processor, "image_token", None) or self.format.image_token
+        if token is None:
+            return
+        try:
+            processor(text=[token * times], images=[[image] * times], return_tensors="pt", padding=True)
+        except (ValueError, ZeroDivisionError) as error:
+            whose = self._shown_as.get(key, "a conversation")
+            raise RowError(
+                f"expected images that {type(processor).__name__} takes, but it refuses that of {whose} "
+                f"({image.width} x {image.height} pixels): {error}; leave the row out, or crop the image"
+            ) from error
+
+    def _encode(self, images: list[Image], keys: list[str], paired: bool) -> list[KeptImage] | None:
         """Several images at once through processor and vision tower; None where they come out as one.
 
         With `paired`, an image is shown beside another (itself), and the first of the two is kept.
@@ -254,13 +322,19 @@ class ImageInputs:
         import torch
 
         times = 2 if paired else 1
-        out = self.processor(
-            text=[self.processor.image_token * times] * len(images),
-            images=[[image] * times for image in images],
-            padding=True,
-            return_tensors="pt",
-            add_special_tokens=False,
-        )
+        processor = self.query_processor if _ASKED in keys[0] else self.processor
+        try:
+            out = processor(
+                text=[processor.image_token * times] * len(images),
+                images=[[image] * times for image in images],
+                padding=True,
+                return_tensors="pt",
+                add_special_tokens=False,
+            )
+        except (ValueError, ZeroDivisionError):
+            for key, image in zip(keys, images, strict=True):  # which of them it is
+                self._one(processor, key, image, times)
+            raise
         ids = [tuple(i[m.bool()].tolist()) for i, m in zip(out["input_ids"], out["attention_mask"], strict=True)]
         ids = [own[: len(own) // times] for own in ids]
         taken = {k: v for k, v in out.items() if k in self._tower_takes and isinstance(v, torch.Tensor)}
@@ -337,6 +411,24 @@ class ImageInputs:
         extra |= {name: [[int(i == self.image_id) for i in own] for own in ids] for name in self.per_token}
         return ids, extra
 
+    @property
+    def budgets_differ(self) -> bool:
+        """Whether queries' images are shown otherwise than demonstrations'."""
+        return self.query_processor is not None
+
+    def tokens_of(self, image: Image, *, query: bool = False) -> int:
+        """Tokens of an image that is one of several of its conversation.
+
+        Raises:
+            RowError: the processor refuses it.
+        """
+        processor = self.query_processor if query and self.budgets_differ else self.processor
+        try:
+            return image_tokens(processor, image)
+        except (ValueError, ZeroDivisionError):
+            self._one(processor, "", image, 1)
+            raise
+
     def fewer_tokens(self, factor: int) -> ImageInputs:
         """The same images, joined with this one's memory of them, in a `factor`th of the tokens."""
         return _FewerTokens(self, factor)
@@ -411,10 +503,11 @@ class ImageInputs:
         """Tensors on the model's device, padded on the left."""
         import torch
 
-        length = max(map(len, ids))
-
-        def stack(rows: list[list[int]], fill: int) -> torch.Tensor:
-            return torch.tensor([[fill] * (length - len(row)) + row for row in rows], device=self.model.device)
+        def stack(rows: list[list[Any]], fill: int) -> torch.Tensor:
+            padded = torch.nn.utils.rnn.pad_sequence(
+                [torch.tensor(row) for row in rows], batch_first=True, padding_value=fill, padding_side="left"
+            )
+            return padded.to(self.model.device)
 
         inputs = {
             "input_ids": stack(ids, self.format.tokenizer.pad_token_id or 0),
@@ -464,6 +557,12 @@ class _FewerTokens(ImageInputs):
         return KeptImage(
             tuple(ids), {n: (v / sizes).to(image.outputs[n].dtype) for n, v in outputs.items()}, image.inputs
         )
+
+
+def _whose(row: Row, number: int) -> str:
+    """Whose image a conversation's image of this number is."""
+    shown = [f"the demonstration {d.id!r}" for d in row.request.demonstrations if d.image is not None]
+    return shown[number] if number < len(shown) else f"the query {row.request.query.id!r}"
 
 
 def _cells(length: int, factor: int) -> list[int]:

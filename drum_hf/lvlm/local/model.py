@@ -4,7 +4,7 @@ A score needs one forward pass over "conversation + response without its last to
 response stands. Where the loaded family lets it (a trial decides, by comparing the results: see `capabilities`), an
 image passes the vision tower once, demonstrations that several queries share pass the decoder once, and several
 answers to one conversation share all but themselves. Where it doesn't, conversations are run whole, padded on the
-left.
+left, or one by one.
 """
 
 from __future__ import annotations
@@ -12,28 +12,30 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...errors import DependencyError, ModelError, UnfinishedReasoningError
 from ...types import ICLRequest
 from ...utils.hub import fetch_snapshot
-from ...utils.optional import loading, local_name
+from ...utils.optional import loading, local_name, require
 from ...utils.safe_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_model, reading_adapter
-from ..answers import combine_answers, log_softmax, wanted_answers
+from ..answers import REASONING_MARKERS, combine_answers, log_softmax, wanted_answers, without_reasoning
 from ..fingerprint import Identity, describe
 from ..prompts import ChatFormat, ImagePosition
-from .capabilities import Capabilities
-from .processors import load_processor
-from .runner import Runner, progress_bar
+from .processors import ImageBudget, coarsest, default_budget, image_tokens, load_processor, with_budget
+from .runner import Capabilities, Runner, context_length, progress_bar
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
 __all__ = ["TransformersLVLM"]
 
@@ -55,17 +57,30 @@ class TransformersLVLM:
         max_batch_tokens: tokens a forward pass, padding included; one longer sequence still runs alone. None: found
             from the model's size and the free memory. When memory runs out, batches are halved, and stay so.
         image_position: a turn's image before ("first") or after ("last") its text.
-        system: text of a system turn, or None.
-        score_end_of_turn: whether the token that ends the assistant's turn counts as the response's last. It does not
-            by default (our choice): the mean over few tokens would be dominated by it. Switch it on where one
-            choice is the beginning of another.
+        system: text of a system turn, or None for what the template writes by itself.
+        score_end_of_turn: whether the token that ends the assistant's turn counts as the response's last. None (our
+            choice): where one choice of a request begins another, such as "1" and "10", since the longer one could
+            never be likelier; and nowhere else, since the mean over few tokens would be dominated by it.
+        chat_template_kwargs: variables of the chat template, such as `{"enable_thinking": True}`. Reasoning is off
+            where the template has a switch for it and this doesn't set it; a date that the template writes is always
+            the same one (2024-07-26), unless this sets `date_string`.
+        image_budget: how closely images are looked at: tokens an image, at most (the finest setting of the family that
+            stays below), or arguments of the family's image processor, such as `{"do_image_splitting": False}`,
+            `{"max_pixels": 401408}`, `{"max_patches": 4}`; "published" as the processor was saved. "auto" (our
+            choice): as it was saved where eight shots fit the context so; else images aren't cut into tiles, and
+            those of families that keep an image's size are made smaller.
+        query_image_budget: the same for queries' images; None: `image_budget`.
+        reasoning_markers: pairs of texts between which a model reasons before it answers; answers come without.
         image_cache_bytes: features of the most recent images that are kept, in the host's memory. None: a quarter of
             what is free, at most 4 GiB (our choice), which holds some 29,000 images of 64 tokens x 576 floats.
         image_cache_dir: folder for the features that memory has no room for, so that they are read rather than
             computed again, by later runs too; a folder in it belongs to one `fingerprint`. None: they are dropped.
 
     Raises:
-        ChatTemplateError: the processor has no chat template, or one that loses text or images.
+        ChatTemplateError: the processor has no chat template, or one that loses text or images or knows nothing of a
+            variable.
+        ModelError: the model is no decoder of text: its answers can't be scored.
+        ValueError: a limit is below 1, or the family has no image budget as asked for.
     """
 
     def __init__(
@@ -79,18 +94,45 @@ class TransformersLVLM:
         max_batch_tokens: int | None = None,
         image_position: ImagePosition = "first",
         system: str | None = None,
-        score_end_of_turn: bool = False,
+        score_end_of_turn: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        image_budget: ImageBudget = "auto",
+        query_image_budget: ImageBudget | None = None,
+        reasoning_markers: Sequence[tuple[str, str]] = REASONING_MARKERS,
         image_cache_bytes: int | None = None,
         image_cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         if batch_size < 1 or (max_batch_tokens is not None and max_batch_tokens < 1):
             raise ValueError(f"expected positive batch limits, got {batch_size=} and {max_batch_tokens=}")
         self.model = model.eval()
-        self.processor = processor
         self.name = local_name(name or getattr(model, "name_or_path", "") or type(model).__name__)
         self.revision = revision
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ModelError(
+                f"expected a model that continues a conversation, but {self.name} ({type(model).__name__}) is an "
+                "encoder with a decoder; use one of the families in docs/scoring.md"
+            )
+        self._published = processor
+        self.image_budget: ImageBudget = image_budget
+        if image_budget == "auto":
+            tokenizer = getattr(processor, "tokenizer", processor)
+            self.image_budget = default_budget(processor, context_length(model, tokenizer))
+            if self.image_budget != "published":
+                logger.info(
+                    "%s: eight shots would not fit its context with images as published; image_budget=%s",
+                    self.name,
+                    self.image_budget,
+                )
+        self.query_image_budget = query_image_budget
+        self.processor = with_budget(processor, self.image_budget)
+        self._query_processor = None if query_image_budget is None else with_budget(processor, query_image_budget)
+        self.reasoning_markers = tuple((begin, end) for begin, end in reasoning_markers)
         self.format = ChatFormat(
-            processor, image_position=image_position, system=system, score_end_of_turn=score_end_of_turn
+            self.processor,
+            image_position=image_position,
+            system=system,
+            score_end_of_turn=score_end_of_turn,
+            chat_template_kwargs=chat_template_kwargs,
         )
         self.tokenizer = self.format.tokenizer
         if self.tokenizer.pad_token_id is None:
@@ -99,6 +141,7 @@ class TransformersLVLM:
             self.model,
             self.format,
             name=self.name,
+            query_processor=self._query_processor,
             batch_size=batch_size,
             max_batch_tokens=max_batch_tokens,
             image_cache_bytes=image_cache_bytes,
@@ -120,14 +163,13 @@ class TransformersLVLM:
         adapter: str | None = None,
         adapter_revision: str | None = None,
         trust_remote_code: bool = False,
-        batch_size: int = 64,
-        max_batch_tokens: int | None = None,
-        image_position: ImagePosition = "first",
-        system: str | None = None,
-        score_end_of_turn: bool = False,
-        image_cache_bytes: int | None = None,
-        image_cache_dir: str | os.PathLike[str] | None = None,
-        **model_kwargs: Any,
+        device_map: Any = None,
+        attn_implementation: str | None = None,
+        quantization_config: Any = None,
+        load_in_4bit: bool = False,
+        load_in_8bit: bool = False,
+        model_kwargs: Mapping[str, Any] | None = None,
+        **settings: Any,
     ) -> TransformersLVLM:
         """Load model and processor from a directory or the Hub.
 
@@ -140,26 +182,32 @@ class TransformersLVLM:
             device: default: CUDA where there is one, else CPU. Leave it out with `device_map`.
             adapter, adapter_revision: directory or Hub id of a PEFT adapter, merged into the weights; branch, tag or
                 commit of the latter.
-            batch_size, max_batch_tokens, image_position, system, score_end_of_turn, image_cache_bytes,
-                image_cache_dir: see the class.
-            model_kwargs: for `AutoModelForImageTextToText.from_pretrained`.
+            device_map, attn_implementation, quantization_config: as in transformers; "auto" spreads the model over
+                all devices.
+            load_in_4bit, load_in_8bit: quantize by bitsandbytes with its defaults.
+            model_kwargs: more for `AutoModelForImageTextToText.from_pretrained`.
+            settings: arguments of the class, such as `image_budget` and `chat_template_kwargs`.
 
         Raises:
             ChatTemplateError: see the class.
-            ModelError: there is no such model, or its files don't make one; an OSError, too.
+            ModelError: there is no such model, or one of a family that the Auto class doesn't know; an OSError, too.
+            DependencyError: loading it needs a package that isn't installed.
             HubError: there is no such adapter.
             SavedFileError: the model's or adapter's files are damaged, are no safetensors, name code or other places,
                 or the adapter is no LoRA, or for another model.
         """
         import torch
-        from transformers import AutoModelForImageTextToText
 
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         hub["force_download"] = force_download
+        if quantization_config is None and (load_in_4bit or load_in_8bit):
+            quantization_config = _bitsandbytes(load_in_4bit, load_in_8bit)
+        given = {"attn_implementation": attn_implementation, "device_map": device_map}
+        given["quantization_config"] = quantization_config
+        more = {**{key: value for key, value in given.items() if value is not None}, **(model_kwargs or {})}
         with loading("an LVLM", name_or_path):
             source = find_model(name_or_path, revision=revision, trust_remote_code=trust_remote_code, **hub)
-            options = {**source.options, **source.weights, **model_kwargs}
-            model: Any = AutoModelForImageTextToText.from_pretrained(source.place, dtype=dtype, **options)
+            model = _load_model(source.place, dtype=dtype, **{**source.options, **source.weights, **more})
             commit = source.commit
             processor = load_processor(source.place, model.config, **source.options)
         if adapter is not None:
@@ -177,21 +225,9 @@ class TransformersLVLM:
             with reading_adapter(adapter):
                 model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
             commit = None  # the weights are no longer those of the commit
-        if "device_map" not in model_kwargs:
+        if not {"device_map", "quantization_config"} & more.keys():
             model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(
-            model,
-            processor,
-            name=str(name_or_path),
-            revision=commit,
-            batch_size=batch_size,
-            max_batch_tokens=max_batch_tokens,
-            image_position=image_position,
-            system=system,
-            score_end_of_turn=score_end_of_turn,
-            image_cache_bytes=image_cache_bytes,
-            image_cache_dir=image_cache_dir,
-        )
+        return cls(model, processor, name=str(name_or_path), revision=commit, **settings)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {type(self.model).__name__}, {self.model.dtype})"
@@ -201,7 +237,8 @@ class TransformersLVLM:
         """32 hex digits that change with whatever a score depends on; computed on first use.
 
         That is: weights (an adapter's included), configuration, dtype, chat template, tokenizer, image processing,
-        `image_position`, `system`, `score_end_of_turn`.
+        `image_position`, `system`, `score_end_of_turn`, `chat_template_kwargs`, the date, image budgets and
+        `reasoning_markers`.
         """
         return self._described[0]
 
@@ -212,7 +249,11 @@ class TransformersLVLM:
 
     @cached_property
     def _described(self) -> tuple[str, Identity]:
-        return describe(self.model, self.format, name=self.name, revision=self.revision)
+        shown = {"image_budget": self.image_budget, "query_image_budget": self.query_image_budget}
+        more: Identity = {k: None if v is None else json.dumps(v, sort_keys=True) for k, v in shown.items()}
+        if self.reasoning_markers != REASONING_MARKERS:
+            more["reasoning_markers"] = json.dumps(self.reasoning_markers)
+        return describe(self.model, self.format, name=self.name, revision=self.revision, more=more)
 
     @property
     def batch_size(self) -> int:
@@ -226,8 +267,27 @@ class TransformersLVLM:
 
     @property
     def capabilities(self) -> Capabilities:
-        """Which savings leave this model's scores as they are; tried out on first use, on two small images."""
-        return self._runner.capabilities
+        """Which ways of running this model leave its results as they are; tried out on first use, on small images."""
+        runner = self._runner
+        return dataclasses.replace(runner.capabilities, generation=runner.generation)
+
+    def image_tokens(self, image: Image, *, query: bool = False) -> int:
+        """Tokens that an image takes, beside others in a conversation, under the image budget.
+
+        Args:
+            query: whether it is a query's, which may have a budget of its own.
+
+        Raises:
+            RowError: the processor refuses the image, such as one 200 times as wide as it is high (Qwen-VL).
+        """
+        return self._runner.images.tokens_of(image, query=query)
+
+    def other_budgets(self, image: Image) -> dict[str, int]:
+        """Tokens that an image would take as published, and at the coarsest, by image budget."""
+        found = {"published": image_tokens(self._published, image)}
+        if (coarse := coarsest(self._published)) is not None:
+            found[json.dumps(coarse)] = image_tokens(with_budget(self._published, coarse), image)
+        return found
 
     def with_fewer_image_tokens(self, factor: int) -> TransformersLVLM:
         """This LVLM looking less closely: `factor` neighbouring image tokens are averaged into one.
@@ -313,63 +373,87 @@ class TransformersLVLM:
     def generate(
         self, requests: Sequence[ICLRequest], *, max_new_tokens: int = 32, progress: bool = False
     ) -> list[str]:
-        """Greedy answers in the order of the requests, without special tokens, stripped.
+        """Greedy answers in the order of the requests, without special tokens and reasoning, stripped.
+
+        Nothing is taken from the model's `generation_config` but its end-of-sequence tokens.
 
         An answer ends at the model's end-of-sequence tokens or at the token by which its chat template ends a turn.
 
         Raises:
             ContextOverflowError: a conversation and `max_new_tokens` don't fit the context.
-            RowError: a text holds the placeholder that stands for an image.
+            RowError: a text holds the placeholder that stands for an image, or the processor refuses an image.
+            UnfinishedReasoningError: a model that reasons first was cut off before it answered; the other answers
+                are its `partial`.
         """
         if max_new_tokens < 1:
             raise ValueError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
-        rows = self.format.prompt_rows(requests)
-        settings = copy.deepcopy(self.model.generation_config)
-        settings.update(
-            max_new_tokens=max_new_tokens,
-            max_length=None,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self._stop_ids or None,
-        )
-        answers = [""] * len(rows)
-
-        def run(batch: list[int]) -> int:
-            inputs = self._runner.encode([rows[i] for i in batch], new_tokens=max_new_tokens)
-            with self._runner.lock:
-                out = self.model.generate(**inputs, generation_config=settings)
-            new = out[:, inputs["input_ids"].shape[1] :]
-            for i, text in zip(batch, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                answers[i] = text.strip()
-            return len(batch)
-
+        rows = self._runner.prompt_rows(requests)
         with progress_bar("generating", len(rows), progress) as bar:
-            self._runner.in_batches(rows, run, bar, new_tokens=max_new_tokens)
-        return answers
+            found = self._runner.generate(rows, max_new_tokens, bar)
+        answers = {i: self._answer(ids) for i, ids in enumerate(found)}
+        unfinished = [i for i, answer in answers.items() if answer is None]
+        if unfinished:
+            error = UnfinishedReasoningError(
+                f"expected an answer to query {requests[unfinished[0]].query.id!r} (and {len(unfinished) - 1} others) "
+                f"within {max_new_tokens} tokens, but {self.name} was still reasoning; raise max_new_tokens, or "
+                "switch reasoning off with chat_template_kwargs"
+            )
+            error.partial = {i: answer for i, answer in answers.items() if answer is not None}
+            raise error
+        return [answer or "" for answer in answers.values()]
+
+    def _answer(self, ids: list[int]) -> str | None:
+        """An answer's text without its reasoning; None where it ends before it begins."""
+        opening = self.format.opening
+        begun = any(opening.rfind(begin) > opening.rfind(end) for begin, end in self.reasoning_markers)
+        # A marker may be a special token, which decoding leaves out.
+        whole = self.tokenizer.decode(ids, skip_special_tokens=False)
+        if not begun and not any(begin in whole for begin, _ in self.reasoning_markers):
+            return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        answer = without_reasoning(whole, self.reasoning_markers, begun=begun)
+        for text in sorted(self.tokenizer.all_special_tokens, key=len, reverse=True):
+            answer = answer and answer.replace(text, "")
+        return answer if answer is None else answer.strip()
 
     def count_tokens(self, requests: Sequence[ICLRequest]) -> list[int]:
         """Tokens of each conversation up to where the answer begins, images included. Answers nothing."""
-        rows = self.format.prompt_rows(requests)
+        rows = self._runner.prompt_rows(requests)
         counts = [0] * len(rows)
 
-        def run(batch: list[int]) -> int:
-            for i, ids in zip(batch, self._runner.expand([rows[j] for j in batch])[0], strict=True):
-                counts[i] = len(ids)
-            return len(batch)
+        def run(batch: list[int]) -> None:
+            for i, count in zip(batch, self._runner.count([rows[j] for j in batch]), strict=True):
+                counts[i] = count
 
         self._runner.in_batches(rows, run)
         return counts
 
-    @cached_property
+    @property
     def _stop_ids(self) -> list[int]:
-        stated = self.model.generation_config.eos_token_id
-        stops = set(stated if isinstance(stated, list) else [] if stated is None else [stated])
-        if self.tokenizer.eos_token_id is not None:
-            stops.add(self.tokenizer.eos_token_id)
-        after = self.tokenizer(self.format.end_of_turn, add_special_tokens=False)["input_ids"]
-        stops.update([i for i in after if i in self.format.special_ids][:1])
-        return sorted(stops)
+        return self._runner.stop_ids
+
+
+def _load_model(place: str, **kwargs: Any) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        return AutoModelForImageTextToText.from_pretrained(place, **kwargs)
+    except ValueError as error:
+        text = str(error)
+        if "Unrecognized configuration class" not in text and "model type" not in text:
+            raise
+        raise ModelError(
+            f"expected a family that this transformers' AutoModelForImageTextToText knows, got {place!r}: "
+            f"{text.splitlines()[0][:300]}. Update transformers; or load the model and its processor yourself and "
+            "pass them to TransformersLVLM(model, processor); or serve it (vLLM) and use OpenAILVLM"
+        ) from error
+    except ImportError as error:
+        raise DependencyError(f"{place!r} can't be loaded: {error}") from error
+
+
+def _bitsandbytes(four: bool, eight: bool) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if four and eight:
+        raise ValueError("expected one of load_in_4bit and load_in_8bit, got both; leave one out")
+    require("bitsandbytes", "loading an LVLM in 4 or 8 bits")
+    return BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=eight)

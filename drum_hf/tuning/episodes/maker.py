@@ -11,6 +11,7 @@ import numpy as np
 
 from ...data.rows import LETTERS, shorten
 from ...errors import ColumnError, TooFewDemonstrationsError
+from ...utils.text import normalize_text
 from .draw import MadeUpWords, Pool, choice_prompt, distinct, fills, pick, pick_values, shuffled
 from .settings import EpisodeSettings, is_share
 from .tables import ConceptRow, ConceptTable, Contents
@@ -303,7 +304,7 @@ class Episodes:
     def _ask(self, row: ConceptRow, concept: str, form: Form, *, own: bool) -> tuple[str, str, tuple[str, ...]]:
         """Question, answer and options: the row's own where they are about the concept; () for options to be made."""
         value = row.concepts[concept]
-        is_value = row.answer.casefold() in (value.casefold(), "")
+        is_value = normalize_text(row.answer) in (normalize_text(value), "")
         if own and (len(row.concepts) == 1 or is_value):
             if form == "choice" and row.options:
                 return row.question or OPTIONS_QUESTION, row.answer, row.options
