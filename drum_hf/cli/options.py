@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -263,7 +264,12 @@ def read_table(path: str, args: argparse.Namespace, *, split: str | None = None)
 
     lvlm = "" if getattr(args, "endpoint", None) else getattr(args, "lvlm", None) or ""
     # the models that ship take any image
-    check = image_check(load_images_of(lvlm, args)) if lvlm and not lvlm.startswith("playground/") else None
+
+    @functools.cache
+    def checker() -> Callable[[Image], None]:  # made at the first image: faults of the table are told before
+        return image_check(load_images_of(lvlm, args))
+
+    check = (lambda image: checker()(image)) if lvlm and not lvlm.startswith("playground/") else None
     return load_table(
         path,
         split=split,

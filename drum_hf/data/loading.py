@@ -174,7 +174,10 @@ def _undecoded_stream(data: datasets.IterableDataset) -> Iterator[Any]:
 
 
 def _pandas_rows(frame: Any) -> list[dict[str, Any]]:
-    """Rows of a frame, missing cells of any kind as None; whole numbers beside them, which are floats, as whole."""
+    """Rows of a frame, missing cells of any kind as None.
+
+    Whole numbers that are floats, since one of the column is or was missing, are whole again.
+    """
     import math
 
     if not frame.columns.is_unique:
@@ -182,7 +185,7 @@ def _pandas_rows(frame: Any) -> list[dict[str, Any]]:
 
     def is_whole(column: Any) -> bool:
         present = column.dropna()
-        return column.dtype.kind == "f" and 0 < len(present) < len(column) and bool((present % 1 == 0).all())
+        return column.dtype.kind == "f" and len(present) > 0 and bool((present % 1 == 0).all())
 
     def cell(name: Any, value: Any) -> Any:
         absent = isinstance(value, float) and math.isnan(value)
@@ -204,7 +207,7 @@ def _of_arrow(table: pa.Table, fingerprint: str | None = None) -> datasets.Datas
         raise ColumnError(f"expected each column once, got {twice[0]!r} twice: the column {twice[0]!r} is in it twice")
     table = table.cast(plain_schema(table.schema))
     for place, field in enumerate(table.schema):
-        if pa.types.is_floating(field.type) and 0 < table[place].null_count < len(table):
+        if pa.types.is_floating(field.type) and table[place].null_count < len(table):
             with contextlib.suppress(pa.ArrowInvalid):  # whole numbers that were floats for a missing one's sake
                 table = table.set_column(place, field.name, table[place].cast(pa.int64()))
     return datasets.Dataset(table, fingerprint=fingerprint)
@@ -508,7 +511,7 @@ def _rows_of_object(content: dict[str, Any]) -> list[Any] | None:
         if not all(name.isdecimal() for value in values for name in value):
             return values
         return [{column: cells.get(name) for column, cells in content.items()} for name in values[0]]
-    is_even = all(isinstance(value, list) for value in values) and len({len(value) for value in values}) == 1
+    is_even = all(isinstance(value, list) and value for value in values) and len({len(v) for v in values}) == 1
     if is_even and not any(isinstance(cell, dict) for value in values for cell in value):
         return [dict(zip(content, cells, strict=True)) for cells in zip(*values, strict=True)]
     return None

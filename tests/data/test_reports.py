@@ -431,6 +431,7 @@ def test_whole_numbers_beside_an_empty_cell(folder):
     assert table.responses == ["1", "10"] and table.groups == ["7", "7"]
     made.to_parquet(folder / "t.parquet")
     assert load_table(folder, on_bad_rows="skip").responses == ["1", "10"]
+    assert load_table(made.dropna()).responses == ["1", "10"]
     made.to_csv(folder / "t.csv", index=False)
     assert any("'1.0'" in note for note in check_table(folder / "t.csv").notes)
 
