@@ -17,6 +17,7 @@ PAGES = {
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
     "releasing.md": "RELEASING.md",
+    "security-policy.md": "SECURITY.md",
     "examples.md": "examples/README.md",
 }
 

@@ -522,3 +522,54 @@ def test_a_cell_that_is_none(tmp_path, change, message):
     pq.write_table(change(pq.read_table(files.path("key"))), files.path("key"))
     with pytest.raises(SavedFileError, match=f"(?i){message}"):
         files.read("key")
+
+
+# What is found in a folder
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """A folder that nothing leads to but links."""
+    place = tmp_path / "outside"
+    (place / "cats").mkdir(parents=True)
+    picture(0).save(place / "cats" / "a.png")
+    pq.write_table(pa.table({"a": [1]}), place / "a.parquet")
+    return place
+
+
+def test_a_class_folder_that_is_a_link_out_is_not_listed(tmp_path, outside):
+    (tmp_path / "data" / "dogs").mkdir(parents=True)
+    picture(1).save(tmp_path / "data" / "dogs" / "b.png")
+    assert load_table(tmp_path / "data").responses == ["dogs"]
+    (tmp_path / "data" / "cats").symlink_to(outside / "cats")
+    with pytest.raises(SavedFileError, match="cats: it is a link that leaves the folder"):
+        load_table(tmp_path / "data")
+    (tmp_path / "data" / "cats").unlink()
+    (tmp_path / "data" / "dogs" / "more").symlink_to(outside / "cats")
+    with pytest.raises(SavedFileError, match="more: it is a link that leaves the folder"):
+        load_table(tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc", 7])
+def test_a_split_leads_to_no_other_folder(tmp_path, outside, name):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
+    with pytest.raises(SavedFileError, match=r"leaves the folder|expected a list of splits"):
+        load_table(tmp_path / "data")
+
+
+def test_files_of_a_saved_data_set_a_benchmark_and_cells_that_are_links_out(tmp_path, outside):
+    datasets.Dataset.from_list([{"prompt": "p", "response": "r"}]).save_to_disk(tmp_path / "data")
+    (arrow,) = (tmp_path / "data").glob("*.arrow")
+    arrow.rename(outside / "a.arrow")
+    arrow.symlink_to(outside / "a.arrow")
+    for folder, name in ((tmp_path / "smmile", "a.parquet"), (tmp_path / "cells", "key.parquet")):
+        folder.mkdir()
+        (folder / name).symlink_to(outside / "a.parquet")
+    for read in (
+        lambda: load_table(tmp_path / "data"),
+        lambda: read_smmile(tmp_path / "smmile"),
+        lambda: CellFiles(tmp_path / "cells").read("key"),
+    ):
+        with pytest.raises(SavedFileError, match="it is a link that leaves the folder"):
+            read()

@@ -6,6 +6,7 @@ import argparse
 import atexit
 import contextlib
 import errno
+import io
 import logging
 import os
 import signal
@@ -14,9 +15,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 from ..errors import DrumError
+from ..utils.files import check_name
+from ..utils.text import printable, shown
 from . import (
     app as _app,
 )
@@ -61,6 +64,8 @@ logger = logging.getLogger("drum_hf")
 
 #: Seconds that a command has after Ctrl-C to end by itself.
 _GRACE = 1.5
+#: Characters of an error that are shown; our choice.
+_LONGEST = 4_000
 _STOPPED = "\nstopped; what was scored is kept, run the same command again to go on\n"
 
 _VERBS = (_demo, _train, _score, _scores, _eval, _index, _push, _tune, _bench, _data, _app)
@@ -96,6 +101,24 @@ def _describe(commands: argparse._SubParsersAction) -> None:
                 _describe(action)
 
 
+class _Escaping:
+    """Standard output that a terminal obeys in nothing: what comes from files and endpoints is printed as well."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(printable(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _is_worth_telling(record: logging.LogRecord) -> bool:
     """Not what other packages say below a warning, nor advice to install what only runs on another device."""
     if record.levelno < logging.WARNING:
@@ -109,17 +132,24 @@ def _is_worth_telling(record: logging.LogRecord) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `drum-hf`; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):  # at a terminal that knows ASCII alone, the rest comes as escapes
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
-    shown = logging.StreamHandler()
-    shown.addFilter(_is_worth_telling)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[shown])
+    handler = logging.StreamHandler()
+    handler.addFilter(_is_worth_telling)
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("transformers.integrations.hub_kernels").addFilter(_is_worth_telling)
     logger.setLevel(logging.WARNING if args.quiet else logging.INFO)
     if args.quiet:
         os.environ["TQDM_DISABLE"] = "1"
     interrupted = threading.Event()
     try:
-        with _ending_on_interrupt(interrupted):
+        with _ending_on_interrupt(interrupted), contextlib.redirect_stdout(_Escaping(sys.stdout)):
+            for given in vars(args).values():  # before anything is paid for
+                if isinstance(given, (str, os.PathLike)):
+                    check_name(given)
             if getattr(args, "device", None):
                 check_device(args.device)
             status = args.run(args)
@@ -131,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         else:
             said = f"{type(error).__name__}: {error}"
-        sys.stderr.write(f"drum-hf {args.command}: {said}\n")
+        sys.stderr.write(f"drum-hf {args.command}: {shown(said, most=_LONGEST)}\n")
         if interrupted.is_set():
             _leave()
         return 2

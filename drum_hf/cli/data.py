@@ -8,6 +8,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ..utils.text import shown as escaped
 from .options import column_options, group_of, image_check, load_images_of
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from ..data import Source, TableReport
 
 __all__ = ["add", "run"]
+
+#: Characters of a line that are shown; our choice.
+_LONGEST = 2_000
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -66,7 +70,7 @@ def _check(args: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     else:
         shown = None if processor is None else functools.partial(_as_chat, processor)
-        sys.stdout.write("\n".join(map(_printable, _told(report, args.show, shown))) + "\n")
+        sys.stdout.write("\n".join(escaped(line, most=_LONGEST) for line in _told(report, args.show, shown)) + "\n")
     return 0 if report.ok else 1
 
 
@@ -77,11 +81,6 @@ def _as_chat(processor: Any, row: dict[str, str]) -> str:
     answer = [{"type": "text", "text": row["response"]}]
     turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
     return str(processor.apply_chat_template(turns, tokenize=False))
-
-
-def _printable(line: str) -> str:
-    """A line without what a terminal would obey: control characters come as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in line)
 
 
 def _cut(text: str, most: int = 200) -> str:

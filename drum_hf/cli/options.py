@@ -439,9 +439,8 @@ def write_json(path: Path | None, content: Any, **about: Any) -> None:
         about: for `write_manifest`.
     """
     if path is not None:
-        from ..utils.files import replacing_file
+        from ..utils.files import write_text
         from ..utils.manifest import manifest_beside
 
-        with replacing_file(path) as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(content, indent=1) + "\n")
         manifest_beside(path, **about)

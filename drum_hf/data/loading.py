@@ -21,7 +21,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ..errors import ColumnError, EmptySupportError, SavedFileError
 from ..types import content_key
-from ..utils.files import checksum, leads_outside, most_content, plain_schema, read_parquet, refuse_special, writing
+from ..utils.files import (
+    check_name,
+    checksum,
+    most_content,
+    plain_schema,
+    read_json,
+    read_parquet,
+    refuse_outside,
+    refuse_special,
+    writing,
+)
 from ..utils.images import FORMATS
 from .rows import shorten
 
@@ -79,6 +89,7 @@ def find_table(
     local = Path(path)
     if not _exists(local):
         return _from_hub(os.fspath(path), split, image_root, load_options or {})
+    check_name(path)
     if load_options:
         raise ValueError(
             f"{', '.join(load_options)}: expected only with a Hub id, but {local} is on this machine; "
@@ -285,13 +296,16 @@ def which_split(path: Any, split: str | None, found: Sequence[str]) -> ValueErro
 
 def split_folder(folder: Path, split: str | None) -> Path:
     try:
-        splits = json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        splits = read_json(folder / "dataset_dict.json")["splits"]
+        if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
+            raise ValueError("it is none")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SavedFileError(f"{folder / 'dataset_dict.json'}: expected a list of splits; save it again") from error
     if split is None and len(splits) == 1:
         split = splits[0]
     if split is None or split not in splits:
         raise which_split(folder, split, splits)
+    refuse_outside(folder / split, folder)
     return folder / split
 
 
@@ -333,8 +347,8 @@ def _table_in(folder: Path) -> Path | None:
             f"{folder}: expected one table file, found {', '.join(p.name for p in named)}; "
             "pass the file itself, or split= with its name"
         )
-    if named and named[0].exists() and leads_outside(named[0], folder):
-        raise SavedFileError(f"{named[0]}: it is a link that leaves the folder; pass the file that it leads to")
+    if named and named[0].exists():
+        refuse_outside(named[0], folder)
     return named[0] if named else None
 
 
@@ -495,11 +509,11 @@ def _json_list(text: str, path: Path) -> list[Any]:
         if lines or len(found) < 2:
             raise
         return found
-    found = _rows_of_object(rows) if isinstance(rows, dict) else rows
-    if not isinstance(found, list):
+    listed = _rows_of_object(rows) if isinstance(rows, dict) else rows
+    if not isinstance(listed, list):
         named = f"an object with {shorten(list(map(repr, rows)))}" if isinstance(rows, dict) else type(rows).__name__
         raise SavedFileError(f"{path}: expected a list of objects, got {named}; write one object a row")
-    return found
+    return listed
 
 
 def _rows_of_object(content: dict[str, Any]) -> list[Any] | None:
@@ -619,10 +633,13 @@ def read_saved_dataset(folder: Path) -> datasets.Dataset:
 
     try:
         for file in folder.iterdir():
+            refuse_outside(file, folder)
             refuse_special(file)
         data = datasets.Dataset.load_from_disk(str(folder))
         data.data.table.validate(full=True)  # texts and offsets: no row would be read to its end otherwise
         return data
+    except SavedFileError:
+        raise
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise SavedFileError(
             f"{folder}: expected what Dataset.save_to_disk writes ({type(error).__name__}: {error}); save it again"
@@ -638,6 +655,8 @@ def read_class_folders(folder: Path, notes: list[str] | None = None) -> list[dic
     """
     suffixes = _image_suffixes()
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX")))
+    for place in classes:
+        refuse_outside(place, folder)
     names = [p.name for p in classes]
     if names and {name.lower() for name in names} <= _SPLITS and not _holds_images(classes, suffixes):
         if len(names) > 1:
@@ -704,6 +723,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
         place = waiting.pop()
         if (real := os.path.realpath(place)) in seen:
             continue
+        refuse_outside(place, folder)
         seen.add(real)
         entries = sorted(p for p in place.iterdir() if not p.name.startswith("."))
         yield from (p for p in entries if not p.is_dir())

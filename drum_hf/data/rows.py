@@ -177,7 +177,7 @@ def match_columns(
 def query_columns(found: Sequence[str]) -> dict[str, str]:
     """The table's column -> "image" or "prompt", of a table of queries whose columns have other usual names."""
     alike = {_plain_name(name): name for name in reversed(found)}
-    renamed = {}
+    renamed: dict[str, str] = {}
     for ours, there in (("image", ("image",)), ("prompt", ("prompt", "question"))):
         if not set(there) & set(found):
             usual = [alike[name] for name in (ours, *_USUAL[ours]) if name in alike]
@@ -877,11 +877,11 @@ def encoded_image(text: Any) -> bytes | None:
         return None
     if text.startswith(("b'", 'b"', "{'bytes'")):
         try:
-            written = ast.literal_eval(text)
+            written: Any = ast.literal_eval(text)
             written = written.get("bytes") if isinstance(written, dict) else written
             if isinstance(written, bytes) and written.startswith(_BEGINNINGS):
                 return written
-            text = written.decode("ascii")
+            text = written.decode("ascii") if isinstance(written, bytes) else ""
         except (AttributeError, ValueError, SyntaxError, RecursionError, MemoryError):
             return None
     data = base64_bytes(text)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..errors import ColumnError, EmptySupportError, RowError, SavedFileError
 from ..types import content_key
+from ..utils.files import refuse_outside
 from ..utils.images import MAX_PIXELS
 from .loading import (
     ask_hub,
@@ -183,6 +184,8 @@ def _from_folder(part: SourcePart, folder: Path, task: str, *, streaming: bool, 
     files = [folder] if folder.is_file() and folder.suffix == ".parquet" else []
     found = sorted(p for p in folder.rglob("*.parquet") if not p.name.startswith(".")) if folder.is_dir() else []
     files = files or [p for p in found if _split_of(p) == split]
+    for file in files:
+        refuse_outside(file, folder)
     if files:
         import pyarrow as pa
 

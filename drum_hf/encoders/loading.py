@@ -73,9 +73,11 @@ def build_encoder(
             force_download=force_download,
             trust_remote_code=trust_remote_code,
         )
+        encoder = SentenceTransformer(modules=[module], device=device, similarity_fn_name="dot")
+        _try_out(encoder)
     if lora:
         inject(module, lora_config() if lora is True else lora)
-    return SentenceTransformer(modules=[module], device=device, similarity_fn_name="dot")
+    return encoder
 
 
 def load_encoder(
@@ -119,8 +121,13 @@ def load_encoder(
         )
         encoder = SentenceTransformer(modules=[module], device=device, similarity_fn_name="dot")
         encoder.eval()
-        encoder.encode([{"image": new_image("RGB", (8, 8)), "text": ["a", "b"]}], show_progress_bar=False)
+        _try_out(encoder)
     return encoder
+
+
+def _try_out(encoder: SentenceTransformer) -> None:
+    """Embed a blank picture and two texts: raises where the files make no encoder."""
+    encoder.encode([{"image": new_image("RGB", (8, 8)), "text": ["a", "b"]}], show_progress_bar=False)
 
 
 def prepare_training(encoder: SentenceTransformer) -> None:

@@ -33,6 +33,7 @@ from ..training import DrumTrainer, DrumTrainingArguments, methods
 from ..training.methods import Method
 from ..training.pricing import ScorePlan, plan_scores
 from ..types import LVLM
+from ..utils.files import write_text
 from ..utils.manifest import write_manifest
 from .examples import at_their_best, pick_rows, shown
 from .plots import plot_shots
@@ -290,7 +291,7 @@ def run_experiment(
         **(facts or {}),
     }
     values = {name: {str(pairs): r.values.round(6).tolist() for pairs, r in curve} for name, curve in curves.items()}
-    (out / "values.json").write_text(json.dumps(values), encoding="utf-8")
+    write_text(out / "values.json", json.dumps(values))
     _tell(trained["drum"], results, evaluator.metric, out)
     trained["drum"].save_pretrained(out / "retriever")
     shown_of = {"SIT + draft": comparison.untrained("sit+draft"), "DRUM": trained["drum"]}

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ColumnError
+from ..utils.files import replacing_file
 from ..utils.optional import require
 
 if TYPE_CHECKING:
@@ -406,8 +407,8 @@ def _save(tasks: Sequence[TaskResult], path: str | Path, draw: Any, *args: Any) 
         draw(ax, task, *args)
         ax.tick_params(labelsize=_FONT)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.print_figure(path, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.12)
+    with replacing_file(path) as partial:
+        canvas.print_figure(partial, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.12)
     return path
 
 

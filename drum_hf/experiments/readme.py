@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SavedFileError
+from ..utils.files import write_text
 from .report import format_table
 from .summary import read_json
 
@@ -86,7 +87,7 @@ def write_results(out: str | Path, page: str | Path) -> list[Path]:
         if isinstance(error, SavedFileError):
             raise
         raise SavedFileError(f"{page}: {error}") from error
-    page.write_text(text, encoding="utf-8")
+    write_text(page, text)
     written = [page]
     for figure in sorted((page.parent / "docs" / "images").glob("*.png")):
         if (out / figure.name).is_file():

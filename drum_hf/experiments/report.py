@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ColumnError
+from ..utils.cards import as_text
+from ..utils.files import write_text
 from ..utils.images import load_image
 from .plots import Estimate, StrategySeries, TaskResult, plot_pairs, plot_rounds, plot_shots, read_results
 
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "escape_latex",
-    "escape_markdown",
     "format_limits",
     "format_table",
     "headline",
@@ -134,12 +135,12 @@ def _markdown_table(task: TaskResult) -> str:
     header, rows = _cells(task)
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     for strategy, row in zip(task.strategies, rows, strict=True):
-        cells = [escape_markdown(row[0]), *row[1:]]
+        cells = [as_text(row[0]), *row[1:]]
         if strategy is task.best_learnt:
             cells = [cell if cell == "–" else f"**{cell}**" for cell in cells]
         lines.append("| " + " | ".join(cells) + " |")
     note = " In bold: the highest of the learnt strategies." if task.best_learnt else ""
-    return "\n".join([f"### {task.task}", "", f"{task.metric_name} × 100.{note}", "", *lines])
+    return "\n".join([f"### {as_text(task.task)}", "", f"{as_text(task.metric_name)} × 100.{note}", "", *lines])
 
 
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
@@ -152,15 +153,6 @@ _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "<": r"\textless{}",
     "×": r"$\times$",
 }
-
-
-def escape_markdown(text: str) -> str:
-    """Text for a cell of a Markdown table.
-
-    >>> escape_markdown("a|b")
-    'a\\\\|b'
-    """
-    return re.sub(r"([|\\`*_<\[\]])", r"\\\1", text)
 
 
 def escape_latex(text: str) -> str:
@@ -586,8 +578,8 @@ def write_report(
         f"<style>{_CSS}</style></head>\n<body><header><h1>Which demonstrations help the LVLM?</h1></header>\n"
         f"<main>{sections}\n{_HOW_TO_READ}</main>\n{_footer(results, tasks)}</body></html>\n"
     )
-    (out / "results.json").write_text(numbers_json + "\n", encoding="utf-8")
-    (out / "table.md").write_text(format_table(results, style="markdown") + "\n", encoding="utf-8")
+    write_text(out / "results.json", numbers_json + "\n")
+    write_text(out / "table.md", format_table(results, style="markdown") + "\n")
     path = out / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path

@@ -36,7 +36,9 @@ from ..lvlm.local.model import TransformersLVLM
 from ..retriever.queries import as_query
 from ..selection import Order, Selector, TokenBudget, get_selector
 from ..types import LVLM, Demonstration, ICLRequest, Query
+from ..utils.files import replacing_folder
 from ..utils.optional import resolve_name
+from ..utils.safe_models import MODEL_FILES
 from ..utils.text import normalize_text
 from .inputs import as_inputs, pairs
 from .models import DEFAULT_LVLM, UnnamedLVLM, find_processor, find_retriever, no_teacher, teacher_of
@@ -204,8 +206,9 @@ class ICLPipeline(Pipeline):
         """
         self._refuse_elsewhere()
         # Not the base class's way, which leaves the processor out and would write our source beside the weights.
-        self.model.save_pretrained(save_directory, **kwargs)
-        self.lvlm.processor.save_pretrained(save_directory, **kwargs)
+        with replacing_folder(save_directory, owns=MODEL_FILES) as folder:
+            self.model.save_pretrained(folder, **kwargs)
+            self.lvlm.processor.save_pretrained(folder, **kwargs)
         if self.retriever is not None:
             self.retriever.save_pretrained(os.path.join(save_directory, "retriever"))
 

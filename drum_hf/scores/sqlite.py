@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import SavedFileError
-from ..utils.files import refuse_special
+from ..utils.files import check_name, refuse_special
 from ..utils.text import shown
 
 __all__ = ["SQLiteFile"]
@@ -58,8 +58,7 @@ class SQLiteFile:
     def __init__(self, path: str | os.PathLike[str], timeout: float) -> None:
         self.path = os.fspath(path)
         self.timeout = timeout
-        if "\0" in self.path:
-            raise SavedFileError(f"expected a path, got {shown(self.path)!r}; leave the NUL character out")
+        check_name(self.path)
         self._lock = threading.RLock()
         self._inherited: list[sqlite3.Connection] = []
         self.connection: sqlite3.Connection | None = self._open()

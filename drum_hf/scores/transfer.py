@@ -20,7 +20,7 @@ from ..errors import NonFiniteScoreError, SavedFileError
 from ..lvlm.fingerprint import differences
 from ..types import LVLM
 from ..utils import hub as _hub
-from ..utils.files import check_size, plain_schema, read_batches, refuse_special
+from ..utils.files import check_size, plain_schema, read_batches, refuse_special, replacing_file
 from ..utils.manifest import write_manifest
 from ..utils.optional import bar_options, public_name
 from ..utils.text import shown, well_formed
@@ -97,28 +97,21 @@ def export_scores(
         name: public_identity(identities[name]) for name in (identities if fingerprints is None else fingerprints)
     }
     about = {"kind": "scores", "format_version": _FORMAT_VERSION, "drum_hf": _version(), "fingerprints": chosen}
-    part = path.with_name(f"{path.name}.part")
     counts = {"score": 0, "generate": 0}
     left_out = 0
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        schema = _schema().with_metadata({_ABOUT: json.dumps(about).encode()})
-        with pq.ParquetWriter(part, schema, compression="zstd") as writer, _bar("exporting", None, progress) as bar:
-            for page in pages:
-                rows = [row for entry in page if (row := _row(entry)) is not None]
-                left_out += len(page) - len(rows)
-                counts[page[0].kind] += len(rows)
-                if rows:
-                    writer.write_table(_table(rows, schema), row_group_size=rows_per_group)
-                bar.update(len(page))
-        part.replace(path)
-    except OSError as error:
-        if isinstance(error, SavedFileError):
-            raise
-        raise SavedFileError(f"{path}: writing it failed: {error}; give a file in a folder with room") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+    schema = _schema().with_metadata({_ABOUT: json.dumps(about).encode()})
+    with (
+        replacing_file(path) as part,
+        pq.ParquetWriter(part, schema, compression="zstd") as writer,
+        _bar("exporting", None, progress) as bar,
+    ):
+        for page in pages:
+            rows = [row for entry in page if (row := _row(entry)) is not None]
+            left_out += len(page) - len(rows)
+            counts[page[0].kind] += len(rows)
+            if rows:
+                writer.write_table(_table(rows, schema), row_group_size=rows_per_group)
+            bar.update(len(page))
     return Exported(counts["score"], counts["generate"], left_out, path.stat().st_size)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SavedFileError
+from ..utils.files import read_json, write_text
 
 __all__ = ["WholeCheckpoints", "in_steps_of_now", "last_checkpoint", "read_note", "same_run", "write_note"]
 
@@ -32,7 +33,7 @@ def _numbered(folder: Path) -> list[Path]:
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        sizes = json.loads((checkpoint / _WHOLE).read_text(encoding="utf-8"))
+        sizes = read_json(checkpoint / _WHOLE)
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, AttributeError):
         return False
@@ -68,7 +69,7 @@ def in_steps_of_now(checkpoint: Path, steps: int) -> Iterator[Path]:
 
     state_file, schedule_file = checkpoint / "trainer_state.json", checkpoint / "scheduler.pt"
     try:
-        state = json.loads(state_file.read_text(encoding="utf-8"))
+        state = read_json(state_file, limit=1 << 30)  # the platform's log of every step
         before, odd = divmod(int(state["max_steps"]), int(state["num_train_epochs"]))
         done = int(state["global_step"])
         if before < 1 or odd:
@@ -149,15 +150,13 @@ def same_run(folder: str | os.PathLike[str], settings: dict[str, Any], *, anew: 
 
 def write_note(note: Path, content: dict[str, Any]) -> None:
     """Write a small JSON file; a reader sees the old one or the new one."""
-    part = note.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    part.replace(note)
+    write_text(note, json.dumps(content, indent=1))
 
 
 def read_note(note: Path) -> dict[str, Any] | None:
     """What `write_note` wrote; None where there is nothing that can be read."""
     try:
-        found = json.loads(note.read_text(encoding="utf-8"))
+        found = read_json(note)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
@@ -201,9 +200,7 @@ class WholeCheckpoints:
     def _seal(self, checkpoint: Path, limit: int | None) -> None:
         sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size
                  for path in sorted(checkpoint.rglob("*")) if path.is_file()}  # fmt: skip
-        part = checkpoint / f"{_WHOLE}.part"
-        part.write_text(json.dumps(sizes), encoding="utf-8")
-        part.replace(checkpoint / _WHOLE)
+        write_text(checkpoint / _WHOLE, json.dumps(sizes))
         best = self.state.best_model_checkpoint
         kept = [path for path in _numbered(checkpoint.parent) if best is None or path != Path(best)]
         if limit is not None and limit > 0:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ..errors import ColumnError, MissingIdError, SavedFileError
-from ..utils.files import read_parquet, writing
+from ..utils.files import read_parquet, replacing_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -387,17 +387,14 @@ class CandidateTable:
 
         state = json.dumps({"format_version": _FORMAT, "bought": self.bought, "query_ids": self.query_ids})
         schema = _schema().with_metadata({"drum_hf": state})
-        part = Path(path).with_suffix(".part")
         queries, names = pa.array(self.query_ids, pa.string()), pa.array(self._names, pa.string())
-        with writing(path):
-            with pq.ParquetWriter(part, schema) as writer:
-                for start in range(0, len(self._rows), _BLOCK):
-                    rows, candidates, *rest = self._columns(start, min(start + _BLOCK, len(self._rows)))
-                    columns = (queries.take(pa.array(rows)), names.take(pa.array(candidates)), *rest)
-                    # a missing set-level score is NaN here and null in the file
-                    arrays = [pa.array(c, t, from_pandas=True) for c, t in zip(columns, schema.types, strict=True)]
-                    writer.write_table(pa.table(arrays, schema=schema))
-            part.replace(path)
+        with replacing_file(path) as part, pq.ParquetWriter(part, schema) as writer:
+            for start in range(0, len(self._rows), _BLOCK):
+                rows, candidates, *rest = self._columns(start, min(start + _BLOCK, len(self._rows)))
+                columns = (queries.take(pa.array(rows)), names.take(pa.array(candidates)), *rest)
+                # a missing set-level score is NaN here and null in the file
+                arrays = [pa.array(c, t, from_pandas=True) for c, t in zip(columns, schema.types, strict=True)]
+                writer.write_table(pa.table(arrays, schema=schema))
 
     @classmethod
     def load(cls, path: str | Path, *, set_level_weight: float = SET_LEVEL_WEIGHT) -> CandidateTable:

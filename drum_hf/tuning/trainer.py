@@ -21,10 +21,11 @@ from ..errors import SavedFileError
 from ..lvlm.local.model import TransformersLVLM
 from ..lvlm.local.processors import load_processor
 from ..training.checkpoints import WholeCheckpoints, last_checkpoint
+from ..utils.files import replacing_folder, write_text
 from ..utils.hub import commit_folder, commit_of, make_repository
-from ..utils.manifest import write_manifest
+from ..utils.manifest import MANIFEST, write_manifest
 from ..utils.optional import loading, local_name, public_name, resolve_name
-from ..utils.safe_models import ADAPTER_CONFIG, find_model
+from ..utils.safe_models import ADAPTER_CONFIG, MODEL_FILES, find_model
 from .arguments import ICLTuningArguments
 from .card import render_tuned_card
 from .collator import MASKED, ConversationCollator, ConversationFormat
@@ -368,12 +369,14 @@ class ICLTuner(WholeCheckpoints, Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card of the tuned LVLM into the output folder; what the platform would say is left out."""
         if self.is_world_process_zero():
-            (Path(self.args.output_dir or ".") / "README.md").write_text(self._card(), encoding="utf-8")
+            write_text(Path(self.args.output_dir or ".") / "README.md", self._card())
 
     # ---- what comes out ----
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, merged: bool = False) -> None:
         """Write the adapter (or, where all weights were trained, the model), the processor, a card and a manifest.
+
+        They replace an earlier save in that folder at once, so that a kill at any moment leaves the old or the new.
 
         `TransformersLVLM.from_pretrained(base, adapter=folder)` reads an adapter; a merged or fully tuned model is
         read as any other, `TransformersLVLM.from_pretrained(folder)`.
@@ -381,12 +384,13 @@ class ICLTuner(WholeCheckpoints, Trainer):
         Args:
             merged: write the whole model with the adapter in its weights.
         """
-        if not merged or self.args.full:
-            self._save(os.fspath(folder))
-            return
-        self._merged().save_pretrained(folder)
-        self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
-        self._describe(Path(folder), adapter=False)
+        with replacing_folder(folder, owns=(*MODEL_FILES, "README.md", MANIFEST)) as partial:
+            if not merged or self.args.full:
+                self._save(os.fspath(partial))
+                return
+            self._merged().save_pretrained(partial)
+            self.processing_class.save_pretrained(partial)  # type: ignore[union-attr]
+            self._describe(partial, adapter=False)
 
     def push_to_hub(self, *args: Any, merged: bool = False, **kwargs: Any) -> Any:
         """As `transformers.Trainer.push_to_hub`; of a base model in a folder of this machine, the last name goes.
@@ -453,7 +457,7 @@ class ICLTuner(WholeCheckpoints, Trainer):
 
     def _describe(self, folder: Path, adapter: bool | None = None) -> None:
         """The card of what lies in a folder, and the manifest of what made it."""
-        (folder / "README.md").write_text(self._card(adapter), encoding="utf-8")
+        write_text(folder / "README.md", self._card(adapter))
         write_manifest(
             folder,
             seed=self.args.seed,

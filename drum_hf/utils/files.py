@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import SavedFileError
+from .text import shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_extent",
+    "check_name",
     "check_size",
     "checksum",
     "leads_outside",
@@ -38,9 +40,12 @@ __all__ = [
     "read_json",
     "read_parquet",
     "read_yaml",
+    "refuse_outside",
     "refuse_special",
     "replacing_file",
     "replacing_folder",
+    "settled",
+    "write_text",
     "writing",
 ]
 
@@ -60,8 +65,10 @@ _PARTIAL = ".saving-"
 #: Names the folder that holds a complete save, from the moment it counts until it has been moved into place.
 _MARKER = ".saved"
 _LOCK = ".saving.lock"
-#: Seconds that a save waits for another of the same folder, and how often a reader begins anew.
-_PATIENCE, _ATTEMPTS = 600.0, 20
+#: Of the file beside the folder of a save, which is locked for as long as its writer lives.
+_ALIVE = ".alive"
+#: Seconds that a save waits for another that moves its files into the same folder, and how often a reader begins anew.
+_PATIENCE, _ATTEMPTS = 60.0, 20
 
 
 def leads_outside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
@@ -74,6 +81,14 @@ def leads_outside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) 
         return False
     at = next((i for i, part in reversed(list(enumerate(root.parts))) if part == "snapshots"), None)
     return at is None or not real.is_relative_to(Path(*root.parts[:at], "blobs"))
+
+
+def refuse_outside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+    """Raise SavedFileError where a file or folder found in `folder` is a link that leads out of it."""
+    if leads_outside(path, folder):
+        raise SavedFileError(
+            f"{os.fspath(path)}: it is a link that leaves the folder; pass what it leads to, or copy that here"
+        )
 
 
 def checksum(path: str | os.PathLike[str]) -> str:
@@ -110,6 +125,13 @@ def _plain_type(type: pa.DataType) -> pa.DataType:
     return type
 
 
+def check_name(path: str | os.PathLike[str]) -> None:
+    """Raise SavedFileError where a path is not UTF-8, which tokenizers, Arrow and SQLite can't name, or holds NUL."""
+    name = os.fsdecode(path)
+    if "\0" in name or any("\ud800" <= character <= "\udfff" for character in name):
+        raise SavedFileError(f"expected a path in UTF-8 without NUL, got '{shown(name)}'; rename it, or give another")
+
+
 def refuse_special(path: str | os.PathLike[str]) -> None:
     """Raise OSError where a pipe, a device or a folder stands for a file: reading it might never end."""
     if os.path.exists(path) and not os.path.isfile(path):
@@ -125,6 +147,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     from safetensors import SafetensorError
 
+    check_name(path)
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -177,16 +200,26 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _clean_files(path.parent)
-        partial = path.with_name(f"{_PARTIAL}{secrets.token_hex(8)}{path.suffix}")
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        partial, descriptor = _claim(path.parent, path.suffix)
         try:
-            _try_lock(descriptor)  # tells others that its writer lives
             yield partial
             os.fsync(descriptor)
             os.replace(partial, path)
         finally:
             _unlock(descriptor)
             partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file in UTF-8, in place of an earlier one at once; see `replacing_file`.
+
+    Half surrogate pairs, such as those of a file name that is not UTF-8, become "?".
+
+    Raises:
+        SavedFileError: the disk is full, or the place can't be written.
+    """
+    with replacing_file(path) as partial:
+        partial.write_bytes(text.encode("utf-8", "replace"))
 
 
 @contextlib.contextmanager
@@ -196,7 +229,8 @@ def replacing_folder(folder: str | os.PathLike[str], *, owns: Sequence[str]) -> 
     The new files are first written to a folder within `folder`. A marker file, written last, makes it the one that
     `read_folder` reads; then its files are moved into place and the marker is removed. A save that is killed before
     the marker is written leaves the old files, one that is killed later is read from its own folder; the next save
-    removes what is left. Savers of one folder take turns, those of other processes too.
+    removes what is left. Savers of one folder take turns to move their files, those of other processes too; the last
+    one's stay.
 
     Args:
         folder: made where it is missing.
@@ -210,30 +244,30 @@ def replacing_folder(folder: str | os.PathLike[str], *, owns: Sequence[str]) -> 
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with _exclusive(folder):
-            earlier = _marked(folder)
-            for left in os.listdir(folder):
-                if _is_partial(left) and folder / left != earlier and (folder / left).is_dir():
-                    shutil.rmtree(folder / left, ignore_errors=True)
+            _clean_folders(folder)
             _clean_files(folder)
-            partial = folder / f"{_PARTIAL}{secrets.token_hex(8)}"
+            held, alive = _claim(folder, _ALIVE)
+            partial = held.with_suffix("")
             partial.mkdir()
-            try:
-                yield partial
-                made = sorted(path.relative_to(partial) for path in partial.rglob("*") if path.is_file())
+        try:
+            yield partial
+            made = sorted(path.relative_to(partial) for path in partial.rglob("*") if path.is_file())
+            for inner in made:
+                _flush(partial / inner)
+            with _exclusive(folder):
+                earlier = _marked(folder)
                 for inner in made:
-                    _flush(partial / inner)
                     _refuse_obstacle(folder, inner)
-                with replacing_file(folder / _MARKER) as marker:
-                    marker.write_text(partial.name, encoding="utf-8")
-            except BaseException:
-                if _marked(folder) != partial:
-                    shutil.rmtree(partial, ignore_errors=True)
-                raise
-            _move_into_place(partial, folder, made, owns)
-            (folder / _MARKER).unlink()
-            for done in (partial, earlier):
-                if done is not None:
-                    shutil.rmtree(done, ignore_errors=True)
+                write_text(folder / _MARKER, partial.name)
+                _move_into_place(partial, folder, made, owns)
+                (folder / _MARKER).unlink()
+                if earlier is not None:
+                    shutil.rmtree(earlier, ignore_errors=True)
+        finally:
+            if _marked(folder) != partial:
+                shutil.rmtree(partial, ignore_errors=True)
+            held.unlink(missing_ok=True)
+            _unlock(alive)
 
 
 def read_folder(folder: str | os.PathLike[str], key: str, read: Callable[[Path], Result]) -> Result:
@@ -264,6 +298,11 @@ def read_folder(folder: str | os.PathLike[str], key: str, read: Callable[[Path],
             if _state(folder, key) == before:
                 return result
     raise SavedFileError(f"{folder}: it was saved anew each of the {_ATTEMPTS} times it was read; try again later")
+
+
+def settled(folder: str | os.PathLike[str]) -> Path:
+    """The folder with the files of the last save by `replacing_folder`: another one where that was killed late."""
+    return _marked(Path(folder)) or Path(folder)
 
 
 def _is_partial(name: str) -> bool:
@@ -331,6 +370,32 @@ def _move_into_place(partial: Path, folder: Path, made: Sequence[Path], owns: Se
             (folder / top).unlink()
 
 
+def _claim(folder: Path, suffix: str) -> tuple[Path, int]:
+    """A new partial file, and its descriptor with the lock that tells others that its writer lives."""
+    while True:
+        path = folder / f"{_PARTIAL}{secrets.token_hex(8)}{suffix}"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        if _try_lock(descriptor) and path.exists():  # nobody took it for left over meanwhile
+            return path, descriptor
+        _unlock(descriptor)
+
+
+def _clean_folders(folder: Path) -> None:
+    """Remove what savers that have gone left, unless it is a complete save that has not been moved into place."""
+    complete = _marked(folder)
+    for name in os.listdir(folder):
+        place = folder / name
+        if not _is_partial(name) or place == complete or not place.is_dir() or place.is_symlink():
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(f"{place}{_ALIVE}", os.O_RDWR)
+            gone = _try_lock(descriptor)
+            _unlock(descriptor)
+            if not gone:
+                continue
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def _clean_files(folder: Path) -> None:
     """Remove partial files whose writers have gone."""
     with os.scandir(folder) as entries:
@@ -350,7 +415,8 @@ def _exclusive(folder: Path) -> Iterator[None]:
     """One process and thread at a time; the lock of one that was killed is free.
 
     Raises:
-        OSError: another has held it for too long, or the folder can't be written.
+        SavedFileError: another has held it for too long.
+        OSError: the folder can't be written.
     """
     path, end = folder / _LOCK, time.monotonic() + _PATIENCE
     while True:
@@ -363,7 +429,10 @@ def _exclusive(folder: Path) -> Iterator[None]:
             break
         _unlock(descriptor)
         if time.monotonic() > end:
-            raise TimeoutError(f"another process has been saving there for {_PATIENCE:.0f} seconds")
+            raise SavedFileError(
+                f"{folder}: another process has been saving there for {_PATIENCE:.0f} seconds; end it, or try again "
+                "later"
+            )
         time.sleep(0.01)
     try:
         yield

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import replacing_file
+from .files import write_text
 from .optional import public_name
 from .redaction import redacted, shown_command
 
@@ -93,8 +93,7 @@ def write_manifest(
         "settings": redacted(dict(settings or {})),
     }
     path = Path(folder) / name
-    with replacing_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
     return path
 
 

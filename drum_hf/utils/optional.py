@@ -80,7 +80,7 @@ def loading(what: str, name: str | os.PathLike[str]) -> Iterator[None]:
     """Say which model it was that can't be found or made from its files, and what it was to be.
 
     Raises:
-        ModelError: in place of whatever transformers and its tokenizers raise, ValueError and ImportError aside.
+        ModelError: in place of whatever transformers and its tokenizers raise, ImportError aside.
     """
     try:
         yield
@@ -88,11 +88,8 @@ def loading(what: str, name: str | os.PathLike[str]) -> Iterator[None]:
         # Rust's panics are no Exception; files that are no model make transformers raise nearly anything.
         panicked = type(error).__name__ == "PanicException"
         is_ours = isinstance(error, DrumError) and not isinstance(error, HubError)
-        if (
-            is_ours
-            or isinstance(error, (ValueError, ImportError, MemoryError))
-            or not (panicked or isinstance(error, Exception))
-        ):
+        is_ours = is_ours or (isinstance(error, ValueError) and _raised_here(error))
+        if is_ours or isinstance(error, (ImportError, MemoryError)) or not (panicked or isinstance(error, Exception)):
             raise
         given = os.fspath(name)
         shipped = f"; the models that ship are {', '.join(_SHIPPED)}" if given.startswith("playground/") else ""
@@ -100,6 +97,15 @@ def loading(what: str, name: str | os.PathLike[str]) -> Iterator[None]:
             f"expected a folder or a Hub id of {what}, got {given!r}, which could not be loaded: "
             f"{' '.join(str(error).split()) or type(error).__name__}{shipped}"
         ) from error
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether this package raised it, and no library below."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    root = os.path.dirname(os.path.dirname(__file__))
+    return last is not None and last.tb_frame.f_code.co_filename.startswith(root + os.sep)
 
 
 def require(module: str, purpose: str) -> ModuleType:

@@ -10,7 +10,6 @@ import base64
 import binascii
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import re
@@ -20,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DrumError, SavedFileError
-from .files import leads_outside, refuse_special
+from .files import leads_outside, read_json, refuse_special, settled
 from .hub import commit_of, fetch_snapshot
 from .optional import adapting, resolve_name
 
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
+    "MODEL_FILES",
     "ModelSource",
     "check_adapter",
     "check_extent",
@@ -54,6 +54,8 @@ _TEXTS = (
     "sentence_bert_config.json",
 )
 _PATTERNS = (*_SETTINGS, *_TEXTS, WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors", ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+#: What a saved model or adapter may consist of, at the top of its folder; a later save replaces all of it.
+MODEL_FILES = tuple(pattern.partition("/")[0] for pattern in _PATTERNS)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 #: Of a file of settings or a vocabulary; our choice (Gemma's tokenizer.json, one of the largest, has 33 MB).
 _MOST_BYTES = 64 << 20
@@ -163,8 +165,8 @@ def find_model(
         given = {"revision": revision, "token": token, "cache_dir": cache_dir}
         options = {key: value for key, value in given.items() if value is not None}
         options |= {"local_files_only": local_files_only, "force_download": force_download}
-        return ModelSource(name, name, {**options, "trust_remote_code": True}, {})
-    folder = Path(name)
+        return ModelSource(name, name, {**options, "trust_remote_code": trust_remote_code}, {})
+    folder = settled(name)
     if not folder.is_dir():
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         hub |= {"force_download": force_download, "patterns": _PATTERNS}
@@ -232,6 +234,11 @@ def _check_file(path: Path, folder: Path) -> None:
         raise SavedFileError(
             f"{path}: expected at most {_MOST_BYTES >> 20} MB, got {path.stat().st_size >> 20} MB; {_REMEDY}"
         )
+    if path.name in _TEXTS or path.suffix == ".jinja":
+        try:
+            path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise SavedFileError(f"{path}: expected a text in UTF-8 ({error}); {_REMEDY}") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -241,11 +248,10 @@ def read_object(path: Path) -> dict[str, Any]:
         SavedFileError: it can't be read, or is something else.
     """
     try:
-        refuse_special(path)
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, limit=_MOST_BYTES)
         if not isinstance(content, dict):
             raise ValueError(f"it is a {type(content).__name__}")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise SavedFileError(f"{path}: expected a JSON object ({error}); {_REMEDY}") from error
     return content
 

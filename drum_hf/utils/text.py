@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["normalize_text", "shown", "well_formed"]
+__all__ = ["normalize_text", "printable", "shown", "well_formed"]
 
 #: Joiners that Persian, Hindi and emoji are written with; every other format character is escaped or removed.
 _JOINERS = "\u200c\u200d"
@@ -36,13 +36,30 @@ def shown(text: object, *, most: int = 300) -> str:
     cut = said if len(said) <= most else f"{said[: most - 1]}…"
     if cut.isprintable():
         return cut
-    return "".join(
-        c if c.isprintable() or c in _JOINERS or unicodedata.category(c) == "Zs" else _escape(c) for c in cut
-    )
+    return "".join(c if _prints(c) else c.encode("unicode_escape").decode("ascii") for c in cut)
 
 
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
+def printable(text: str) -> str:
+    """Text of several lines that is safe to print at a terminal, as by `shown`: line breaks and tabs stay.
+
+    The escapes are JSON's, so that JSON stays JSON.
+
+    Example:
+        >>> printable("a table\n\x1b[2J\x7f")
+        'a table\n\\u001b[2J\\u007f'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c in "\n\t" or _prints(c) else _json_escape(c) for c in text)
+
+
+def _prints(character: str) -> bool:
+    return character.isprintable() or character in _JOINERS or unicodedata.category(character) == "Zs"
+
+
+def _json_escape(character: str) -> str:
+    data = character.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{data[at : at + 2].hex()}" for at in range(0, len(data), 2))
 
 
 def well_formed(text: str, *, most: int = 1_000_000) -> str:

@@ -161,6 +161,9 @@ def test_demo_writes_what_it_promises(tmp_path, capsys):
     assert [pairs for pairs, _ in content["strategies"]["drum"]["by_pairs"]] == [0, 960]
     assert content["strategies"]["epr"]["by_pairs"][1][0] == 960
     assert (out / "report.html").exists() and list(out.glob("*.png"))
+    texts = [*out.glob("*.json"), *out.glob("*.html"), *out.glob("*.md"), *tmp_path.glob("*.json")]
+    assert len(texts) > 4 and [path.name for path in texts if str(tmp_path) in path.read_text()] == []
+    assert content["command"].startswith("drum-hf ")
     assert len(DemoRetriever.from_pretrained(out / "retriever")) == 240
 
 

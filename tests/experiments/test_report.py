@@ -6,6 +6,7 @@ import copy
 import html.parser
 import itertools
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -307,6 +308,8 @@ def test_users_text_is_escaped_everywhere(results: dict[str, Any], tmp_path: Any
     assert "script" not in page.tags
     assert page.text.count(evil) >= 12
     assert any(evil in (image["alt"] or "") for image in page.images)
+    assert r"\<script\>" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert not re.search(r"(?<!\\)<", (tmp_path / "table.md").read_text(encoding="utf-8"))
 
 
 def test_several_tasks_get_a_section_and_files_each(results: dict[str, Any], tmp_path: Any) -> None:

@@ -17,7 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from .artefacts import ARTEFACTS, picture
+from .artefacts import ARTEFACTS
+from .poison import hide
 
 #: Seconds that one load may take.
 PATIENCE = 60.0
@@ -32,7 +33,8 @@ class Worker:
     def start(self) -> None:
         settings = {
             "PYTHONPATH": str(HERE),
-            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_OFFLINE": "0",  # so that a name that leads to the Hub is seen
+            "HF_HOME": str(self.work / "cache"),
             "TOKENIZERS_PARALLELISM": "false",
             "TQDM_DISABLE": "1",
             "OMP_NUM_THREADS": "1",
@@ -89,9 +91,7 @@ def run(
     count: int, seed: int, kinds: list[str], work: Path, *, least: int = 1, report: bool = False
 ) -> tuple[collections.Counter, list]:
     """Outcomes by (kind, outcome), and the faults as (kind, seed, what was done, what came of it)."""
-    (work / "secret").mkdir(parents=True)
-    picture(7).save(work / "secret" / "secret.png")
-    (work / "secret" / "secret.json").write_text('{"secret": 1}')
+    hide(work / "secret")
     total = sum(ARTEFACTS[kind].share for kind in kinds)
     worker = Worker(work, kinds)
     counts: collections.Counter = collections.Counter()
@@ -127,7 +127,7 @@ def main() -> int:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         if args.one is not None:
-            (Path(folder) / "secret").mkdir()
+            hide(Path(folder) / "secret")
             worker = Worker(Path(folder), args.kinds.split(","))
             sys.stdout.write(f"{worker.load(args.kinds, args.one)}\n")
             worker.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -291,7 +292,66 @@ def _read_adapter(folder: Path) -> Any:
     return repr(found)
 
 
-# ---- an LVLM's adapter ----
+# ---- models: an encoder by name, an adapter beside its base model ----
+
+
+def _make_encoder(folder: Path) -> None:
+    from drum_hf.playground.building.pretraining import build_clip
+
+    for part in build_clip(seed=0):
+        part.save_pretrained(folder)
+
+
+def _read_encoder(folder: Path) -> Any:
+    from drum_hf.encoders.loading import build_encoder
+
+    encoder = build_encoder(folder, device="cpu")
+    shown = [{"image": picture(1), "text": ["what is it?", "red"]}]
+    return repr(encoder.encode(shown, show_progress_bar=False).round(3).tolist())
+
+
+def _make_based(folder: Path) -> None:
+    """A retriever that is an adapter, and the folder of the base model it names, which is changed as well."""
+    from drum_hf.retriever.retriever import DemoRetriever
+
+    _make_encoder(folder / "base")
+    retriever = DemoRetriever.from_encoder(folder / "base", support=_table(), lora=True, device="cpu")
+    retriever.save_pretrained(folder / "retriever", include_index=False)
+
+
+def _read_based(folder: Path) -> Any:
+    return _read_retriever(folder / "retriever", base_model=folder / "base")
+
+
+# ---- LVLMs, whole and adapters ----
+
+
+def _make_lvlm(folder: Path) -> None:
+    from drum_hf.utils.optional import resolve_name
+
+    shutil.copytree(resolve_name("playground/lvlm"), folder, dirs_exist_ok=True)
+
+
+def _read_lvlm(folder: Path) -> Any:
+    from drum_hf.lvlm.local.model import TransformersLVLM
+
+    return _scored(TransformersLVLM.from_pretrained(str(folder), device="cpu"))
+
+
+def _make_tuned(merged: bool) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        from drum_hf.tuning import ICLTuner, TuningConfig
+
+        with tempfile.TemporaryDirectory() as place:
+            _make_mix(Path(place))
+            config = TuningConfig.load(Path(place, "mix.yaml"))
+            mix, _ = config.mixes()
+            options = {"report_to": [], "use_cpu": True, "save_strategy": "no", "lora_rank": 2}
+            tuner = ICLTuner(config.model, config.arguments(Path(place, "out"), **options), train_dataset=mix)
+            tuner.train()
+            tuner.save_pretrained(folder, merged=merged)
+
+    return make
 
 
 def _make_lvlm_adapter(folder: Path) -> None:
@@ -308,9 +368,13 @@ def _make_lvlm_adapter(folder: Path) -> None:
 
 def _read_lvlm_adapter(folder: Path) -> Any:
     from drum_hf.lvlm.local.model import TransformersLVLM
+
+    return _scored(TransformersLVLM.from_pretrained("playground/lvlm", adapter=str(folder), device="cpu"))
+
+
+def _scored(lvlm: Any) -> Any:
     from drum_hf.types import Demonstration, ICLRequest, Query
 
-    lvlm = TransformersLVLM.from_pretrained("playground/lvlm", adapter=str(folder), device="cpu")
     shown = Demonstration(id="a", image=picture(1), prompt="what?", response="red")
     request = ICLRequest(Query(image=picture(2), prompt="what?"), (shown,), ("red",))
     return repr([round(float(score), 3) for score in lvlm.score([request])])
@@ -486,10 +550,21 @@ ARTEFACTS: dict[str, Artefact] = {
     "retriever-lora": Artefact(_make_retriever(True), _read_retriever, _sign_retriever, True, share=0.35),
     "retriever-frozen": Artefact(_make_frozen, _read_retriever, _sign_retriever, share=0.35),
     "retriever-referring": Artefact(
-        _make_referring, _read_referring, lambda folder: _sign_retriever(folder / "retriever"), share=0.35
+        _make_referring,
+        _read_referring,
+        lambda folder: _sign_retriever(folder / "retriever"),
+        share=0.35,
+        given=("retriever", "images"),
     ),
     "adapter": Artefact(_make_adapter, _read_adapter, _sign_retriever, share=0.35),
+    "encoder": Artefact(_make_encoder, _read_encoder, share=0.35),
+    "adapter-and-base": Artefact(
+        _make_based, _read_based, lambda f: _sign_retriever(f / "retriever"), share=0.35, given=("retriever", "base")
+    ),
+    "lvlm": Artefact(_make_lvlm, _read_lvlm, share=0.35),
     "lvlm-adapter": Artefact(_make_lvlm_adapter, _read_lvlm_adapter, share=0.35),
+    "tuned-adapter": Artefact(_make_tuned(False), _read_lvlm_adapter, share=0.35),
+    "tuned-merged": Artefact(_make_tuned(True), _read_lvlm, share=0.35),
     "index-sharded": Artefact(_make_sharded, _read_sharded, _sign_sharded),
     "index-flat": Artefact(_make_index(), _read_index, _sign_index, sealed=True),
     "index-hnsw": Artefact(_make_index(kind="hnsw", hnsw_m=4), _read_index, _sign_index, sealed=True),
@@ -499,11 +574,15 @@ ARTEFACTS: dict[str, Artefact] = {
     "index-ivfpq": Artefact(
         _make_index(kind="ivfpq", storage="float16", pq_bytes=4), _read_index, _sign_index, sealed=True
     ),
-    "store": Artefact(_make_store, _read_store, share=2.0),
-    "export": Artefact(_make_export, _read_export),
-    "candidates": Artefact(_make_candidates, _read_candidates),
-    "table": Artefact(lambda folder: _table().save(folder / "triplets.parquet"), _saved_table),
-    "table-mapped": Artefact(lambda folder: _table().save(folder / "triplets.parquet"), _mapped_table),
+    "store": Artefact(_make_store, _read_store, share=2.0, given=("scores.sqlite",)),
+    "export": Artefact(_make_export, _read_export, given=("scores.parquet",)),
+    "candidates": Artefact(_make_candidates, _read_candidates, given=("candidates.parquet",)),
+    "table": Artefact(
+        lambda folder: _table().save(folder / "triplets.parquet"), _saved_table, given=("triplets.parquet",)
+    ),
+    "table-mapped": Artefact(
+        lambda folder: _table().save(folder / "triplets.parquet"), _mapped_table, given=("triplets.parquet",)
+    ),
     "rows-csv": Artefact(_make_csv, _load_table, share=0.6),
     "rows-jsonl": Artefact(_make_jsonl, _load_table, share=0.6),
     "rows-parquet": Artefact(_make_rows_parquet, _load_table, share=0.6),

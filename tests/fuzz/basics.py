@@ -20,6 +20,7 @@ class Artefact:
     sign: Callable[[Path], None] | None = None
     sealed: bool = False
     anywhere: bool = False  # it names files as a command line does, wherever they lie
+    given: tuple[str, ...] = ()  # files and folders that the reader names, which may be links
     share: float = 1.0  # of all mutations, beside the others'
 
 

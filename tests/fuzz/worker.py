@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import sys
+import tempfile
 import traceback
 import warnings
 from pathlib import Path
@@ -19,28 +20,35 @@ from drum_hf.errors import DrumError
 
 from .artefacts import ARTEFACTS
 from .mutations import mutate
+from .poison import poison, replace, replacements
+from .watching import Watch
 
 ROOT = str(Path(drum_hf.__file__).parent)
 #: Bytes of address space that loading may take beyond what the process has when it starts.
 ROOM = 3 << 30
 
-_seen: list[str] = []
-_watched: list[str] = []
+
+def change(folder: Path, number: int, chance: random.Random, secret: Path, mark: Path) -> str:
+    """One mutation: a known setting with a hostile value, a file replaced, or anything at random; in words."""
+    turn, which = number % 4, number // 4
+    if turn in (0, 1) and (what := poison(folder, which * 2 + turn, chance, secret)):
+        return what
+    if turn == 2 and which < replacements(folder) and (what := replace(folder, which, secret, mark)):
+        return what
+    return mutate(folder, chance, secret, mark)
 
 
-def _watch(event: str, args: tuple[Any, ...]) -> None:
-    """Note what no loading of a file may do."""
-    if not _watched:
-        return
-    if (
-        event == "open"
-        and _watched[0]
-        and isinstance(args[0], (str, bytes))
-        and os.fsdecode(args[0]).startswith((_watched[0], "/etc/"))
-    ):
-        _seen.append(f"opened {os.fsdecode(args[0])}")
-    if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "pickle.find_class"):
-        _seen.append(f"{event} {args!r:.80}")
+def bases(folder: Path) -> list[str]:
+    """The base models that adapters name, which may be on the Hub."""
+    found = []
+    for path in sorted((*folder.rglob("drum_config.json"), *folder.rglob("adapter_config.json"))):
+        try:
+            if path.is_file() and not path.is_symlink():
+                content = json.loads(path.read_bytes())
+                found += [repr(content.get(key)) for key in ("base_model", "base_model_name_or_path")]
+        except (ValueError, AttributeError, RecursionError):
+            pass
+    return found
 
 
 def outcome(kind: str, folder: Path, expected: Any, signed: bool) -> str:
@@ -72,7 +80,9 @@ def main() -> None:
     # What a library prints while it loads must not be taken for an answer.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    work = Path(sys.argv[1])
+    work = Path(sys.argv[1]).resolve()
+    (work / "tmp").mkdir(exist_ok=True)
+    tempfile.tempdir = str(work / "tmp")
     secret, mark = work / "secret", work / "code-was-run"
     pristine: dict[str, tuple[Path, Any]] = {}
     for kind in sys.argv[2].split(","):
@@ -88,7 +98,8 @@ def main() -> None:
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
-    sys.addaudithook(_watch)
+    allowed = [work / "trial", work / "pristine", work / "tmp", work / "cache"]
+    watch = Watch(allowed, Path(ROOT).parent, secret)
     answers.write("ready\n")
     answers.flush()
     for line in sys.stdin:
@@ -98,7 +109,13 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         source, expected = pristine[kind]
         shutil.copytree(source, folder)
-        what = mutate(folder, chance, secret, mark)
+        what = change(folder, seed % 1_000_000, chance, secret, mark)
+        while any(
+            (at := folder / name).is_symlink() and (at.is_file() or at.is_dir()) for name in ARTEFACTS[kind].given
+        ):
+            shutil.rmtree(folder)
+            shutil.copytree(source, folder)
+            what = mutate(folder, chance, secret, mark)
         signed = False
         plain = all(path.is_file() or path.is_dir() for path in folder.rglob("*"))  # a pipe can't be signed
         if ARTEFACTS[kind].sign is not None and plain and chance.random() < 0.8:
@@ -107,12 +124,11 @@ def main() -> None:
                 signed = True
             except Exception:
                 pass  # nothing left to sign
-        del _seen[:]
-        _watched[:] = ["" if ARTEFACTS[kind].anywhere else str(secret)]
-        result = outcome(kind, folder, expected, signed)
-        _watched.clear()
-        if _seen:
-            result = f"FAULT {_seen[0]}"
+        hub = bases(folder) != bases(source)
+        with watch.loading(anywhere=ARTEFACTS[kind].anywhere, hub=hub) as seen:
+            result = outcome(kind, folder, expected, signed)
+        if seen:
+            result = f"FAULT {seen[0]}"
         if mark.exists():
             result = "FAULT code was run"
             mark.rmdir()

@@ -1,24 +1,37 @@
 """Kill savers at random moments and run pairs of them: `python -m tests.kill.savers --count 100 --pairs 50 --seed 0`.
 
-A retriever is saved over and over into one folder by forks of a process that has loaded it. After each kill, and while
-pairs of savers are at work, the folder must load as what one save wrote. Exit status 1 otherwise.
+A retriever, its table and its index are saved over and over into one folder, pushed to a Hub of this machine, and
+extended by `drum-hf index --add`, by forks of a process that has loaded them. After each kill, and while pairs of
+savers are at work, what is there must load as what one save wrote. Exit status 1 otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from PIL import Image
 
 from drum_hf import DemoRetriever
+from drum_hf.cli import main as main_of_drum_hf
+from drum_hf.data import TripletTable
+from drum_hf.index.demo_index import DemoIndex
+
+from ..hub_server import LocalHub, serving, used_here
+
+#: What is saved: by `save_pretrained`, `save` of a table and of an index, `drum-hf index --add`, `push_to_hub`.
+KINDS = ("retriever", "table", "index", "add", "push")
 
 #: Weights of image, prompt and response, by which saves are told apart.
 VARIANTS = {1: (1.0, 2.0, 5.0), 2: (2.0, 1.0, 5.0), 3: (5.0, 2.0, 1.0)}
@@ -40,8 +53,8 @@ def variants() -> dict[int, DemoRetriever]:
     return made
 
 
-def which(folder: Path) -> int:
-    """The variant that a folder holds, all of it."""
+def which(folder: Path | str) -> int:
+    """The variant that a folder or repository holds, all of it."""
     loaded = DemoRetriever.from_pretrained(folder, device="cpu")
     number = int(loaded.support.ids[0].partition("-")[0])
     expected = [weight / sum(VARIANTS[number]) for weight in VARIANTS[number]]
@@ -64,25 +77,104 @@ def forked(task: Callable[[], None]) -> int:
     return pid
 
 
-def kill_savers(made: dict[int, DemoRetriever], folder: Path, count: int, chance: random.Random) -> dict[int, int]:
+@dataclasses.dataclass
+class Saving:
+    """Something that is saved over and over in one place.
+
+    Attributes:
+        tasks: variant -> saves it.
+        which: the variant that the place holds, all of it.
+        before: done before each task, such as putting the older one back.
+    """
+
+    tasks: dict[int, Callable[[], object]]
+    which: Callable[[], int]
+    before: Callable[[], object] = lambda: None
+
+
+def kill_savers(saving: Saving, count: int, chance: random.Random) -> dict[int, int]:
     """Variant -> how often it was what a kill left."""
-    made[1].save_pretrained(folder)
-    (folder / "notes.txt").write_text("mine")
+    first, *_ = saving.tasks
+    saving.before()
+    saving.tasks[first]()
+    saving.before()
     began = time.monotonic()
-    made[1].save_pretrained(folder)
+    saving.tasks[first]()
     seconds = time.monotonic() - began
-    found = dict.fromkeys(made, 0)
+    found: dict[int, int] = {}
     for _ in range(count):
-        number = chance.choice([*made])
-        pid = forked(lambda: [made[number].save_pretrained(folder) for _ in range(50)] and None)  # noqa: B023
-        time.sleep(chance.uniform(0.0, 2.0 * seconds))
+        saving.before()
+        pid = forked(saving.tasks[chance.choice([*saving.tasks])])
+        time.sleep(chance.uniform(0.0, 1.2 * seconds))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        found[which(folder)] += 1
-    made[3].save_pretrained(folder)
-    assert which(folder) == 3 and not list(folder.rglob(".sav*")), "something is left of killed savers"
-    assert (folder / "notes.txt").read_text() == "mine"
+        left = saving.which()
+        found[left] = found.get(left, 0) + 1
+    saving.before()
+    saving.tasks[first]()
+    saving.which()
     return found
+
+
+@contextlib.contextmanager
+def savings(made: dict[int, DemoRetriever], folder: Path, names: list[str]) -> Iterator[dict[str, Saving]]:
+    """`save_pretrained`, the `save` of a table and of an index, `index --add`, and a push."""
+    places = {name: folder / name for name in ("retriever", "table", "index", "add")}
+    flat = {number: retriever for number, retriever in made.items() if number != 2}
+    loaded = {
+        "retriever": lambda: which(places["retriever"]),
+        "table": lambda: number_of(TripletTable.load(places["table"] / "t.parquet").ids),
+        "index": lambda: number_of(DemoIndex.load(places["index"]).ids),
+    }
+    of = {name: Saving({}, loaded[name]) for name in loaded}
+    for number, retriever in made.items():
+        of["retriever"].tasks[number] = lambda r=retriever: r.save_pretrained(places["retriever"])
+        of["table"].tasks[number] = lambda r=retriever: r.support.save(places["table"] / "t.parquet")
+    for number, retriever in flat.items():
+        of["index"].tasks[number] = lambda r=retriever: r.index.save(places["index"])
+    of["add"] = adding(made[1], places["add"])
+    if "push" not in names:
+        yield {name: of[name] for name in names}
+        return
+    hub = LocalHub()
+    with serving(hub), used_here(hub, folder / "cache"):
+        tasks = {
+            number: lambda r=retriever: r.push_to_hub("me/r", token="hf_me") for number, retriever in made.items()
+        }
+        of["push"] = Saving(tasks, lambda: which("me/r"))
+        yield {name: of[name] for name in names}
+
+
+def number_of(ids: list[str]) -> int:
+    number = int(ids[0].partition("-")[0])
+    assert len(ids) == 8 * number and all(each.startswith(f"{number}-") for each in ids), "a mixture"
+    return number
+
+
+def adding(retriever: DemoRetriever, folder: Path) -> Saving:
+    """`drum-hf index --add`; what is left has 8 rows, or 10."""
+    folder.mkdir()
+    retriever.save_pretrained(folder / "before")
+    (folder / "more").mkdir()
+    for number in range(2):
+        Image.new("RGB", (32, 32), (9, 9, number)).save(folder / "more" / f"{number}.png")
+    rows = [{"id": f"more-{i}", "image": f"{i}.png", "prompt": "what?", "response": "r"} for i in range(2)]
+    (folder / "more" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    place = folder / "place"
+
+    def before() -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(folder / "before", place)
+
+    def rows_left() -> int:
+        loaded = DemoRetriever.from_pretrained(place, device="cpu")
+        assert len(loaded) == len(loaded.index) and len(loaded) in (8, 10), "a mixture"
+        return len(loaded)
+
+    def add() -> None:
+        assert main_of_drum_hf(["-q", "index", str(place), "--add", str(folder / "more"), "--device", "cpu"]) == 0
+
+    return Saving({10: add}, rows_left, before)
 
 
 def pair_savers(made: dict[int, DemoRetriever], folder: Path, pairs: int) -> dict[int, int]:
@@ -102,17 +194,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.kill.savers", description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=100, help="kills (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=50, help="pairs of savers (default: %(default)s)")
+    parser.add_argument("--of", default=",".join(KINDS), help="what is killed (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    made = variants()
-    with tempfile.TemporaryDirectory() as folder:
+    made, names = variants(), args.of.split(",")
+    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(sys.stderr):
+        folder = Path(place)
         try:
-            killed = kill_savers(made, Path(folder, "killed"), args.count, random.Random(args.seed))
-            paired = pair_savers(made, Path(folder, "paired"), args.pairs)
+            with savings(made, folder, names) as of:
+                for name, saving in of.items():
+                    found = kill_savers(saving, args.count, random.Random(f"{args.seed} {name}"))
+                    left = list((folder / name).rglob(".sav*"))
+                    assert not left, f"something is left of killed savers: {left}"
+                    sys.__stdout__.write(f"{name}: {args.count} kills left {found}, each loads\n")
+                    sys.__stdout__.flush()
+            paired = pair_savers(made, folder / "paired", args.pairs)
         except Exception as error:
-            sys.stdout.write(f"FAULT {error!r}\n")
+            sys.__stdout__.write(f"FAULT {error!r}\n")
             return 1
-    sys.stdout.write(f"{args.count} kills left {killed}, {args.pairs} pairs of savers {paired}: each loads\n")
+    sys.stdout.write(f"{args.pairs} pairs of savers left {paired}, each loads\n")
     return 0
 
 

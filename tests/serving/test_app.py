@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import importlib.util
 import re
 import socket
@@ -208,6 +209,22 @@ def picture(query, tmp_path):
 
 
 @needs_gradio
+def test_names_of_a_retriever_are_shown_as_text(retriever):
+    """What a retriever's files say of its models is neither Markdown nor HTML: no picture is fetched."""
+    evil = "x ![t](http://evil.example/t.png) <img src=http://evil.example/u.png onerror=x()> [in](//evil.example)"
+    renamed = copy.copy(retriever)
+    renamed.teacher, renamed.base_model = {"name": evil, "task": "icl-vqa"}, f"{evil} base"
+    app = build_app(RetrieverView(renamed, name=f"{evil} view"), Echo(), title=f"{evil} title")
+    shown = [block for block in app.config["components"] if "evil.example" in str(block["props"].get("value"))]
+    app.close()
+    assert [block["type"] for block in shown] == ["html", "html"]
+    for block, names in zip(shown, (["title"], ["view", "base"]), strict=True):
+        tags = re.findall(r"<[^>]*>", block["props"]["value"])
+        assert set(tags) <= {"<h1>", "</h1>", "<h2>", "</h2>", "<p>", "</p>"}
+        assert all(f"{html.escape(evil)} {name}" in block["props"]["value"] for name in names)
+
+
+@needs_gradio
 def test_the_page_answers(page, picture, query, retriever):
     client, _ = page
     error, zero_shot, first, second = ask(client, picture, query.prompt)
@@ -276,9 +293,9 @@ def test_nobody_is_told_that_a_page_was_opened(retriever, monkeypatch):
 
 def test_columns_are_told_apart_by_their_heads(retriever):
     app = build_app(retriever, Echo(), second=similarity(retriever, "si"))
-    texts = [str(part["props"].get("value", "")) for part in app.config["components"] if part["type"] == "markdown"]
-    heads = [text.partition("\n")[0] for text in texts if text.startswith("## ")]
-    assert heads == ["## A: SIT + draft, untrained", "## B: SI, untrained"]
+    texts = [str(part["props"].get("value", "")) for part in app.config["components"] if part["type"] == "html"]
+    heads = [text.partition("<p>")[0] for text in texts if text.startswith("<h2>")]
+    assert heads == ["<h2>A: SIT + draft, untrained</h2>", "<h2>B: SI, untrained</h2>"]
 
 
 def test_without_gradio_the_command_says_which_line_brings_it(monkeypatch, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -409,6 +410,53 @@ def test_activation_checkpointing_changes_nothing(idefics, tmp_path):
 
 
 # ---- what comes out ----
+
+
+class Killed(BaseException):
+    """As a kill would, it ends a save between two of its steps."""
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_killed_save_leaves_the_old_or_the_new(idefics, tmp_path, monkeypatch, merged):
+    request = ICLRequest(Query(SQUARE, "which word?"), (Demonstration("d", SQUARE, "which word?", "dax"),), ("dax",))
+    tuned = tuner(idefics, tmp_path, to_dataset(copies(4, 3)))
+    folder = tmp_path / "saved"
+
+    def weights(value):
+        with torch.no_grad():
+            for name, parameter in tuned.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(value)
+
+    def score():
+        place = {"adapter": str(folder)} if not merged else {}
+        lvlm = TransformersLVLM.from_pretrained(idefics if not merged else folder, device="cpu", **place)
+        return round(float(lvlm.score([request])[0]), 4)
+
+    weights(0.02)
+    tuned.save_pretrained(folder, merged=merged)
+    old = score()
+    weights(-0.02)
+    tuned.save_pretrained(tmp_path / "other", merged=merged)
+    (folder / "notes.txt").write_text("mine")
+    real, left, found = os.link, [0], []
+    for step in (0, 1, 3):
+
+        def link(*places, step=step):
+            left[0] += 1
+            if left[0] > step:
+                raise Killed
+            return real(*places)
+
+        left[0] = 0
+        monkeypatch.setattr(os, "link", link)
+        with pytest.raises(Killed):
+            tuned.save_pretrained(folder, merged=merged)
+        monkeypatch.setattr(os, "link", real)
+        found.append(score())
+    assert found[0] == found[1] == found[2] != old
+    tuned.save_pretrained(folder, merged=merged)
+    assert score() == found[0] and not list(folder.glob(".sav*")) and (folder / "notes.txt").read_text() == "mine"
 
 
 def test_an_adapter_loads_on_its_base(idefics, tmp_path, monkeypatch):

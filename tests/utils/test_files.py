@@ -170,11 +170,38 @@ def test_savers_take_turns_and_readers_see_one_of_them(tmp_path):
 def test_a_saver_that_hangs_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("drum_hf.utils.files._PATIENCE", 0.05)
     save(tmp_path, 1)
+    held, go = threading.Event(), threading.Event()
+    real = os.link
+
+    def waiting(*places):
+        held.set()
+        assert go.wait(30)
+        return real(*places)
+
+    monkeypatch.setattr(os, "link", waiting)  # while it moves its files into place
+    slow = threading.Thread(target=save, args=(tmp_path, 2))
+    slow.start()
+    assert held.wait(30)
+    monkeypatch.setattr(os, "link", real)
+    with pytest.raises(SavedFileError, match="another process has been saving there"):
+        save(tmp_path, 3)
+    assert load(tmp_path) == 2  # complete, and readers need not wait
+    go.set()
+    slow.join()
+    assert load(tmp_path) == 2 and hidden(tmp_path) == []
+
+
+def test_a_saver_that_is_still_writing_keeps_nobody_waiting(tmp_path):
+    save(tmp_path, 1)
     with replacing_folder(tmp_path, owns=OWNS) as partial:
         (partial / "about.json").write_text("2")
-        with pytest.raises(SavedFileError, match="another process has been saving there"):
-            save(tmp_path, 3)
-        assert load(tmp_path) == 1  # readers need not wait
+        (partial / "part").mkdir()
+        save(tmp_path, 3, more=True)
+        assert load(tmp_path) == 3 and partial.is_dir()
+        for name in ("a", "b"):
+            (partial / name).write_text("2")
+        (partial / "part" / "c").write_text("2")
+    assert hidden(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["part", "about.json"])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drum_hf.utils.text import normalize_text, shown, well_formed
+from drum_hf.utils.text import normalize_text, printable, shown, well_formed
 
 anything = st.text(st.characters(exclude_categories=()), max_size=40)
 
@@ -36,6 +37,16 @@ def test_nothing_shown_controls_a_terminal(text):
     said.encode()
     if all(c.isprintable() for c in text):
         assert said == text
+
+
+@given(anything)
+def test_nothing_printable_controls_a_terminal_and_json_stays_json(text):
+    said = printable(text)
+    assert not {unicodedata.category(c) for c in said} & {"Cs", "Zl", "Zp", "Co"}
+    assert all(c in "\n\t" or unicodedata.category(c) != "Cc" for c in said)
+    assert said.count("\n") == text.count("\n")
+    read = json.loads(printable(json.dumps(text, ensure_ascii=False)))
+    assert read.encode("utf-16", "surrogatepass") == text.encode("utf-16", "surrogatepass")
 
 
 @given(anything)

@@ -16,7 +16,7 @@ from ...data import MAX_PIXELS, TripletTable
 from ...errors import ColumnError, ImageError, RowError, SavedFileError
 from ...tuning.episodes import choice_prompt
 from ...types import ICLRequest, Query
-from ...utils.files import read_parquet
+from ...utils.files import read_parquet, refuse_outside
 from .base import Benchmark, BenchmarkItem, Shots, letter_match
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ def _open(data: Any) -> datasets.Dataset | list[Mapping[str, Any]]:
             raise SavedFileError(
                 f"expected SMMILE's parquet files at {path}, found none; download the data set smmile/SMMILE there"
             )
+        for file in files:
+            refuse_outside(file, path)
         try:
             parts = [datasets.Dataset(read_parquet(file)) for file in files]
             data = datasets.concatenate_datasets(parts)

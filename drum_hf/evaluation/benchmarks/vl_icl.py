@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 from ...data import MAX_PIXELS, TripletTable
 from ...errors import ImageError, LeakError, RowError, SavedFileError, TooFewDemonstrationsError
 from ...types import Demonstration, ICLRequest, Query
-from ...utils.files import leads_outside, refuse_special
+from ...utils.files import leads_outside, read_json
 from .base import Benchmark, BenchmarkItem, Scorer, numbers_of_shots
 
 if TYPE_CHECKING:
@@ -173,15 +172,18 @@ def _request(
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
+#: Of a file of rows; our choice, far more than VL-ICL's largest.
+_MOST_BYTES = 256 << 20
+
+
 def _read(file: Path) -> list[Any]:
     try:
-        refuse_special(file)
-        rows = json.loads(file.read_text(encoding="utf-8"))
+        rows = read_json(file, limit=_MOST_BYTES)
     except FileNotFoundError as error:
         raise SavedFileError(
             f"expected a VL-ICL task folder with {file.name}, there is none in {file.parent}; unpack the task there"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise SavedFileError(f"expected a list of rows in {file}, reading it as JSON failed ({error})") from error
     if not isinstance(rows, list) or not rows:
         raise SavedFileError(f"expected a list of rows in {file}, got {type(rows).__name__} with nothing to read")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...index.demo_index import DemoIndex
+from ...utils.files import write_text
 from ...utils.optional import require_faiss
 from .machine import measure_memory, resident_mb
 from .vectors import Vectors
@@ -98,7 +99,7 @@ def measure_retrieval(
             exact = exact_neighbours(vectors, size, cache) if exact is None else exact
             measured = measure_memory(measure_index, vectors, size, setup, os.fspath(exact))
             row |= measured.result | {"peak_mb": round(measured.peak_mb)}
-            kept.write_text(json.dumps(row), encoding="utf-8")
+            write_text(kept, json.dumps(row))
             yield row
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import SavedFileError
-from ...utils.files import read_parquet, replacing_file
+from ...utils.files import read_parquet, refuse_outside, replacing_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -140,6 +140,7 @@ class CellFiles:
         import pyarrow as pa
 
         path = self.path(key)
+        refuse_outside(path, self.folder)
         try:
             table = read_parquet(path).select(_columns().names)
             about = json.loads((table.schema.metadata or {})[b"pairs"])

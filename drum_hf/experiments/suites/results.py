@@ -13,7 +13,7 @@ import numpy as np
 from ...evaluation.metrics import get_metric
 from ...evaluation.registry import STRATEGIES
 from ...evaluation.statistics import paired_bootstrap
-from ...utils.files import replacing_file
+from ...utils.files import replacing_file, write_text
 from ..demo import TASK_METRICS
 from .cells import Cell, CellFiles, Values
 from .spec import DataSpec, LVLMSpec, SuiteSpec, split_name
@@ -233,8 +233,7 @@ def write_results(
             }
             writer.write_table(pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema))
     text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    with replacing_file(paths[1]) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_text(paths[1], text)
     return paths
 
 

@@ -17,7 +17,7 @@ from ...scores.cached import CachedLVLM
 from ...training import DrumTrainer, DrumTrainingArguments
 from ...training.checkpoints import last_checkpoint
 from ...training.methods import METHODS
-from ...utils.files import replacing_file
+from ...utils.files import read_json, write_text
 from .spec import TrainingSpec
 
 __all__ = ["TrainedRetriever", "train_retriever"]
@@ -46,7 +46,7 @@ class TrainedRetriever:
         if not path.is_file():
             return None
         try:
-            return cls(folder, tuple(int(n) for n in json.loads(path.read_text(encoding="utf-8"))["pairs"]))
+            return cls(folder, tuple(int(n) for n in read_json(path)["pairs"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SavedFileError(f"{path}: expected what a training left ({error}); delete {folder}") from error
 
@@ -115,7 +115,6 @@ def train_retriever(
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     pairs = tuple(trainer.table.bought)
     retriever.save_pretrained(folder / f"round-{len(pairs)}", include_support=False)
-    with replacing_file(folder / _DONE) as partial:
-        partial.write_text(json.dumps({"method": method, "seed": seed, "pairs": pairs}), encoding="utf-8")
+    write_text(folder / _DONE, json.dumps({"method": method, "seed": seed, "pairs": pairs}))
     shutil.rmtree(work, ignore_errors=True)
     return TrainedRetriever(folder, pairs)

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ...evaluation.registry import STRATEGIES
+from ...utils.cards import as_text
+from ...utils.files import write_text
 from ..plots import plot_shots
-from ..report import escape_latex, escape_markdown, write_report
+from ..report import escape_latex, write_report
 from .results import label_of
 from .spec import SuiteSpec, split_name
 
@@ -36,9 +38,9 @@ class Table:
 
     def markdown(self) -> str:
         """With its title as a heading."""
-        lines = [f"### {escape_markdown(self.title)}", "", self.note, ""]
+        lines = [f"### {as_text(self.title)}", "", self.note, ""]
         lines += ["| " + " | ".join(self.header) + " |", "|---|" + "---:|" * (len(self.header) - 1)]
-        lines += ["| " + " | ".join([escape_markdown(row[0]), *row[1:]]) + " |" for row in self.rows]
+        lines += ["| " + " | ".join([as_text(row[0]), *row[1:]]) + " |" for row in self.rows]
         return "\n".join(lines)
 
     def latex(self) -> str:
@@ -196,8 +198,8 @@ def write_pages(
         DependencyError: matplotlib is not installed.
     """
     tables = make_tables(summary)
-    (out / "tables.md").write_text("\n\n".join(t.markdown() for t in tables) + "\n", encoding="utf-8")
+    write_text(out / "tables.md", "\n\n".join(t.markdown() for t in tables) + "\n")
     head = "% needs \\usepackage{booktabs}\n\n"
-    (out / "tables.tex").write_text(head + "\n\n".join(t.latex() for t in tables) + "\n", encoding="utf-8")
+    write_text(out / "tables.tex", head + "\n\n".join(t.latex() for t in tables) + "\n")
     _figure(spec, summary, out / "figure.png")
     write_report(report_results(summary, command=command), examples, out)

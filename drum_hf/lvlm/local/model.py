@@ -24,6 +24,7 @@ import numpy as np
 
 from ...errors import DependencyError, ModelError, UnfinishedReasoningError
 from ...types import ICLRequest
+from ...utils.files import settled
 from ...utils.hub import fetch_snapshot
 from ...utils.optional import loading, local_name, require
 from ...utils.safe_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_model, reading_adapter
@@ -213,6 +214,7 @@ class TransformersLVLM:
         if adapter is not None:
             from peft import PeftModel
 
+            adapter = os.fspath(settled(adapter))
             if not os.path.isdir(adapter):  # peft would ask the Hub for what is in the cache, too
                 adapter = os.fspath(
                     fetch_snapshot(

@@ -129,7 +129,10 @@ def load_processor(name_or_path: str | os.PathLike[str], config: Any, **kwargs: 
         if with_videos and not is_torchvision_available():
             logger.info("torchvision is not installed: %s loads without its video processor", processor_class.__name__)
             maker = image_only(processor_class)
-        return maker.from_pretrained(name_or_path, **kwargs)
+        processor = maker.from_pretrained(name_or_path, **kwargs)
+        if not kwargs.get("trust_remote_code"):
+            _try_out(processor)
+        return processor
     except ImportError as error:
         package = next((p for p in ("torchvision", "num2words", "timm", "mistral_common") if p in str(error)), None)
         if package is None or isinstance(error, DependencyError):
@@ -138,6 +141,15 @@ def load_processor(name_or_path: str | os.PathLike[str], config: Any, **kwargs: 
             f"the processor of {os.fspath(name_or_path)!r} (of the family {getattr(config, 'model_type', '?')}) needs "
             f"the package {package!r}, which is not installed; run: pip install {package}"
         ) from error
+
+
+def _try_out(processor: Any) -> None:
+    """Process a blank picture: settings that fit no picture fail here, and not at the first request."""
+    from PIL.Image import new
+
+    images = getattr(processor, "image_processor", None)
+    if images is not None:
+        images(images=[new("RGB", (224, 224))], return_tensors="pt")
 
 
 # ---- how closely to look ----

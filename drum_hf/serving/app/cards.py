@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ...types import Demonstration
 
-__all__ = ["CSS", "answer_card", "error_card", "outcome_cards", "thumbnail"]
+__all__ = ["CSS", "answer_card", "error_card", "heading_card", "outcome_cards", "thumbnail"]
 
 _SIDE = 256  # pixels of a thumbnail's longer side, at most
 _TINY = 96  # pictures up to this side are drawn with their pixels as squares
@@ -77,6 +77,11 @@ def _picture(image: Image | None, alt: str) -> str:
     small.save(data, kind)
     source = f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
     return f'<img class="{"drum-tiny" if tiny else ""}" alt="{html.escape(alt)}" src="{source}">'
+
+
+def heading_card(heading: str, text: str, *, level: int = 2) -> str:
+    """A heading and a sentence, as text whatever they hold: a retriever's files say what its models are called."""
+    return f"<h{level}>{html.escape(heading)}</h{level}><p>{html.escape(text)}</p>"
 
 
 def error_card(message: str) -> str:

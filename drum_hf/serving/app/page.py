@@ -13,7 +13,7 @@ from ...errors import DrumError, ImageError
 from ...types import LVLM, Demonstration, Query
 from ...utils.images import load_image
 from ...utils.optional import require
-from .cards import CSS, answer_card, error_card, outcome_cards, thumbnail
+from .cards import CSS, answer_card, error_card, heading_card, outcome_cards, thumbnail
 from .compare import Comparer, RetrieverView, strategy_name
 
 if TYPE_CHECKING:
@@ -75,9 +75,13 @@ def build_app(
     most = max(1, min(_MOST_SHOTS, *(len(s.retriever) for s in strategies)))
 
     with gr.Blocks(title=title, analytics_enabled=False) as app:
-        gr.Markdown(
-            f"# {title}\nThe LVLM answers without demonstrations, and with those that each strategy retrieves from "
-            f"{len(support):,} of them. Pick an example or upload an image, then ask."
+        gr.HTML(
+            heading_card(
+                title,
+                "The LVLM answers without demonstrations, and with those that each strategy retrieves from "
+                f"{len(support):,} of them. Pick an example or upload an image, then ask.",
+                level=1,
+            )
         )
         picked, asked = gr.State(None), gr.State(False)
         with gr.Row():
@@ -115,7 +119,7 @@ def build_app(
             for place, strategy in enumerate(strategies):
                 with gr.Column(min_width=320):
                     name = strategy.name or f"{strategy_name(strategy.start)}, untrained"
-                    gr.Markdown(f"## {'AB'[place]}: {name}\n{_about(strategy)}")
+                    gr.HTML(heading_card(f"{'AB'[place]}: {name}", _about(strategy)))
                     sliders += _sliders(gr, strategy)
                     results.append(gr.HTML(elem_id=f"strategy-{place + 1}", min_height=80))
 
