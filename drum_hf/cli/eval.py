@@ -33,8 +33,8 @@ _UNTRAINED = (
     "oracle-score (the LVLM's own ranking)"
 )
 _TRAINED = (
-    "drum, drum-rank, udr, epr, msier, drum-rank-weights, drum-position, drum-kl, drum-no-draft, drum-no-image, "
-    "drum-no-prompt, drum-no-list, drum-no-in-batch, drum-best, drum-alone, drum-no-mining"
+    "drum, drum-rank, udr, epr, epr-1, msier, drum-rank-weights, drum-position, drum-kl, drum-no-draft, "
+    "drum-no-image, drum-no-prompt, drum-no-list, drum-no-in-batch, drum-best, drum-alone, drum-no-mining"
 )
 
 

@@ -264,12 +264,7 @@ def read_table(path: str, args: argparse.Namespace, *, split: str | None = None)
 
     lvlm = "" if getattr(args, "endpoint", None) else getattr(args, "lvlm", None) or ""
     # the models that ship take any image
-
-    @functools.cache
-    def checker() -> Callable[[Image], None]:  # made at the first image: faults of the table are told before
-        return image_check(load_images_of(lvlm, args))
-
-    check = (lambda image: checker()(image)) if lvlm and not lvlm.startswith("playground/") else None
+    check = image_check(lambda: load_images_of(lvlm, args)) if lvlm and not lvlm.startswith("playground/") else None
     return load_table(
         path,
         split=split,
@@ -290,24 +285,32 @@ def load_images_of(lvlm: str, args: argparse.Namespace) -> Any:
     from transformers import AutoConfig
 
     from ..lvlm.local.processors import load_processor
-    from ..utils.optional import loading, resolve_name
+    from ..utils.optional import loading
+    from ..utils.safe_models import find_model
 
-    place, revision = resolve_name(lvlm), getattr(args, "lvlm_revision", None)
-    hub = {} if revision is None else {"revision": revision}
     with loading("an LVLM", lvlm):
-        return load_processor(place, AutoConfig.from_pretrained(place, **hub), **hub)
+        source = find_model(lvlm, revision=getattr(args, "lvlm_revision", None), weights=False)
+        return load_processor(
+            source.place, AutoConfig.from_pretrained(source.place, **source.options), **source.options
+        )
 
 
-def image_check(processor: Any) -> Callable[[Image], None]:
-    """For `load_table`: refuses images that a processor refuses, by their size."""
+def image_check(load: Callable[[], Any]) -> Callable[[Image], None]:
+    """For `load_table`: refuses images that a processor refuses, by their size.
+
+    Args:
+        load: makes the processor, when the first image is there.
+    """
     from ..errors import ImageError
 
+    processor = functools.cache(load)
     refused: dict[tuple[int, int], str] = {}  # "" where it is taken
 
     def check(image: Image) -> None:
         if image.size not in refused:
+            images = processor().image_processor
             try:
-                processor.image_processor(images=[image], return_tensors="pt")
+                images(images=[image], return_tensors="pt")
                 refused[image.size] = ""
             # Processors raise what they like.
             except Exception as error:

@@ -428,6 +428,11 @@ def _bar(kind: RequestKind, own: list[int], new: int, known: int, *, visible: bo
     from tqdm.auto import tqdm
 
     several = f" ({len(own):,} of {new:,} in this process)" if len(own) < new else ""
-    bar = tqdm(total=len(own), desc=f"LVLM {kind}{several}", unit="request", **bar_options(visible))
+    bar = tqdm(
+        total=len(own),
+        desc=f"LVLM {kind}{several}",
+        unit="pair" if kind == "score" else "request",
+        **bar_options(visible),
+    )
     bar.set_postfix({"new": new, "known": known}, refresh=False)
     return bar

@@ -87,7 +87,7 @@ def in_steps_of_now(checkpoint: Path, steps: int) -> Iterator[Path]:
         "%s: its epochs had %d steps, this launch's have %d: going on after step %d of them instead of %d",
         checkpoint, before, steps, now, done,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=".resumed-") as made:
         copy = Path(made, f"checkpoint-{now}")
         copy.mkdir()
         for path in checkpoint.iterdir():
@@ -104,10 +104,16 @@ def in_steps_of_now(checkpoint: Path, steps: int) -> Iterator[Path]:
 
 
 def _link(path: Path, place: Path) -> None:
+    """A hard link, so that the copy is a folder of files like any other; a copy on another file system."""
+    if path.is_dir():
+        place.mkdir()
+        for inner in path.iterdir():
+            _link(inner, place / inner.name)
+        return
     try:
-        place.symlink_to(path)
-    except OSError:  # Windows lets only some users make links
-        (shutil.copytree if path.is_dir() else shutil.copy2)(path, place)
+        os.link(path, place)
+    except OSError:
+        shutil.copy2(path, place)
 
 
 def same_run(folder: str | os.PathLike[str], settings: dict[str, Any], *, anew: bool = False) -> Path | None:

@@ -147,6 +147,7 @@ def find_model(
     force_download: bool = False,
     trust_remote_code: bool = False,
     adapter: bool = False,
+    weights: bool = True,
 ) -> ModelSource:
     """Find a model, fetch it where it is on the Hub, and check its files.
 
@@ -154,6 +155,7 @@ def find_model(
         name_or_path: folder, Hub id, or a model that ships with the package.
         trust_remote_code: leave all this to transformers: nothing is checked.
         adapter: whether an adapter may be there instead of a model.
+        weights: False leaves the weights out: settings and processor are fetched and checked alone.
 
     Raises:
         SavedFileError: a file is not what it may be, or there are no weights as safetensors; see `check_model`.
@@ -169,13 +171,14 @@ def find_model(
     folder = settled(name)
     if not folder.is_dir():
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        hub |= {"force_download": force_download, "patterns": _PATTERNS}
+        patterns = _PATTERNS if weights else (*_SETTINGS, *_TEXTS)
+        hub |= {"force_download": force_download, "patterns": patterns}
         folder = fetch_snapshot(name, revision=revision, **hub)
         is_pickled = not any((folder / file).exists() for file in (WEIGHTS, WEIGHTS_INDEX, ADAPTER_CONFIG))
-        if revision is None and not local_files_only and is_pickled:
+        if weights and revision is None and not local_files_only and is_pickled:
             converted = _conversion(name, token)
             folder = folder if converted is None else fetch_snapshot(name, revision=converted, **hub)
-    check_model(folder, adapter=adapter)
+    check_model(folder, adapter=adapter, weights=weights)
     safe = {"use_safetensors": True, "weights_only": True}
     return ModelSource(name, os.fspath(folder), {"trust_remote_code": False, "local_files_only": True}, safe)
 
@@ -191,11 +194,12 @@ def _conversion(name: str, token: str | bool | None) -> str | None:
         return None
 
 
-def check_model(folder: Path, *, adapter: bool = False) -> None:
+def check_model(folder: Path, *, adapter: bool = False, weights: bool = True) -> None:
     """Check everything in a folder that transformers may read of a model: names, links, sizes, keys, values.
 
     Args:
         adapter: whether an adapter may be there instead of a model.
+        weights: whether weights have to be there, and are checked.
 
     Raises:
         SavedFileError: a file leads out of the folder or is none; settings name code, another repository or file, or
@@ -219,7 +223,8 @@ def check_model(folder: Path, *, adapter: bool = False) -> None:
             _check_settings(folder / name, read_object(folder / name))
     if (folder / "tokenizer.json").exists():
         check_tokenizer(folder / "tokenizer.json")
-    _check_weights(folder)
+    if weights:
+        _check_weights(folder)
 
 
 def _check_file(path: Path, folder: Path) -> None:

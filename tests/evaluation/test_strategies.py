@@ -159,7 +159,9 @@ def test_mmices_refuses_two_support_sets(clip, comparison):
 def test_a_part_that_is_left_out_is_left_out_on_both_sides(clip, comparison, name, part):
     other = {"image": Image.new("RGB", (32, 32), "white"), "prompt": "how many?", "response": "seven"}
     rows = coloured_rows(24)
-    changed = TripletTable.from_dataset([row | {part: other[part]} if n % 2 else row for n, row in enumerate(rows)])
+    changed = TripletTable.from_dataset(
+        [row | {part: other[part]} if n % 2 else row for n, row in enumerate(rows)], group="group"
+    )
 
     def choose(strategy, support, queries):
         retriever = UntrainedRetrievers(clip, support)(strategy)
