@@ -99,7 +99,10 @@ def run(args: argparse.Namespace) -> None:
     if args.data:
         support, queries = read_tables(args)
     elif retrievers and args.queries:
-        support, queries = next(iter(retrievers.values())).support, read_table(args.queries, args)
+        support, queries = (
+            next(iter(retrievers.values())).support,
+            read_table(args.queries, args, split=args.query_split),
+        )
     else:
         raise ValueError("expected --data TABLE, or --retriever FOLDER with --queries TABLE; got neither")
     lvlm = load_teacher(args, next(iter(retrievers.values()), None))

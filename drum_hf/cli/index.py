@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
             options["shard_rows"] = args.shard_rows
         retriever = DemoRetriever.from_encoder(
             args.encoder,
-            support=read_table(args.data, args),
+            support=read_table(args.data, args, split=args.split),
             strategy=args.strategy,
             index_kind=args.kind,
             index_options=options,

@@ -39,6 +39,7 @@ __all__ = [
     "make_settings",
     "model_options",
     "names",
+    "read_queries",
     "read_table",
     "read_tables",
     "training_options",
@@ -215,8 +216,10 @@ def data_options(
         help="table of demonstrations: CSV, TSV, JSONL, JSON, parquet or Arrow, a folder of images with one of these, "
         "a folder of class folders, a zip of such a folder, or a data set of the Hub",
     )
+    group.add_argument("--split", help="which split of --data, where there are several")
     if queries is not None:
         group.add_argument("--queries", help=queries)
+        group.add_argument("--query-split", help="which split of --queries, or of --data where --queries is left out")
     column_options(group)
     group.add_argument(
         "--skip-bad-rows", action="store_true", help="leave out rows that can't be used, and count them"
@@ -249,7 +252,13 @@ def group_of(args: argparse.Namespace) -> str | None:
     return None if args.group == "none" else args.group
 
 
-def read_table(path: str, args: argparse.Namespace) -> TripletTable:
+def read_queries(args: argparse.Namespace) -> TripletTable | None:
+    """The table of `--queries` or `--query-split`; None where neither is given."""
+    path = args.queries or (args.data if args.query_split else None)
+    return read_table(path, args, split=args.query_split) if path else None
+
+
+def read_table(path: str, args: argparse.Namespace, *, split: str | None = None) -> TripletTable:
     """The table at a path; images that a local LVLM's processor refuses are bad rows."""
     from ..data import load_table
 
@@ -258,6 +267,7 @@ def read_table(path: str, args: argparse.Namespace) -> TripletTable:
     check = image_check(lambda: load_images_of(lvlm, args)) if lvlm and not lvlm.startswith("playground/") else None
     return load_table(
         path,
+        split=split,
         on_bad_rows="skip" if args.skip_bad_rows else "raise",
         columns=dict(args.columns or ()),
         group=group_of(args),
@@ -317,8 +327,8 @@ def image_check(load: Callable[[], Any]) -> Callable[[Image], None]:
 def read_tables(args: argparse.Namespace) -> tuple[TripletTable, TripletTable]:
     from ..experiments.demo import split_table
 
-    table = read_table(args.data, args)
-    return (table, read_table(args.queries, args)) if args.queries else split_table(table)
+    table, queries = read_table(args.data, args, split=args.split), read_queries(args)
+    return split_table(table) if queries is None else (table, queries)
 
 
 def load_lvlm(args: argparse.Namespace, name: str | None = None) -> TransformersLVLM | OpenAILVLM:

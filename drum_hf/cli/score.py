@@ -6,7 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from .options import TRAINING_QUERIES, data_options, encoder_dtype_option, load_lvlm, model_options, read_table
+from .options import (
+    TRAINING_QUERIES,
+    data_options,
+    encoder_dtype_option,
+    load_lvlm,
+    model_options,
+    read_queries,
+    read_table,
+)
 from .processes import joined
 
 __all__ = ["add", "run"]
@@ -41,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         from ..utils.optional import public_name
         from .options import describe_images
 
-        support = read_table(args.data, args)
+        support = read_table(args.data, args, split=args.split)
         if args.retriever:
             retriever = DemoRetriever.from_pretrained(args.retriever, support=support, device=args.device)
         else:
@@ -52,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
                 dtype=args.encoder_dtype,
                 device=args.device,
             )
-        queries = read_table(args.queries, args) if args.queries else None
+        queries = read_queries(args)
         lvlm = load_lvlm(args)
         with ScoreStore(args.store) as store:
             plan = plan_scores(

@@ -16,6 +16,7 @@ from .options import (
     load_lvlm,
     make_settings,
     model_options,
+    read_queries,
     read_table,
     training_options,
 )
@@ -35,6 +36,8 @@ _OUTSIDE = {
     "out",
     "data",
     "queries",
+    "split",
+    "query_split",
     "columns",
     "image_root",
     "restart",
@@ -91,8 +94,8 @@ def run(args: argparse.Namespace) -> None:
         from ..utils.files import checksum
         from ..utils.manifest import write_manifest
 
-        support = read_table(args.data, args)
-        queries = read_table(args.queries, args) if args.queries else None
+        support = read_table(args.data, args, split=args.split)
+        queries = read_queries(args)
         saved = args.out / "retriever"
         processes.from_main(lambda: _refuse_changed(saved, args.out / "training" / _SAVED, support.fingerprint))
         settings = make_settings(args)

@@ -103,6 +103,7 @@ def check_table(
         (1, [(1, "column 'answer': expected a text that is not empty, got ''")])
     """
     is_path = isinstance(data, (str, os.PathLike))
+    is_folder = is_path and (os.path.isdir(data) or os.fspath(data).lower().endswith(".zip"))
     name = os.fspath(data) if is_path else type(data).__name__
     if source is not None:
         if columns or image_root:
@@ -132,7 +133,7 @@ def check_table(
             about |= {"columns": {name: name for name in COLUMNS}}
             return _report(name, about, lambda: TripletTable.load(saved, image_root=image_root), faults, notes)
         match, texts, images = open_columns(found.rows, columns or {}, group)
-        if is_path and isinstance(found.root, (str, os.PathLike)):
+        if is_folder and isinstance(found.root, (str, os.PathLike)):
             notes += _unnamed_images(Path(found.root), _image_paths(match, texts, images))
     except (DrumError, ValueError) as error:
         return TableReport(name, **about, problems=[*faults, _said(error)])
@@ -210,7 +211,7 @@ def _image_paths(match: Columns, texts: Any, images: Any) -> Iterator[str]:
 
 def _unnamed_images(root: Path, named: Iterator[str]) -> list[str]:
     """A note on images that lie below `root` and that no row names."""
-    used = {os.path.normpath(root / path) for path in named}
+    used = {path for path in (os.path.normpath(root / path) for path in named) if os.path.isfile(path)}
     if not used:
         return []
     files = itertools.islice(image_files(root), _MOST_IMAGES)

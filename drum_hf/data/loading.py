@@ -101,6 +101,8 @@ def find_table(
         local = split_folder(local, split)
     elif split is not None:
         local = _split_path(local, split)
+    if local.is_dir() and not is_saved_dataset(local):
+        local = _only_split(local)
     folder = local
     if local.is_dir() and not is_saved_dataset(local):
         local = _table_in(local) or local
@@ -183,7 +185,10 @@ def _undecoded_stream(data: datasets.IterableDataset) -> Iterator[Any]:
 
 
 def _pandas_rows(frame: Any) -> list[dict[str, Any]]:
-    """Rows of a frame, missing cells of any kind as None; whole numbers beside them, which are floats, as whole."""
+    """Rows of a frame, missing cells of any kind as None.
+
+    Whole numbers that are floats, since one of the column is or was missing, are whole again.
+    """
     import math
 
     if not frame.columns.is_unique:
@@ -191,7 +196,7 @@ def _pandas_rows(frame: Any) -> list[dict[str, Any]]:
 
     def is_whole(column: Any) -> bool:
         present = column.dropna()
-        return column.dtype.kind == "f" and 0 < len(present) < len(column) and bool((present % 1 == 0).all())
+        return column.dtype.kind == "f" and len(present) > 0 and bool((present % 1 == 0).all())
 
     def cell(name: Any, value: Any) -> Any:
         absent = isinstance(value, float) and math.isnan(value)
@@ -213,7 +218,7 @@ def _of_arrow(table: pa.Table, fingerprint: str | None = None) -> datasets.Datas
         raise ColumnError(f"expected each column once, got {twice[0]!r} twice: the column {twice[0]!r} is in it twice")
     table = table.cast(plain_schema(table.schema))
     for place, field in enumerate(table.schema):
-        if pa.types.is_floating(field.type) and 0 < table[place].null_count < len(table):
+        if pa.types.is_floating(field.type) and table[place].null_count < len(table):
             with contextlib.suppress(pa.ArrowInvalid):  # whole numbers that were floats for a missing one's sake
                 table = table.set_column(place, field.name, table[place].cast(pa.int64()))
     return datasets.Dataset(table, fingerprint=fingerprint)
@@ -285,7 +290,8 @@ def ask_hub(path: str, **options: Any) -> Any:
 
 def which_split(path: Any, split: str | None, found: Sequence[str]) -> ValueError:
     got = "none was given" if split is None else f"got {split!r}"
-    return ValueError(f"{path}: expected split= one of {', '.join(map(repr, found)) or '(none here)'}, {got}")
+    names = ", ".join(map(repr, found)) or "(none here)"
+    return ValueError(f"{path}: expected split= one of {names}, {got} (--split; of queries --query-split)")
 
 
 def split_folder(folder: Path, split: str | None) -> Path:
@@ -344,6 +350,22 @@ def _table_in(folder: Path) -> Path | None:
     if named and named[0].exists():
         refuse_outside(named[0], folder)
     return named[0] if named else None
+
+
+def _only_split(folder: Path) -> Path:
+    """The folder of the only split, where splits are folders with a table each; else the folder itself.
+
+    Raises:
+        ValueError: there are several splits.
+    """
+    if _table_in(folder) is not None:
+        return folder
+    splits = [p for p in sorted(folder.iterdir()) if p.is_dir() and p.name.lower() in _SPLITS]
+    if not any(_table_in(split) for split in splits):
+        return folder
+    if len(splits) > 1:
+        raise which_split(folder, None, [p.name for p in splits])
+    return splits[0]
 
 
 def _is_triplet_file(file: Path) -> bool:
@@ -487,11 +509,26 @@ def _json_list(text: str, path: Path) -> list[Any]:
         if lines or len(found) < 2:
             raise
         return found
-    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
-        rows = rows["data"]
-    if not isinstance(rows, list):
-        raise SavedFileError(f"{path}: expected a list of objects, got {type(rows).__name__}; one object a row")
-    return rows
+    listed = _rows_of_object(rows) if isinstance(rows, dict) else rows
+    if not isinstance(listed, list):
+        named = f"an object with {shorten(list(map(repr, rows)))}" if isinstance(rows, dict) else type(rows).__name__
+        raise SavedFileError(f"{path}: expected a list of objects, got {named}; write one object a row")
+    return listed
+
+
+def _rows_of_object(content: dict[str, Any]) -> list[Any] | None:
+    """Rows below "data", by name, or in columns, as pandas and `to_dict` write them; None where it has none."""
+    values = list(content.values())
+    if isinstance(content.get("data"), list):
+        return content["data"]
+    if values and all(isinstance(value, dict) and value for value in values):
+        if not all(name.isdecimal() for value in values for name in value):
+            return values
+        return [{column: cells.get(name) for column, cells in content.items()} for name in values[0]]
+    is_even = all(isinstance(value, list) and value for value in values) and len({len(v) for v in values}) == 1
+    if is_even and not any(isinstance(cell, dict) for value in values for cell in value):
+        return [dict(zip(content, cells, strict=True)) for cells in zip(*values, strict=True)]
+    return None
 
 
 def _json_rows(text: str, path: Path, faults: list[str] | None) -> Iterator[Any]:
@@ -646,8 +683,10 @@ def read_class_folders(folder: Path, notes: list[str] | None = None) -> list[dic
     splits = [name for name in names if name.lower() in _SPLITS]
     loose = [p.name for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes and p.is_file()]
     if not rows:
+        held = f"{len(loose)} images in no class folder, such as {loose[0]!r}" if loose else "neither"
         raise EmptySupportError(
-            f"{folder}: expected a table file ({_SHOWN}) or a folder of images for each class, found neither; add one"
+            f"{folder}: expected a table file ({_SHOWN}) or a folder of images for each class, found {held}; add a "
+            "metadata.csv with columns file_name and text, or move the images into folders by class"
         )
     left_out = (
         (others, "files in class folders are no images of a known format and were left out"),

@@ -881,7 +881,7 @@ def encoded_image(text: Any) -> bytes | None:
             written = written.get("bytes") if isinstance(written, dict) else written
             if isinstance(written, bytes) and written.startswith(_BEGINNINGS):
                 return written
-            text = written.decode("ascii")
+            text = written.decode("ascii") if isinstance(written, bytes) else ""
         except (AttributeError, ValueError, SyntaxError, RecursionError, MemoryError):
             return None
     data = base64_bytes(text)

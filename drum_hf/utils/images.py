@@ -191,6 +191,8 @@ def _path(source: Any, shown: str) -> str:
     if not stat.S_ISREG(found.st_mode):  # a pipe would never end
         raise ImageError(f"expected a file, {shown} is none; name the image")
     _refuse_bytes(found.st_size, shown)
+    if not found.st_size:
+        raise ValueError("it is empty")
     return path
 
 

@@ -269,3 +269,17 @@ def test_what_the_command_line_tells(monkeypatch, name, level, message, shown):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     record = logging.LogRecord(name, level, __file__, 1, message, (), None)
     assert cli._is_worth_telling(record) is shown
+
+
+def test_the_splits_of_a_table(tmp_path):
+    from drum_hf.cli.options import data_options, read_tables
+
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text(f"question,answer\nof {split}?,{split}\n")
+    parser = argparse.ArgumentParser()
+    data_options(parser, required=True)
+    given = ["--data", str(tmp_path), "--split", "train", "--query-split", "test"]
+    support, queries = read_tables(parser.parse_args(given))
+    assert (support.responses, queries.responses) == (["train"], ["test"])
+    given = ["--data", str(tmp_path / "train.csv"), "--queries", str(tmp_path), "--query-split", "test"]
+    assert [table.responses for table in read_tables(parser.parse_args(given))] == [["train"], ["test"]]

@@ -199,6 +199,11 @@ def spaced_csv(path, rows):
     return path
 
 
+def as_printed(rows):
+    """Bytes as Python prints them."""
+    return [row | {"image": str(row["image"])} for row in rows]
+
+
 def on_windows(row):
     return row | {"file_name": row["file_name"].replace("/", "\\")}
 
@@ -232,9 +237,7 @@ WAYS = {
     "csv-pandas-index": lambda r, d: written(d / "t.csv", frame(beside(r, d)).to_csv),
     "csv-pandas-gz": lambda r, d: written(d / "t.csv.gz", lambda p: frame(beside(r, d)).to_csv(p, index=False)),
     "csv-windows-paths": lambda r, d: write_csv(d / "t.csv", [on_windows(row) for row in beside(r, d)]),
-    "csv-python-bytes": lambda r, d: write_csv(
-        d / "t.csv", [{**row, "image": str(row["image"])} for row in in_bytes(r)]
-    ),
+    "csv-python-bytes": lambda r, d: write_csv(d / "t.csv", as_printed(in_bytes(r))),
     "csv-python-structs": lambda r, d: written(d / "t.csv", lambda p: frame(in_structs(r)).to_csv(p, index=False)),
     "csv-capitals": lambda r, d: write_csv(d / "t.csv", [capitals(row) for row in beside(r, d)]),
     "csv-metadata-in-folder": lambda r, d: write_csv(d / "metadata.csv", beside(r, d)).parent,
@@ -242,6 +245,10 @@ WAYS = {
     "json": lambda r, d: write_json(d / "t.json", beside(r, d)),
     "json-indented": lambda r, d: write_json(d / "t.json", beside(r, d), indent=2, ensure_ascii=False),
     "json-gz": lambda r, d: write_json(d / "t.json.gz", beside(r, d), packed=True),
+    "json-pandas": lambda r, d: written(d / "t.json", frame(beside(r, d)).to_json),
+    "json-pandas-index": lambda r, d: written(d / "t.json", lambda p: frame(beside(r, d)).to_json(p, orient="index")),
+    "json-pandas-table": lambda r, d: written(d / "t.json", lambda p: frame(beside(r, d)).to_json(p, orient="table")),
+    "json-columns": lambda r, d: write_json(d / "t.json", frame(beside(r, d)).to_dict("list")),
     "jsonl": lambda r, d: write_json(d / "metadata.jsonl", beside(r, d), lines=True).parent,
     "jsonl-base64": lambda r, d: write_json(d / "t.jsonl", in_base64(r), lines=True, ensure_ascii=False),
     "jsonl-gz": lambda r, d: write_json(d / "t.jsonl.gz", in_base64(r, uri=True), lines=True, packed=True),

@@ -267,7 +267,7 @@ def test_absolute_paths_inside_the_folder_and_another_root(folder, tmp_path):
         ("t.xlsx", "x", SavedFileError, r"expected a table \(\.csv, .*got \.xlsx"),
         ("table", "x", SavedFileError, "got no extension"),
         ("t.json", "{", SavedFileError, "expected JSON"),
-        ("t.json", '{"prompt": ["p"]}', SavedFileError, "a list of objects, got dict"),
+        ("t.json", '{"rows": 3}', SavedFileError, "a list of objects, got an object with 'rows'"),
         ("t.json", "[" * 100_000, SavedFileError, "expected JSON"),
         ("t.jsonl", '{"prompt": "p", "response": "r"}\n{"prompt": ', SavedFileError, "line 2: expected JSON"),
         ("t.jsonl", "3\n", ColumnError, "expected a column 'prompt'"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 import struct
 import zipfile
 import zlib
@@ -21,7 +22,7 @@ from PIL import Image, ImageOps
 
 from drum_hf.data import TripletTable, check_table, load_image, load_table
 from drum_hf.encoders import build_encoder, encode_items
-from drum_hf.errors import ColumnError, ImageError, RowError, SavedFileError
+from drum_hf.errors import ColumnError, EmptySupportError, ImageError, RowError, SavedFileError
 from drum_hf.evaluation.metrics import cider_d, exact_match, get_metric, letter_match, top1, vqa_accuracy
 from drum_hf.types import image_key
 
@@ -430,6 +431,7 @@ def test_whole_numbers_beside_an_empty_cell(folder):
     assert table.responses == ["1", "10"] and table.groups == ["7", "7"]
     made.to_parquet(folder / "t.parquet")
     assert load_table(folder, on_bad_rows="skip").responses == ["1", "10"]
+    assert load_table(made.dropna()).responses == ["1", "10"]
     made.to_csv(folder / "t.csv", index=False)
     assert any("'1.0'" in note for note in check_table(folder / "t.csv").notes)
 
@@ -652,3 +654,30 @@ def test_cider_of_few_pictures():
     two = cider_d(["a red bus on a street", "two cats asleep"], [["a red bus on a street"], ["two cats asleep"]])
     assert np.allclose(two, [10.0, 10.0 * 3 / 4], atol=0.2) or (two > 5).all()
     assert np.isfinite(cider_d(["a red bus"], [["a red bus"]])).all()
+
+
+# https://github.com/tylin/coco-caption: captions and pictures in lists of their own, which no single table is
+@pytest.mark.parametrize("content", [{"images": [{"id": 1}], "annotations": [{"image_id": 1}]}, {"questions": []}, 3])
+def test_json_that_is_no_table(content, folder):
+    (folder / "t.json").write_text(json.dumps(content))
+    with pytest.raises(SavedFileError, match=r"one object a row"):
+        load_table(folder)
+
+
+def test_loose_pictures_get_a_remedy(folder):
+    picture().save(folder / "a.png")
+    with pytest.raises(EmptySupportError, match=r"1 images in no class folder, such as 'a.png'; add a metadata.csv"):
+        load_table(folder)
+
+
+# https://github.com/huggingface/datasets/pull/4925, https://github.com/huggingface/datasets/issues/6442
+def test_splits_with_a_table_each_are_no_classes(folder):
+    for i, split in enumerate(("train", "test")):
+        (folder / split).mkdir()
+        picture(i).save(folder / split / "a.png")
+        (folder / split / "metadata.csv").write_text(f"file_name,text\na.png,text {i}\n")
+    with pytest.raises(ValueError, match=r"split= one of 'test', 'train', none was given .--split"):
+        load_table(folder)
+    assert load_table(folder, split="test").responses == ["text 1"]
+    shutil.rmtree(folder / "test")
+    assert load_table(folder).responses == ["text 0"] and load_table(folder).image_keys == [image_key(picture(0))]

@@ -782,9 +782,9 @@ def test_what_servers_call_a_full_context(server, message):
 
 
 def test_an_image_may_be_a_path(server, tmp_path):
-    picture = Image.effect_noise((9, 7), 80).convert("RGB")
-    picture.save(tmp_path / "path.png")
-    connect(server).generate([ICLRequest(Query(tmp_path / "path.png", "what?")), ICLRequest(Query(picture, "what?"))])
+    picture(1).save(tmp_path / "path.png")
+    shown = tmp_path / "path.png", picture(1)
+    connect(server).generate([ICLRequest(Query(image, "what?")) for image in shown])
     sent = [body["messages"] for body in server.bodies]
     assert sent[0] == sent[1] and "data:image/png;base64," in str(sent[0])
     with pytest.raises(ImageError, match=r"missing\.png"):

@@ -122,7 +122,7 @@ def _summarise(spec: SuiteSpec, block: _Block, names: Sequence[str]) -> dict[str
             shown = name if shots else "zero-shot"
             if (shown, shots, None) in block:
                 rows[str(shots)] = _estimate(block, shown, shots)
-        if not rows:
+        if not rows or (name != "zero-shot" and set(rows) == {"0"} != set(map(str, spec.shots))):
             del strategies[name]
     pairs = spec.comparisons(names)
     by_shots = {
