@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     if args.averaged is not None:
         raise ValueError("expected --averaged with --icl-tuning only: it averages the two LVLMs that this compares")
     from ..experiments.demo import run_experiment
-    from ..experiments.report import format_table
+    from ..experiments.report import format_limits, format_table
     from ..playground import make_world
     from ..utils.optional import require
 
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
         )
     content = results[tasks[0]] if len(tasks) == 1 else {"tasks": results}
     write_json(args.json, content, seed=args.seed, data=data, lvlm=lvlm, settings=content.get("settings"))
-    sys.stdout.write(format_table(content) + "\n")
+    sys.stdout.write(format_table(content) + "\n" + format_limits(content))
     for task in tasks:
         folder = args.out if len(tasks) == 1 else args.out / task
         sys.stdout.write(f"{task}: {folder / 'report.html'} · trained retriever: {folder / 'retriever'}\n")

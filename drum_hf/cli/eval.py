@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, option):
             raise ValueError(f"--{option.replace('_', '-')} is for a suite; give --suite NAME or FILE.yaml")
     from ..experiments.demo import evaluate_strategies
-    from ..experiments.report import format_table
+    from ..experiments.report import format_limits, format_table
 
     retrievers = _load_retrievers(args.retriever, args.device)
     if args.data:
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
     )
     data = {"support": support.fingerprint, "queries": queries.fingerprint}
     write_json(args.json, results, seed=0, data=data, lvlm=lvlm)
-    sys.stdout.write(format_table(results) + "\n")
+    sys.stdout.write(format_table(results) + "\n" + format_limits(results))
 
 
 def _load_retrievers(given: Sequence[str], device: str | None) -> dict[str, DemoRetriever]:

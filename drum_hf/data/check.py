@@ -6,14 +6,16 @@ import dataclasses
 import io
 import itertools
 import os
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DrumError, EmptySupportError
-from .loading import find_object, find_table
-from .rows import COLUMNS, check_rows, open_columns, shorten
+from .loading import find_object, find_table, image_files
+from .rows import COLUMNS, Columns, check_rows, open_columns, shorten
 from .sources import find_source, load_triplets
 from .table import MAX_PIXELS, TripletTable
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 _FEW = 3  # rows shown
 _RARE = 3  # rows of a label
 _LONG = 200  # sides of an image, one by the other
+_LONGEST_PATH = 4096  # a longer text is an image itself
+_MOST_IMAGES = 200_000  # files of a folder that are compared with its table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +132,8 @@ def check_table(
             about |= {"columns": {name: name for name in COLUMNS}}
             return _report(name, about, lambda: TripletTable.load(saved, image_root=image_root), faults, notes)
         match, texts, images = open_columns(found.rows, columns or {}, group)
+        if is_path and isinstance(found.root, (str, os.PathLike)):
+            notes += _unnamed_images(Path(found.root), _image_paths(match, texts, images))
     except (DrumError, ValueError) as error:
         return TableReport(name, **about, problems=[*faults, _said(error)])
     about |= {"columns": match.used, "unused": list(match.unused)}
@@ -188,6 +194,30 @@ def _report(
     )
 
 
+def _image_paths(match: Columns, texts: Any, images: Any) -> Iterator[str]:
+    """The files that rows name as their images."""
+    name = match.names.get("image")
+    cells = (
+        (row["image"] for row in images)
+        if images is not None
+        else (row.get(name) for row in texts if isinstance(row, Mapping))
+    )
+    for cell in cells:
+        path = cell.get("path") if isinstance(cell, Mapping) and cell.get("bytes") is None else cell
+        if isinstance(path, str) and len(path) < _LONGEST_PATH:
+            yield path.replace("\\", "/")
+
+
+def _unnamed_images(root: Path, named: Iterator[str]) -> list[str]:
+    """A note on images that lie below `root` and that no row names."""
+    used = {os.path.normpath(root / path) for path in named}
+    if not used:
+        return []
+    files = itertools.islice(image_files(root), _MOST_IMAGES)
+    left = [repr(file.relative_to(root).as_posix()) for file in files if os.path.normpath(file) not in used]
+    return [f"{len(left)} images of the folder are in no row: {shorten(left)}"] if left else []
+
+
 def _sizes(table: TripletTable) -> dict[str, tuple[int, int]]:
     """Width and height of each picture, from the head of its file."""
     from PIL import Image
@@ -217,6 +247,12 @@ def _notes(table: TripletTable, sizes: Mapping[str, tuple[int, int]]) -> list[st
     notes += _label_notes(table)
     if len(set(table.responses)) == 1 and len(table) > 1 and len(table.label_set) != 1:
         notes.append(f"every response is {table.responses[0]!r}")
+    numbers = [response for response in table.responses if re.fullmatch(r"-?\d+(\.\d+)?", response)]
+    if len(numbers) > 1 and all(number.endswith(".0") for number in numbers):
+        notes.append(
+            f"whole numbers end in .0, such as {numbers[0]!r}, as pandas writes a column with empty cells: is this "
+            "how the LVLM is to answer?"
+        )
     strange = sum(
         bool(texts) and response not in texts
         for texts, response in zip(table.references, table.responses, strict=True)

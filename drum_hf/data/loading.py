@@ -183,29 +183,40 @@ def _undecoded_stream(data: datasets.IterableDataset) -> Iterator[Any]:
 
 
 def _pandas_rows(frame: Any) -> list[dict[str, Any]]:
-    """Rows of a frame, missing cells of any kind as None."""
+    """Rows of a frame, missing cells of any kind as None; whole numbers beside them, which are floats, as whole."""
     import math
 
     if not frame.columns.is_unique:
         raise ColumnError(f"expected each column once, got {', '.join(map(repr, frame.columns))}; rename the copies")
 
-    def cell(value: Any) -> Any:
+    def is_whole(column: Any) -> bool:
+        present = column.dropna()
+        return column.dtype.kind == "f" and 0 < len(present) < len(column) and bool((present % 1 == 0).all())
+
+    def cell(name: Any, value: Any) -> Any:
         absent = isinstance(value, float) and math.isnan(value)
         if absent or type(value).__name__ in ("NAType", "NaTType"):
             return None
-        return value
+        return int(value) if name in whole else value
 
+    whole = {name for name in frame.columns if is_whole(frame[name])}
     rows = frame.to_dict("records")
-    return [{str(name): cell(value) for name, value in row.items()} for row in rows]
+    return [{str(name): cell(name, value) for name, value in row.items()} for row in rows]
 
 
 def _of_arrow(table: pa.Table, fingerprint: str | None = None) -> datasets.Dataset:
     """An Arrow table of any types of text and list as a Dataset."""
     import datasets
+    import pyarrow as pa
 
     if twice := sorted({name for name in table.column_names if table.column_names.count(name) > 1}):
         raise ColumnError(f"expected each column once, got {twice[0]!r} twice: the column {twice[0]!r} is in it twice")
-    return datasets.Dataset(table.cast(plain_schema(table.schema)), fingerprint=fingerprint)
+    table = table.cast(plain_schema(table.schema))
+    for place, field in enumerate(table.schema):
+        if pa.types.is_floating(field.type) and 0 < table[place].null_count < len(table):
+            with contextlib.suppress(pa.ArrowInvalid):  # whole numbers that were floats for a missing one's sake
+                table = table.set_column(place, field.name, table[place].cast(pa.int64()))
+    return datasets.Dataset(table, fingerprint=fingerprint)
 
 
 # Where the table is
@@ -389,12 +400,13 @@ def _unpack(packed: zipfile.ZipFile, folder: Path, most: int) -> None:
     if len(entries) > _MOST_FILES:
         raise ValueError(f"it holds {len(entries):,} files, more than {_MOST_FILES:,}")
     for entry in entries:
-        name = PurePosixPath(entry.filename)
-        if name.is_absolute() or ".." in name.parts or "\\" in entry.filename or ":" in name.parts[0:1]:
+        name = PurePosixPath(entry.filename.replace("\\", "/"))  # as old tools of Windows write it
+        if name.is_absolute() or ".." in name.parts or any(":" in part for part in name.parts[:1]):
             raise ValueError(f"the name {entry.filename[:80]!r} leads out of it")
         if stat.S_ISLNK(entry.external_attr >> 16):
             raise ValueError(f"{entry.filename[:80]!r} is a link")
-        if entry.is_dir() or any(part.startswith(".") or part == "__MACOSX" for part in name.parts):
+        is_hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.parts)
+        if is_hidden or entry.filename.endswith(("/", "\\")):
             continue
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -513,18 +525,28 @@ def _csv_rows(text: str, path: Path, delimiter: str, faults: list[str] | None) -
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
-        if len(set(header)) < len(header):
-            names = ", ".join(map(repr, header))
-            raise ColumnError(f"{path}: expected each column once, got {names}; rename the copies")
+        if len(header) > 1 and all(name.startswith(" ") for name in header[1:]):  # "a, b, c"
+            reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True, skipinitialspace=True)
+            header = next(reader)
+        header = [name.strip() for name in header]
+        names = [name for name in header if name]
+        if len(set(names)) < len(names):
+            raise ColumnError(
+                f"{path}: expected each column once, got {', '.join(map(repr, names))}; rename the copies"
+            )
+        # Columns without a name are an index that was written, or come from separators at the end of every line.
+        unnamed = [place for place, name in enumerate(header) if not name and place]
         for cells in reader:
-            if cells and len(cells) != len(header):
+            if not any(cells):
+                continue
+            if len(cells) != len(header) or any(cells[place].strip() for place in unnamed):
                 fault = SavedFileError(
-                    f"{path}, line {reader.line_num}: expected {len(header)} cells, got {len(cells)}; "
+                    f"{path}, line {reader.line_num}: expected {len(names)} cells, got {len(cells)}; "
                     'put quotes ("…") around a text that holds the separator'
                 )
                 _tell(fault, faults)
-            elif cells:
-                yield dict(zip(header, cells, strict=True))
+            else:
+                yield {name: cell for name, cell in zip(header, cells, strict=True) if name}
     except csv.Error as error:
         raise SavedFileError(f"{path}, line {reader.line_num}: {error}; correct the line") from error
     finally:
@@ -594,10 +616,7 @@ def read_class_folders(folder: Path, notes: list[str] | None = None) -> list[dic
         EmptySupportError: there is none.
         ValueError: the folders are splits, not classes.
     """
-    from PIL import Image
-
-    Image.init()
-    suffixes = {suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS}
+    suffixes = _image_suffixes()
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX")))
     for place in classes:
         refuse_outside(place, folder)
@@ -624,6 +643,7 @@ def read_class_folders(folder: Path, notes: list[str] | None = None) -> list[dic
                 rows.append({"id": name, "image": name, "response": label, "label": label})
         if len(rows) == before:
             empty.append(place.name)
+    splits = [name for name in names if name.lower() in _SPLITS]
     loose = [p.name for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes and p.is_file()]
     if not rows:
         raise EmptySupportError(
@@ -633,10 +653,24 @@ def read_class_folders(folder: Path, notes: list[str] | None = None) -> list[dic
         (others, "files in class folders are no images of a known format and were left out"),
         (loose, "images are in no class folder and were left out"),
         (empty, "class folders hold no image"),
+        (splits, "class folders are called like splits; if they are, give the folder of one, or split="),
     )
     if notes is not None:
         notes += [f"{len(found)} {what}: {shorten(list(map(repr, found)))}" for found, what in left_out if found]
     return rows
+
+
+def image_files(folder: Path) -> Iterator[Path]:
+    """Visible files at any depth below a folder that are called as images are."""
+    suffixes = _image_suffixes()
+    return (file for file in _files_below(folder) if file.suffix.lower() in suffixes)
+
+
+def _image_suffixes() -> set[str]:
+    from PIL import Image
+
+    Image.init()
+    return {suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS}
 
 
 def _holds_images(folders: Sequence[Path], suffixes: set[str]) -> bool:

@@ -37,9 +37,13 @@ COLUMNS = ("id", "image", "prompt", "response", "references", "group", "label")
 #: Letters of a multiple choice's options, in order.
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-#: Our column -> names that public tables use for it, tried in order where ours is absent.
+#: Our column -> names that public tables use for it, tried in order where ours is absent. Case, blanks around a name
+#: and what joins its words make no difference.
 _USUAL = {
-    "image": ("file_name", "image_path", "image_file_name", "image_file", "img", "img_path", "images"),
+    "image": (
+        *("file_name", "filename", "file_path", "filepath", "image_path", "image_file_name", "image_filename"),
+        *("image_file", "image_name", "img", "img_path", "images", "image_url"),
+    ),
     "prompt": ("question", "query", "instruction"),
     "response": ("answer", "caption"),
     "references": ("answers", "captions"),
@@ -123,16 +127,23 @@ def match_columns(
         if theirs not in found:
             raise _missing(ours, theirs, found)
 
+    alike = {_plain_name(name): name for name in reversed(found)}
+
+    def there(name: str) -> str | None:
+        return name if name in found else alike.get(name)
+
     def take(ours: str, others: Sequence[str] = ()) -> None:
-        usual = [name for name in (ours, *others) if name in found and (name == ours or name not in names.values())]
+        usual = [(name, there(name)) for name in (ours, *others)]
+        usual = [(name, column) for name, column in usual if column is not None]
+        usual = [(name, column) for name, column in usual if name == ours or column not in names.values()]
         if ours not in names and usual:
-            names[ours] = usual[0]
+            names[ours] = str(usual[0][1])
 
     for ours in ("id", "group", "label", "image", "prompt"):
         take(ours, _USUAL.get(ours, ()))
-    take("references", [name for name in _USUAL["references"] if _is_list(first(name))] if found else ())
+    take("references", [name for name in _USUAL["references"] if _is_list(first(there(name) or name))])
     take("response", _USUAL["response"])
-    chat = next((name for name in _CHATS if name in found and "response" not in names), None)
+    chat = next((there(name) for name in _CHATS if there(name) and "response" not in names), None)
     if chat is None:
         found_here = "response" in names and "response" not in given
         if found_here and "references" not in names and _is_list(first(names["response"])):
@@ -141,11 +152,12 @@ def match_columns(
             take("response", _USUAL["references"])
         answered = bool(names.keys() & {"response", "references", "label"})
         # A text beside an answer is what was asked; alone with a picture, it is what the picture shows.
-        if "text" in found and "text" not in names.values():
+        text = there("text")
+        if text is not None and text not in names.values():
             if answered and "prompt" not in names:
-                names["prompt"] = "text"
+                names["prompt"] = text
             elif not answered and ("image" in names or "prompt" in names):
-                names["response"] = "text"
+                names["response"] = text
         if not names.keys() & {"response", "references", "label"}:
             take("label", _CLASS)
         if not names.keys() & {"response", "references"} and "label" in names:
@@ -160,6 +172,21 @@ def match_columns(
     index = "index" if "index" in found and "image" in names and encoded_image(first(names["image"])) else None
     used = {*names.values(), *options, *filter(None, (chat, hint, index))}
     return Columns(names, chat, options, hint, index, tuple(name for name in found if name not in used))
+
+
+def query_columns(found: Sequence[str]) -> dict[str, str]:
+    """The table's column -> "image" or "prompt", of a table of queries whose columns have other usual names."""
+    alike = {_plain_name(name): name for name in reversed(found)}
+    renamed: dict[str, str] = {}
+    for ours, there in (("image", ("image",)), ("prompt", ("prompt", "question"))):
+        if not set(there) & set(found):
+            usual = [alike[name] for name in (ours, *_USUAL[ours]) if name in alike]
+            renamed |= {usual[0]: ours} if usual else {}
+    return renamed
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"[\s_-]+", "_", name.strip()).casefold()
 
 
 def _missing(ours: str, theirs: str, found: Sequence[str]) -> ColumnError:
@@ -748,6 +775,8 @@ class RowCheck:
         elif self.root is None:
             full = os.path.abspath(path)
         else:
+            if "\\" in path and not os.path.exists(os.path.join(self.root, path)):
+                path = path.replace("\\", "/")  # as Windows writes it
             full = os.path.normpath(os.path.join(self.root, path))
             leaves = "" if Path(full).is_relative_to(self.root) else "leaves it"
             if not leaves and leads_outside(full, self.root):
@@ -774,7 +803,9 @@ def _valid_text(value: Any, column: str, expected: str, *, may_be_empty: bool = 
     if _is_whole(value) and not may_be_empty:
         return str(int(value))
     if not isinstance(value, str) or not (may_be_empty or value.strip()):
-        raise RowError(f"column {column!r}: expected {expected}, got {_brief(value)}")
+        kind = "a truth value" if isinstance(value, bool) else "a number" if isinstance(value, numbers.Real) else ""
+        meant = f", {kind}; write it as the text that is meant" if kind else ""
+        raise RowError(f"column {column!r}: expected {expected}, got {_brief(value)}{meant}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -841,9 +872,18 @@ _BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b
 
 
 def encoded_image(text: Any) -> bytes | None:
-    """The image that a text is in base64, bare or as a data URI; None where it is none, such as a path."""
+    """The image that a text is in base64, bare or as a data URI, or as Python writes bytes; None where it is none."""
     if not isinstance(text, str) or len(text) < 32:
         return None
+    if text.startswith(("b'", 'b"', "{'bytes'")):
+        try:
+            written: Any = ast.literal_eval(text)
+            written = written.get("bytes") if isinstance(written, dict) else written
+            if isinstance(written, bytes) and written.startswith(_BEGINNINGS):
+                return written
+            text = written.decode("ascii")
+        except (AttributeError, ValueError, SyntaxError, RecursionError, MemoryError):
+            return None
     data = base64_bytes(text)
     is_image_file = data is not None and (text[:5].lower() == "data:" or data.startswith(_BEGINNINGS))
     return data if is_image_file else None

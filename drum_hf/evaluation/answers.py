@@ -75,7 +75,8 @@ def vqa_accuracy(prediction: str, references: Sequence[str], *, official: bool =
         references: one answer an annotator, repeats kept (ten in VQAv2, OK-VQA, VizWiz and TextVQA), at least two.
         official: follow the official script to the letter, which compares answers as they stand where all annotators
             agree ("Yes" against ten "yes" is then wrong). False normalizes always, as later suites do (OpenFlamingo,
-            lmms-eval).
+            lmms-eval), and unifies what looks the same in texts that are not ASCII
+            ([`normalize_text`][drum_hf.utils.text.normalize_text]).
 
     Returns:
         float in [0, 1], higher is better.
@@ -89,8 +90,10 @@ def vqa_accuracy(prediction: str, references: Sequence[str], *, official: bool =
     (1.0, 0.0)
     """
     check_references(references, "vqa_accuracy", least=2)
-    prediction = _clean_vqa_answer(prediction)
-    answers = [_clean_vqa_answer(answer) for answer in references]
+    prediction, *answers = (
+        _clean_vqa_answer(text if official or text.isascii() else normalize_text(text))
+        for text in (prediction, *references)
+    )
     if not official or len(set(answers)) > 1:
         prediction = normalize_vqa_answer(prediction)
         answers = [normalize_vqa_answer(answer) for answer in answers]
@@ -107,8 +110,8 @@ def exact_match(prediction: str, references: Sequence[str], *, normalize: bool =
 
     Our choice of `normalize`: texts that look the same are the same (case, white space, accents composed or not,
     full-width digits, curly quotes, dashes, zero-width characters; see
-    [`normalize_text`][drum_hf.utils.text.normalize_text]), and trailing sentence punctuation (.,;:!?) goes, unless
-    nothing else would be left.
+    [`normalize_text`][drum_hf.utils.text.normalize_text]), and trailing sentence punctuation (.,;:!? and that of
+    Chinese, Hindi and Arabic) goes, unless nothing else would be left.
 
     Raises:
         RowError: no reference, or a string in place of the list.
@@ -124,7 +127,7 @@ def exact_match(prediction: str, references: Sequence[str], *, normalize: bool =
 
 def _plain(text: str) -> str:
     text = normalize_text(text)
-    return text.rstrip(".,;:!? ") or text
+    return text.rstrip(".,;:!? \u3002\u3001\u0964\u0965\u060c\u061b\u061f\u06d4") or text
 
 
 def top1(prediction: str, label: str, *, normalize: bool = True) -> float:

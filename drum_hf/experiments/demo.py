@@ -11,7 +11,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from ..utils.files import write_text
 from ..utils.manifest import write_manifest
 from .examples import at_their_best, pick_rows, shown
 from .plots import plot_shots
-from .report import write_report
+from .report import limits, write_report
 
 __all__ = ["TRAINED", "ScorePlan", "Settings", "evaluate_strategies", "plan_scores", "run_experiment", "split_table"]
 
@@ -209,7 +209,8 @@ def run_experiment(
     store = ScoreStore(out / "scores.sqlite")
     cached = CachedLVLM(lvlm, store)
     choices = support.label_set if task == "classification" else ()
-    asked = _feedback(cached, support, queries, task, settings.max_new_tokens)
+    every_choice, told = choices_of(support, queries, task)
+    asked = Feedback(cached, support, queries, choices=every_choice, max_new_tokens=settings.max_new_tokens)
     drafts = dict(zip(queries.ids, asked.drafts(queries.ids), strict=True))
     evaluator = ICLEvaluator(
         cached,
@@ -224,8 +225,14 @@ def run_experiment(
     every = sorted({settings.shots, *settings.by_shots})
     run.evaluate_named("zero-shot", [settings.shots])
     run.rows["zero-shot"]["by_shots"] = {}
-    for name in _runnable(("random", "fixed", "si", "st", "sit", "sit+draft", "bm25"), support, queries):
-        run.evaluate_named(name, every)
+    baselines = ("random", "fixed", "si", "st", "sit", "sit+draft", "bm25")
+    left_out = left_out_of(baselines, support, queries)
+    for name in baselines:
+        if name not in left_out:
+            run.evaluate_named(name, every)
+    told += left_out.values()
+    for sentence in told:
+        logger.warning("%s", sentence)
     if settings.oracle != "none":
         run.evaluate(SameAnswerOracle(support, queries) if settings.oracle == "answer" else ScoreOracle(asked), every)
         if settings.oracle == "score":
@@ -234,6 +241,7 @@ def run_experiment(
     start = run.results["sit+draft", settings.shots]
     curves: dict[str, list[tuple[int, StrategyResult]]] = {}
     trained: dict[str, DemoRetriever] = {}
+    doubts: dict[str, None] = {}
     for name, method in TRAINED.items():
         curve = curves[name] = [(0, start)]
         set_seed(settings.seed)  # adapters start at random: the same for every method
@@ -252,13 +260,16 @@ def run_experiment(
             on_round_end=after_round,
         )
         trainer.train()
+        doubts |= dict.fromkeys(trainer.doubts)
         trained[name] = retriever
         run.evaluate(Retrieved(name, retriever), every)
         run.rows[name]["by_pairs"] = [[pairs, result.mean] for pairs, result in curve]
         run.rows[name]["by_round"] = [result.mean for _, result in curve[1:]]
 
     paired: dict[str, Any] = {}
-    for other in ("sit+draft", "epr", "drum-rank"):
+    untrained = [name for name in run.rows if name not in TRAINED and not name.startswith("oracle")]
+    rival = max(untrained, key=lambda name: run.rows[name]["metric"])
+    for other in dict.fromkeys(("sit+draft", "epr", "drum-rank", rival)):
         ours, theirs = run.results["drum", settings.shots], run.results[other, settings.shots]
         paired[f"drum - {other}"] = dataclasses.asdict(paired_bootstrap(ours.values, theirs.values))
     by_pairs = [
@@ -269,6 +280,8 @@ def run_experiment(
         "task": task,
         "shots": settings.shots,
         "metric_name": evaluator.metric.label,
+        "queries": len(queries),
+        "limits": [*doubts, *told],
         "seconds": round(time.perf_counter() - began, 1),
         "scored_pairs": max(len_ for len_, _ in curves["drum"]),
         "strategies": run.rows,
@@ -294,33 +307,31 @@ def run_experiment(
     return results
 
 
-def _feedback(
-    lvlm: CachedLVLM, support: TripletTable, queries: TripletTable, task: str, max_new_tokens: int
-) -> Feedback:
-    """Feedback on the queries. A class that only queries have is scored beside the others, and is never the answer."""
-    choices: tuple[str, ...] = ()
-    if task == "classification":
-        unseen = sorted(set(queries.label_set) - set(support.label_set))
-        if unseen:
-            rows = sum(label in set(unseen) for label in queries.labels)
-            logger.warning(
-                "%d queries have labels that no demonstration has (%s); they count as wrong. Add demonstrations of "
-                "them, or drop these queries",
-                rows,
-                ", ".join(map(repr, unseen[:5])) + (", …" if len(unseen) > 5 else ""),
-            )
-        choices = (*support.label_set, *unseen)
-    return Feedback(lvlm, support, queries, choices=choices, max_new_tokens=max_new_tokens)
+def choices_of(support: TripletTable, queries: TripletTable, task: str) -> tuple[tuple[str, ...], list[str]]:
+    """What a classification's queries are scored over, and a sentence on classes that only queries have.
+
+    Such a class is scored beside the others, and is never the answer. Of other tasks both are empty.
+    """
+    if task != "classification":
+        return (), []
+    unseen = sorted(set(queries.label_set) - set(support.label_set))
+    rows = sum(label in set(unseen) for label in queries.labels)
+    names = ", ".join(map(repr, unseen[:5])) + (", …" if len(unseen) > 5 else "")
+    said = (
+        f"{rows} of {len(queries)} queries have labels that no demonstration has ({names}), and count as wrong: add "
+        "demonstrations of them, or drop these queries."
+    )
+    return (*support.label_set, *unseen), [said] if unseen else []
 
 
-def _runnable(names: Sequence[str], support: TripletTable, queries: TripletTable) -> Iterator[str]:
-    """The strategies that these tables allow; of each other it is said what is missing."""
-    for name in names:
-        part = missing_part(name, support, queries)
-        if part is None:
-            yield name
-        else:
-            logger.warning("%s is left out: it compares %ss, and the tables have none", name, part)
+def left_out_of(names: Sequence[str], support: TripletTable, queries: TripletTable) -> dict[str, str]:
+    """The strategies that these tables don't allow, and of each a sentence on what is missing."""
+    missing = {name: missing_part(name, support, queries) for name in names}
+    return {
+        name: f"{STRATEGIES[name].label} is left out: it compares {part}s, and the tables have none."
+        for name, part in missing.items()
+        if part is not None
+    }
 
 
 def _tell(retriever: DemoRetriever, results: Mapping[str, Any], metric: Metric, out: Path) -> None:
@@ -335,12 +346,14 @@ def _tell(retriever: DemoRetriever, results: Mapping[str, Any], metric: Metric, 
         {"round": number, "scored pairs": pairs, label: value * metric.scale}
         for number, (pairs, value) in enumerate(ours["by_pairs"][1:], start=1)
     ]
+    (found,) = limits(results).values()
     dataset = str(results.get("data") or results.get("world") or results["task"])
     retriever.card_data |= {
         "rounds": rounds,
         "results": table,
         "results_note": f"{label} at {shots} demonstrations, on held-out queries.",
         "metrics": [metric.name],
+        "limits": found,
         "model_index": [
             {"dataset": Path(dataset).name, "metric": metric.name, "value": ours["metric"] * metric.scale}
         ],
@@ -446,7 +459,8 @@ def evaluate_strategies(
     measured = get_metric(metric or TASK_METRICS[task])
     began = time.perf_counter()
     cached = CachedLVLM(lvlm, ScoreStore(store or ":memory:"))
-    asked = _feedback(cached, support, queries, task, max_new_tokens)
+    every_choice, told = choices_of(support, queries, task)
+    asked = Feedback(cached, support, queries, choices=every_choice, max_new_tokens=max_new_tokens)
     drafts: dict[str, str] = {}
     if any(STRATEGIES[name].needs_draft for name in names) or any(r.uses_drafts for r in given.values()):
         drafts = dict(zip(queries.ids, asked.drafts(queries.ids), strict=True))
@@ -461,12 +475,18 @@ def evaluate_strategies(
     )
     comparison = Comparison(support, queries, asked, encoder, task, drafts)
     run = _Run(evaluator, Settings(shots=max(shots), random_seeds=random_seeds), comparison)
-    for name in _runnable(names, support, queries):
-        run.evaluate_named(name, sorted(shots), retriever=given.get(name), selector=selector)
+    left_out = left_out_of(names, support, queries)
+    for name in names:
+        if name not in left_out:
+            run.evaluate_named(name, sorted(shots), retriever=given.get(name), selector=selector)
+    if not run.rows:
+        raise EmptySupportError(f"expected a strategy that these tables allow: {' '.join(left_out.values())}")
     return {
         "task": task,
         "shots": max(shots),
         "metric_name": evaluator.metric.label,
+        "queries": len(queries),
+        "limits": [*told, *left_out.values()],
         "seconds": round(time.perf_counter() - began, 1),
         "strategies": run.rows,
     }

@@ -7,6 +7,8 @@ The input is the JSON that `drum-hf demo` prints, for one task or, under "tasks"
         "by_pairs": [[scored_pairs, metric], ...], "by_round": [metric after round 1, ...]}},
      "metric_name": str, "paired": {"drum - epr": {"mean", "lo", "hi", "p"}}, ...}
 
+Of one task it may also hold "queries" (how many were asked) and "limits" (sentences on what the run can't show).
+
 Metrics are fractions, drawn and printed × 100 as papers do; a `ci` is a 95% interval. `ci`, `by_shots`, `by_pairs`,
 `by_round`, `metric_name` and `paired` may be absent. A strategy's `label` is its name for readers, and `learnt` tells
 whether it was trained. Without them, one that is not known here keeps its key as its name and counts as learnt if it
@@ -121,7 +123,7 @@ class TaskResult:
     @property
     def best_untrained(self) -> StrategySeries | None:
         """The highest of those that neither learn nor look at the answer."""
-        untrained = [s for s in self.strategies if not s.learnt and s.key != "oracle"]
+        untrained = [s for s in self.strategies if not s.learnt and not s.key.startswith("oracle")]
         return max(untrained, key=lambda s: s.main.value, default=None)
 
     @property

@@ -25,14 +25,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "escape_latex",
+    "format_limits",
     "format_table",
     "headline",
+    "limits",
     "plot_pairs",
     "plot_rounds",
     "plot_shots",
     "write_report",
 ]
 
+_FEW_QUERIES, _MOST_QUERIES = 30, 100_000  # that make a number rough, and that nobody asks (our choice)
 _SMALL, _LARGE = 96, 320  # pixels: drawn crisp up to the first, shrunk to the second (our choice)
 
 #: File stem, field that must be there, drawing function, heading, what the figure shows.
@@ -279,6 +282,94 @@ def headline(results: Mapping[str, Any]) -> dict[str, str]:
     return {task.task: _sentence(task) for task in read_results(results)}
 
 
+def limits(results: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What a run can't show or can't help with, each a sentence with what to do.
+
+    These are what the run itself noted (`limits` of the JSON), and what the numbers say.
+
+    Args:
+        results: the JSON of `drum-hf demo`.
+
+    Returns:
+        Task -> sentences; an empty list where all seems well.
+
+    Raises:
+        ColumnError: the results break their contract.
+
+    >>> drum, si = {"metric": 0.5, "ci": [0.4, 0.6]}, {"metric": 0.45, "ci": [0.35, 0.55]}
+    >>> (told,) = limits({"task": "vqa", "shots": 1, "strategies": {"drum": drum, "si": si}})["vqa"]
+    >>> told.split(":")[0]
+    'These queries do not tell DRUM from SI (RICES), the best without training, since their 95% intervals overlap'
+    """
+    return {task.task: _limits(task) for task in read_results(results)}
+
+
+def format_limits(results: Mapping[str, Any]) -> str:
+    """`limits` as lines for a terminal, each ended; "" where there are none."""
+    told = limits(results)
+    return "".join(
+        f"note{f' on {task}' if len(told) > 1 else ''}: {sentence}\n"
+        for task, found in told.items()
+        for sentence in found
+    )
+
+
+def _limits(task: TaskResult) -> list[str]:
+    told = [str(sentence) for sentence in task.raw.get("limits") or ()]
+    queries = task.raw.get("queries")
+    if queries is not None and queries < _FEW_QUERIES:
+        told.append(
+            f"Only {queries} {'query was' if queries == 1 else 'queries were'} asked, so every number here is rough: "
+            f"ask {_FEW_QUERIES} or more."
+        )
+    if max(s.main.value for s in task.strategies) <= 0:
+        told.append(
+            "No strategy gets a single answer right: compare the LVLM's answers with the gold ones, write responses "
+            "as it would answer, or use another metric or LVLM."
+        )
+        return told
+    oracle, bare = task.get("oracle"), task.get("zero-shot")
+    if oracle is not None and bare is not None and oracle.main.value <= bare.main.value:
+        told.append(
+            "Even demonstrations with the gold answer do no better than none, so no choice of demonstrations can "
+            "help: use an LVLM that learns in context, or check the prompts and responses."
+        )
+    hero, rival = task.get("drum") or task.best_learnt, task.best_untrained
+    if hero is None or rival is None:
+        return told
+    verdict = _verdict(task, hero, rival)
+    if verdict == "behind":
+        told.append(
+            f"{hero.name} is behind {rival.name}, which needs no training: use {rival.name}, or train with more rows, "
+            "candidates or rounds."
+        )
+    elif verdict == "unclear":
+        told.append(_unclear(task, hero, rival))
+    return told
+
+
+def _unclear(task: TaskResult, hero: StrategySeries, rival: StrategySeries) -> str:
+    contrast, queries = task.paired.get(f"{hero.key} - {rival.key}"), task.raw.get("queries")
+    said = "since their 95% intervals overlap"
+    more = "ask more queries"
+    if contrast:
+        said = (
+            f"since the 95% interval of their difference, {100 * contrast['lo']:+.1f} to {100 * contrast['hi']:+.1f}, "
+            "holds 0"
+        )
+        if queries and contrast["mean"]:
+            # An interval narrows with the root of the number of queries.
+            needed = queries * ((contrast["hi"] - contrast["lo"]) / 2 / contrast["mean"]) ** 2
+            if queries < needed < _MOST_QUERIES:
+                more += (
+                    f" (a difference of this size takes about {float(f'{needed:.1g}'):,.0f}, and there were {queries})"
+                )
+    return (
+        f"These queries do not tell {hero.name} from {rival.name}, the best without training, {said}: {more}, or use "
+        f"{rival.name}, which needs no training."
+    )
+
+
 def _escape(value: Any) -> str:
     return html.escape(str(value), quote=True)
 
@@ -355,6 +446,12 @@ def _html_table(task: TaskResult) -> str:
     caption = f"<caption>{_escape(task.metric_name)} × 100, higher is better{note}</caption>"
     table = f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="scroll" tabindex="0" role="region" aria-label="Results of {_escape(task.task)}">{table}</div>'
+
+
+def _html_limits(task: TaskResult) -> str:
+    told = _limits(task)
+    items = "".join(f"<li>{_escape(sentence)}</li>" for sentence in told)
+    return f'<h3>What to know before you use these numbers</h3><ul class="limits">{items}</ul>' if told else ""
 
 
 def _paired(task: TaskResult) -> str:
@@ -467,10 +564,9 @@ def write_report(
     for task in tasks:
         prefix = re.sub(r"[^\w.-]+", "-", task.task) + "-" if len(tasks) > 1 else ""
         shown = f"<h3>Examples</h3>{cards[task.task]}" if task.task in cards else ""
-        sections += (
-            f'<section><h2>{_escape(task.task)}</h2><p class="headline">{_escape(_sentence(task))}</p>'
-            f"{_setting(task.raw)}{_html_table(task)}{_paired(task)}{_figures(task, out, prefix)}{shown}</section>"
-        )
+        head = f'<h2>{_escape(task.task)}</h2><p class="headline">{_escape(_sentence(task))}</p>'
+        numbers = f"{_setting(task.raw)}{_html_limits(task)}{_html_table(task)}{_paired(task)}"
+        sections += f"<section>{head}{numbers}{_figures(task, out, prefix)}{shown}</section>"
     if None in cards:
         sections += f"<section><h2>Examples</h2>{cards[None]}</section>"
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

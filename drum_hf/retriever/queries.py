@@ -8,6 +8,7 @@ import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
+from ..data.rows import query_columns
 from ..errors import ColumnError, ImageError, RowError
 from ..types import Demonstration, Query, trusted
 from ..utils.images import is_image, load_image
@@ -138,9 +139,11 @@ def as_queries(rows: Iterable[Any]) -> Iterator[Query]:
 
 
 def as_rows(rows: Any) -> Any:
-    """Rows of a data frame or a data set of `datasets`: of its columns those that a query may have.
+    """Rows of a data frame or a data set of `datasets`: of its columns those that a query may have, by the names that
+    [`load_table`][drum_hf.data.load_table] knows for them.
 
-    Images stay undecoded: we decode them within our bounds. Whatever else comes back as it is.
+    Images stay undecoded: we decode them within our bounds. A single split stands for its DatasetDict. Whatever else
+    comes back as it is.
 
     Raises:
         ColumnError: it is several data sets.
@@ -148,13 +151,19 @@ def as_rows(rows: Any) -> Any:
     import datasets
 
     if isinstance(rows, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        if len(rows) == 1:
+            return as_rows(next(iter(rows.values())))
         raise ColumnError(f"expected queries, got a {type(rows).__name__}; pass one of its splits: {', '.join(rows)}")
     if isinstance(rows, (datasets.Dataset, datasets.IterableDataset)):
+        for theirs, name in query_columns(rows.column_names or ()).items():
+            rows = rows.rename_column(theirs, name)
         ours = [name for name in rows.column_names or () if name in _KEYS]
         rows = rows.select_columns(ours) if ours else rows
         if isinstance((rows.features or {}).get("image"), datasets.Image):
             rows = rows.cast_column("image", datasets.Image(decode=False))
     elif hasattr(rows, "columns") and (hasattr(rows, "to_dicts") or hasattr(rows, "to_dict")):  # polars or pandas
+        renamed = query_columns(list(map(str, rows.columns)))
+        rows = rows.rename(renamed) if hasattr(rows, "to_dicts") else rows.rename(columns=renamed)
         ours = [name for name in rows.columns if name in _KEYS]
         rows = rows[ours] if ours else rows
         rows = rows.to_dicts() if hasattr(rows, "to_dicts") else rows.to_dict("records")

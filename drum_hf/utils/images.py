@@ -106,6 +106,11 @@ def load_image(
         ) from error
     # Broken files make Pillow's decoders raise nearly anything: SyntaxError, struct.error, EOFError, zlib.error…
     except Exception as error:
+        if _is_heic(source):
+            raise ImageError(
+                f"expected an image of a common format ({', '.join(_readable_formats())}), got {shown}, which is HEIC "
+                "as phones write it; convert it to JPEG"
+            ) from error
         raise ImageError(
             f"expected an image of a common format ({', '.join(_readable_formats())}), "
             f"got {shown}, which can't be read ({type(error).__name__}: {str(error)[:200]})"
@@ -238,6 +243,20 @@ def _is_loaded(source: Any) -> bool:
         and not source.info
         and not source.getexif()
     )
+
+
+def _is_heic(source: Any) -> bool:
+    """Whether an image that can't be read begins as a photo of a phone does."""
+    with contextlib.suppress(Exception):
+        file = _encoded(source, "", False, 1.0)
+        if isinstance(file, str):
+            with open(file, "rb") as opened:
+                head = opened.read(32)
+        else:
+            head = file.read(32)
+        brands = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+        return head[4:8] == b"ftyp" and head[8:12] in brands
+    return False
 
 
 def _is_lazy(image: Image) -> bool:

@@ -185,6 +185,29 @@ def saved_dataset(folder, data):
     return folder
 
 
+def imagefolder(metadata, folder):
+    return datasets.load_dataset("imagefolder", data_dir=str(metadata.parent), cache_dir=folder / "hf", split="train")
+
+
+def spaced_csv(path, rows):
+    def line(cells):
+        return ", ".join('"' + str(cell).replace('"', '""') + '"' for cell in cells)
+
+    path.write_text(
+        "\n".join([line(rows[0]), *(line(row.values()) for row in texts(rows))]), encoding="utf-8", newline=""
+    )
+    return path
+
+
+def on_windows(row):
+    return row | {"file_name": row["file_name"].replace("/", "\\")}
+
+
+def capitals(row):
+    """As people head a spreadsheet's columns; letters of options stay."""
+    return {" ".join(name.split("_")).title(): cell for name, cell in row.items()}
+
+
 VIEWS = {"text": pa.string_view(), "lists": pa.list_(pa.string_view())}
 LARGE = {"text": pa.large_string(), "lists": pa.large_list(pa.large_string())}
 WORDS = {"text": pa.dictionary(pa.int32(), pa.string())}
@@ -205,6 +228,15 @@ WAYS = {
     "csv-data-uri": lambda r, d: write_csv(d / "t.csv", in_base64(r, uri=True)),
     "tsv": lambda r, d: write_csv(d / "t.tsv", beside(r, d), dialect="excel-tab"),
     "tsv-gz-base64": lambda r, d: write_csv(d / "t.tsv.gz", in_base64(r), dialect="excel-tab", packed=True),
+    "csv-blank-after-comma": lambda r, d: spaced_csv(d / "t.csv", beside(r, d)),
+    "csv-pandas-index": lambda r, d: written(d / "t.csv", frame(beside(r, d)).to_csv),
+    "csv-pandas-gz": lambda r, d: written(d / "t.csv.gz", lambda p: frame(beside(r, d)).to_csv(p, index=False)),
+    "csv-windows-paths": lambda r, d: write_csv(d / "t.csv", [on_windows(row) for row in beside(r, d)]),
+    "csv-python-bytes": lambda r, d: write_csv(
+        d / "t.csv", [{**row, "image": str(row["image"])} for row in in_bytes(r)]
+    ),
+    "csv-python-structs": lambda r, d: written(d / "t.csv", lambda p: frame(in_structs(r)).to_csv(p, index=False)),
+    "csv-capitals": lambda r, d: write_csv(d / "t.csv", [capitals(row) for row in beside(r, d)]),
     "csv-metadata-in-folder": lambda r, d: write_csv(d / "metadata.csv", beside(r, d)).parent,
     # json
     "json": lambda r, d: write_json(d / "t.json", beside(r, d)),
@@ -265,7 +297,18 @@ WAYS = {
     "hf-dict": lambda r, d: datasets.DatasetDict(train=hf_images(r)),
     "hf-stream": lambda r, d: hf_images(r).to_iterable_dataset(),
     "hf-stream-dict": lambda r, d: datasets.IterableDatasetDict(train=hf_images(r).to_iterable_dataset()),
+    "hf-imagefolder": lambda r, d: imagefolder(write_json(d / "x/metadata.jsonl", beside(r, d / "x"), lines=True), d),
+    "hf-imagefolder-dict": lambda r, d: datasets.DatasetDict(
+        train=imagefolder(write_json(d / "x/metadata.jsonl", beside(r, d / "x"), lines=True), d)
+    ),
     # zip
+    "zip-base64": lambda r, d: zipped(
+        write_csv(d / "x/t.csv", in_base64(r)).parent, d / "x.zip", zipfile.ZIP_DEFLATED
+    ),
+    "zip-jsonl-gz": lambda r, d: zipped(
+        write_json(d / "x/metadata.jsonl.gz", beside(r, d / "x"), lines=True, packed=True).parent, d / "x.zip",
+        zipfile.ZIP_LZMA, "data",
+    ),
     "zip": lambda r, d: zipped(
         write_csv(d / "x/metadata.csv", beside(r, d / "x")).parent, d / "x.zip", zipfile.ZIP_DEFLATED
     ),

@@ -345,17 +345,15 @@ def test_a_mistyped_option():
 
 @pytest.mark.parametrize("as_dataset", [False, True])
 def test_missing_columns_name_what_is_there_and_the_remedy(as_dataset):
-    rows = [{"Question": "q", "response": "r"}]
+    rows = [{"Frage": "q", "response": "r"}]
     data = datasets.Dataset.from_list(rows) if as_dataset else rows
-    with pytest.raises(
-        ColumnError, match=r"column 'prompt', got columns 'Question', 'response'; .*columns=\{'prompt'"
-    ):
+    with pytest.raises(ColumnError, match=r"column 'prompt', got columns 'Frage', 'response'; .*columns=\{'prompt'"):
         TripletTable.from_dataset(data)
-    assert TripletTable.from_dataset(data, columns={"prompt": "Question"}).prompts == ["q"]
+    assert TripletTable.from_dataset(data, columns={"prompt": "Frage"}).prompts == ["q"]
     with pytest.raises(ColumnError, match="expected a column 'question'"):
         TripletTable.from_dataset(data, columns={"prompt": "question"})
-    with pytest.raises(ColumnError, match="names 'Question', which is none of ours"):
-        TripletTable.from_dataset(data, columns={"Question": "prompt"})
+    with pytest.raises(ColumnError, match="names 'Frage', which is none of ours"):
+        TripletTable.from_dataset(data, columns={"Frage": "prompt"})
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 
@@ -12,6 +13,7 @@ from tiny_encoders import tiny_clip
 from tiny_training import StubLVLM, coloured_rows, coloured_table, worded_table
 
 from drum_hf.data import TripletTable, check_leaks
+from drum_hf.errors import EmptySupportError
 from drum_hf.experiments.demo import TRAINED, Settings, evaluate_strategies, run_experiment, split_table
 from drum_hf.retriever.retriever import DemoRetriever
 
@@ -188,14 +190,23 @@ def test_a_rare_class_and_tables_without_prompts(tmp_path, clip, caplog):
         results["strategies"]
     )
     assert results["strategies"]["oracle"]["metric"] == pytest.approx(5 / 6)
-    assert "1 queries have labels that no demonstration has ('robin')" in caplog.text
-    assert "st is left out: it compares prompts, and the tables have none" in caplog.text
-    assert (tmp_path / "run" / "report.html").is_file()
+    told = [
+        "1 of 6 queries have labels that no demonstration has ('robin'), and count as wrong: add demonstrations of "
+        "them, or drop these queries.",
+        "ST is left out: it compares prompts, and the tables have none.",
+        "Only 6 queries were asked, so every number here is rough: ask 30 or more.",
+    ]
+    assert set(told[:2]) <= set(caplog.messages) and set(told[:2]) <= set(results["limits"])
+    page = html.unescape((tmp_path / "run" / "report.html").read_text())
+    card = DemoRetriever.from_pretrained(tmp_path / "run" / "retriever", device="cpu").card_data
+    assert all(sentence in page and sentence in card["limits"] for sentence in told)
 
 
-def test_tables_without_images(clip, caplog):
+def test_tables_without_images(clip):
     support, queries = worded_table(12), worded_table(4, prefix="u")
     names = ["zero-shot", "si", "st", "mmices", "bm25"]
     results = evaluate_strategies(support, queries, names=names, shots=[1], lvlm=StubLVLM(), encoder=clip, task="vqa")
     assert list(results["strategies"]) == ["zero-shot", "st", "bm25"]
-    assert "mmices is left out: it compares images" in caplog.text
+    assert "MMICES is left out: it compares images, and the tables have none." in results["limits"]
+    with pytest.raises(EmptySupportError, match="SI \\(RICES\\) is left out"):
+        evaluate_strategies(support, queries, names=["si"], shots=[1], lvlm=StubLVLM(), encoder=clip, task="vqa")

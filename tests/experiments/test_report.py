@@ -17,7 +17,16 @@ from PIL import Image
 
 from drum_hf.errors import ColumnError
 from drum_hf.experiments import plots
-from drum_hf.experiments.report import format_table, headline, plot_pairs, plot_rounds, plot_shots, write_report
+from drum_hf.experiments.report import (
+    format_limits,
+    format_table,
+    headline,
+    limits,
+    plot_pairs,
+    plot_rounds,
+    plot_shots,
+    write_report,
+)
 
 METRICS = {
     "drum": 0.913,
@@ -352,3 +361,46 @@ def test_broken_examples_are_named(results: dict[str, Any], tmp_path: Any) -> No
     shown["query"]["image"] = "bus.jpg"
     with pytest.raises(ColumnError, match=r"PIL image or None, found 'bus.jpg'"):
         write_report(results, [shown], tmp_path)
+
+
+# What a run can't show
+
+
+def told_of(strategies, **more):
+    (found,) = limits({"task": "vqa", "shots": 1, "strategies": strategies} | more).values()
+    return found
+
+
+def between(low, high):
+    return {"metric": (low + high) / 2, "ci": [low, high]}
+
+
+def test_what_a_run_can_not_show_is_told():
+    clear = {"drum": between(0.6, 0.7), "si": between(0.2, 0.3), "zero-shot": between(0, 0.1)}
+    assert told_of(clear, queries=200) == []
+    assert told_of(clear, limits=["as noted"], queries=200) == ["as noted"]
+    (few,) = told_of(clear, queries=1)
+    assert few.startswith("Only 1 query was asked") and "ask 30" in few
+    (behind,) = told_of({"drum": between(0.1, 0.2), "si": between(0.3, 0.4)})
+    assert behind.startswith("DRUM is behind SI (RICES)") and "use SI (RICES)" in behind
+    (unclear,) = told_of({"drum": between(0.1, 0.4), "si": between(0.0, 0.3)})
+    assert "do not tell DRUM from SI (RICES)" in unclear and "intervals overlap: ask more queries, or" in unclear
+    useless = {**clear, "drum": between(0.7, 0.8), "oracle": between(0.0, 0.1)}
+    assert [sentence[:47] for sentence in told_of(useless)] == ["Even demonstrations with the gold answer do no "]
+    nothing = {"drum": between(0, 0), "si": between(0, 0)}
+    assert [sentence[:29] for sentence in told_of(nothing)] == ["No strategy gets a single ans"]
+
+
+def test_how_many_queries_would_tell():
+    # half the interval is 4 times the difference: 16 times as many queries
+    paired = {"drum - si": {"mean": 0.02, "lo": -0.06, "hi": 0.10, "p": 0.6}}
+    (told,) = told_of({"drum": between(0.1, 0.4), "si": between(0.1, 0.3)}, paired=paired, queries=100)
+    assert "-6.0 to +10.0, holds 0: ask more queries (a difference of this size takes about 2,000, and there" in told
+
+
+def test_limits_are_in_the_report_and_the_terminal(tmp_path):
+    results = {"task": "vqa", "shots": 1, "strategies": {"drum": between(0.6, 0.7)}, "limits": ["<b> of the run"]}
+    page = write_report(results, out_dir=tmp_path).read_text(encoding="utf-8")
+    assert "<li>&lt;b&gt; of the run</li>" in page
+    assert format_limits(results) == "note: <b> of the run\n"
+    assert format_limits({"task": "vqa", "shots": 1, "strategies": {"drum": between(0.6, 0.7)}}) == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from tiny_encoders import tiny_clip
-from tiny_training import StubLVLM, coloured_table
+from tiny_training import StubLVLM, coloured_rows, coloured_table
 
 from drum_hf.cli import main
-from drum_hf.data import load_table
+from drum_hf.data import TripletTable, load_table
 from drum_hf.errors import SavedFileError, SuiteError
 from drum_hf.evaluation.registry import Comparison
 from drum_hf.evaluation.statistics import paired_bootstrap
@@ -411,3 +412,29 @@ def test_options_that_a_suite_file_says_are_refused(capsys):
     for words in (["--lvlm", "other"], ["--order", "shuffled"], ["--endpoint", "http://x"], ["--selector", "mmr"]):
         assert main(["eval", "--suite", "playground", *words]) == 2
         assert "does not go with --suite" in capsys.readouterr().err
+
+
+def test_strategies_that_the_tables_do_not_allow_and_classes_of_the_queries_alone(tmp_path):
+    """As in a demo: left out with a line, and counted as wrong."""
+    support = [row | {"prompt": ""} for row in coloured_rows(12)]
+    asked = [row | {"prompt": ""} for row in coloured_rows(5, seed=7, prefix="u")]
+    asked[2] |= {"response": "robin", "label": "robin"}
+    for name, rows in (("support", support), ("queries", asked)):
+        TripletTable.from_dataset(rows).save(tmp_path / name)
+    text = SUITE.replace("task: vqa", "task: classification")
+    text = text.replace(
+        "[zero-shot, random, sit, sit+draft, epr, drum, drum+mmr, oracle]", "[si, st, st+mmr, sit, drum]"
+    )
+    (tmp_path / "tiny.yaml").write_text(text.format(clip=tiny_clip(tmp_path)), encoding="utf-8")
+    spec = dataclasses.replace(load_suite(tmp_path / "tiny.yaml"), transfer=())
+    for _ in range(2):  # made, and read again
+        summary = run_suite(spec, tmp_path / "out", lvlms={"first": StubLVLM()})
+        (task,) = summary["tasks"].values()
+        assert list(task["strategies"]) == ["si", "drum"]
+        assert max(row["2"]["metric"] for row in task["strategies"].values()) <= 4 / 5
+        told = task["limits"]
+        assert told[0].startswith("1 of 5 queries have labels that no demonstration has ('robin')")
+        assert told[1:] == [f"{n} is left out: it compares prompts, and the tables have none." for n in ("ST", "SIT")]
+    page = html.unescape((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    tables = (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
+    assert all(sentence in page and sentence in tables for sentence in told)

@@ -97,7 +97,11 @@ def test_one_or_several(tmp_path):
     rows = datasets.Dataset.from_dict({"image": [str(path)], "question": ["q"], "question_id": [1]})
     (row,) = as_inputs(rows.cast_column("image", datasets.Image()))
     assert row == {"image": {"bytes": None, "path": str(path)}, "question": "q"}  # not decoded, and only what is ours
-    with pytest.raises(ColumnError, match="one of its splits: test"):
-        as_inputs(datasets.DatasetDict(test=rows))
+    assert list(as_inputs(datasets.DatasetDict(test=rows))) == list(as_inputs(rows))
+    with pytest.raises(ColumnError, match="one of its splits: train, test"):
+        as_inputs(datasets.DatasetDict(train=rows, test=rows))
+    named = {"file_name": [str(path)], "Question": ["q"], "label": [1]}
+    for table in (datasets.Dataset.from_dict(named), pandas.DataFrame(named)):
+        assert list(as_inputs(table)) == [{"image": str(path), "prompt": "q"}]
     with pytest.raises(ColumnError, match="got int"):
         as_inputs(3)

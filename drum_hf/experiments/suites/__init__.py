@@ -67,7 +67,7 @@ def run_suite(
         require("bm25s", "the BM25 strategy")
     run = SuiteRun(spec, out_dir, lvlms=lvlms, make_world=make_world, store=store, on_cell=on_cell)
     cells = read_cells(run.run(), run.files)
-    summary = summarise(spec, cells)
+    summary = summarise(spec, cells, limits=run.limits)
     out = Path(out_dir)
     write_results(spec, cells, summary, out)
     write_pages(spec, summary, out, examples=run.examples, command=command)

@@ -64,14 +64,17 @@ class _Block:
         return int(np.rint(np.mean(counts))) if counts else None
 
 
-def summarise(spec: SuiteSpec, cells: Mapping[Cell, Values]) -> dict[str, Any]:
+def summarise(
+    spec: SuiteSpec, cells: Mapping[Cell, Values], *, limits: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, Any]:
     """The numbers of a suite, JSON-ready.
 
     Args:
-        cells: every cell of `spec` with its values.
+        cells: every cell of `spec` with its values, but for strategies that the tables don't allow.
+        limits: data set -> sentences on what its tables don't allow.
 
     Returns:
-        {"suite", "shots", "tasks": {task: {"data", "lvlm", "encoder", "metric_name", "queries", "groups",
+        {"suite", "shots", "tasks": {task: {"data", "lvlm", "encoder", "metric_name", "queries", "limits", "groups",
             "strategies": {name: {shots: {"metric", "ci"}}}, "paired": {"a>b": {"diff", "ci", "p"}},
             "paired_by_shots": {"a>b": {shots: …}}, "by_pairs": […], "curves", "gap_closed"}},
          "transfer": {lvlm: {task: …}}}. Metrics are fractions, intervals 95%, `paired` at the headline's shots. A task
@@ -88,6 +91,7 @@ def summarise(spec: SuiteSpec, cells: Mapping[Cell, Values]) -> dict[str, Any]:
         for data, encoder, block in _blocks(spec, lvlm, cells):
             names = spec.transferred() if moved else list(spec.strategies)
             task = _summarise(spec, block, names)
+            task["limits"] = list((limits or {}).get(data.name, ()))
             about = {"data": data.name, "task": data.task, "lvlm": lvlm.name, "encoder": encoder}
             trained_on = {"trained_on": spec.lvlms[0].name} if moved else {}
             tasks[title_of(spec, data, lvlm, encoder)] = about | trained_on | task
@@ -118,6 +122,8 @@ def _summarise(spec: SuiteSpec, block: _Block, names: Sequence[str]) -> dict[str
             shown = name if shots else "zero-shot"
             if (shown, shots, None) in block:
                 rows[str(shots)] = _estimate(block, shown, shots)
+        if not rows:
+            del strategies[name]
     pairs = spec.comparisons(names)
     by_shots = {
         f"{a}>{b}": {

@@ -22,7 +22,7 @@ from ...scores.store import ScoreStore
 from ...training.arguments import own_arguments
 from ...training.methods import METHODS
 from ...types import LVLM
-from ..demo import TASK_METRICS
+from ..demo import TASK_METRICS, choices_of, left_out_of
 from ..examples import at_their_best, pick_rows, shown
 from .cells import Cell, CellFiles, Values, digest
 from .opening import MakeWorld, encoder_key, open_data, open_lvlm
@@ -76,8 +76,18 @@ class _Bench:
     @functools.cached_property
     def feedback(self) -> Feedback:
         return Feedback(
-            self.lvlm, self.support, self.queries, choices=self.choices, max_new_tokens=self.data.max_new_tokens
+            self.lvlm, self.support, self.queries, choices=self.asked[0], max_new_tokens=self.data.max_new_tokens
         )
+
+    @functools.cached_property
+    def asked(self) -> tuple[tuple[str, ...], list[str]]:
+        """What queries are scored over, and what is to be told of it."""
+        return choices_of(self.support, self.queries, self.data.task)
+
+    @functools.cached_property
+    def left_out(self) -> dict[str, str]:
+        """Strategies that these tables don't allow, each with a sentence on what is missing."""
+        return left_out_of(list(STRATEGIES), self.support, self.queries)
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -158,6 +168,8 @@ class SuiteRun:
         self.keys: dict[Cell, str] = {}
         #: Queries for the report, a few of each data set, filled by `run`.
         self.examples: list[dict[str, Any]] = []
+        #: Data set -> sentences on what its tables don't allow, filled by `run`.
+        self.limits: dict[str, list[str]] = {}
         #: Fingerprints of support sets and queries, and of LVLMs by name, filled by `run`.
         self.tables: dict[str, dict[str, str]] = {}
         self.fingerprints: dict[str, str] = {}
@@ -179,11 +191,13 @@ class SuiteRun:
         with tqdm(total=total, desc=f"suite {spec.name}", unit="cell") as bar:
             for lvlm, data, seed, encoder in todo:
                 with self._bench(lvlm, data, seed, encoder) as bench:
+                    self._tell(bench)
                     for cell in cells_of(spec, data, seed, lvlm, encoder):
                         bar.set_postfix_str(
                             f"{cell.data}/{cell.data_seed} {cell.strategy} {cell.shots}", refresh=False
                         )
-                        self._carry_out(cell, bench)
+                        if split_name(cell.strategy)[0] not in bench.left_out:
+                            self._carry_out(cell, bench)
                         bar.update()
                     if (lvlm, seed, encoder) == (spec.lvlms[0], data.seeds[0], spec.encoders[0]):
                         self.examples += self._examples(bench, seed)
@@ -192,7 +206,8 @@ class SuiteRun:
     def _examples(self, bench: _Bench, seed: int) -> list[dict[str, Any]]:
         """What similarity chose beside what a trained retriever chose, from the cells: nothing is asked again."""
         spec, data = self.spec, bench.data
-        names = [next((n for n in kind if n in spec.strategies), None) for kind in (_UNTRAINED, _TRAINED)]
+        named = [name for name in spec.strategies if split_name(name)[0] not in bench.left_out]
+        names = [next((n for n in kind if n in named), None) for kind in (_UNTRAINED, _TRAINED)]
         found: dict[str, Values] = {}
         for name in filter(None, names):
             where = (data.name, seed, spec.lvlms[0].name, "", spec.encoders[0], name)
@@ -214,6 +229,15 @@ class SuiteRun:
             title = title_of(spec, data, spec.lvlms[0], spec.encoders[0])
             examples.append({"task": title, "query": about, "columns": columns})
         return examples
+
+    def _tell(self, bench: _Bench) -> None:
+        """Say, once for each data set, what its tables don't allow."""
+        bases = dict.fromkeys(split_name(name)[0] for name in self.spec.strategies)
+        told = [*bench.asked[1], *(bench.left_out[base] for base in bases if base in bench.left_out)]
+        for sentence in told:
+            if sentence not in self.limits.setdefault(bench.data.name, []):
+                self.limits[bench.data.name].append(sentence)
+                logger.warning("%s: %s", bench.data.name, sentence)
 
     # Models and tables
 

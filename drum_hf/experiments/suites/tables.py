@@ -98,6 +98,7 @@ def make_tables(summary: Mapping[str, Any]) -> list[Table]:
         body = [
             [label_of(name), *(_points(row.get(n), interval=n == head) for n in counts)] for name, row in rows.items()
         ]
+        note = " ".join([note, *task["limits"]])
         tables.append(Table(title, note, header, body))
         if task["paired"]:
             compared = [
@@ -152,6 +153,8 @@ def report_results(summary: Mapping[str, Any], *, command: str = "", seconds: fl
             "shots": head,
             "metric_name": task["metric_name"],
             "strategies": strategies,
+            "queries": task["queries"],
+            "limits": task["limits"],
             "paired": paired,
             "data": {"data": task["data"], "seeds": ", ".join(map(str, task["groups"])), "LVLM": task["lvlm"]},
             "scored_pairs": spent,

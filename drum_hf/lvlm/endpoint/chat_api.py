@@ -99,8 +99,8 @@ def answer_text(answer: dict[str, Any], markers: Sequence[tuple[str, str]] = REA
     plain = without_reasoning(text, markers, begun=None)
     if plain is None:
         raise ValueError(
-            "expected an answer, but its reasoning was cut off; raise max_new_tokens, or switch it off with "
-            "chat_template_kwargs={'enable_thinking': False} or extra_body="
+            "expected an answer, but its reasoning was cut off; raise max_new_tokens (and the server's context), or "
+            "switch it off with chat_template_kwargs={'enable_thinking': False} or extra_body="
         )
     if plain or (content == "" and not text and ending != "length"):
         return plain
