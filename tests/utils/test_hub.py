@@ -626,3 +626,14 @@ def test_scores_are_pushed_and_pulled(hub, tmp_path, capsys, monkeypatch):
 
 
 # ---- older and newer formats ----
+
+
+@pytest.mark.parametrize("version", [1, 3, 0, -1, None, "2", [], {}, 2.5, 10**30])
+def test_another_format_version_is_named(clip, table, tmp_path, version):
+    full(clip, table).save_pretrained(tmp_path)
+    path = tmp_path / "drum_config.json"
+    config = json.loads(path.read_text())
+    assert config["format_version"] == 2
+    path.write_text(json.dumps(config | {"format_version": version}))
+    with pytest.raises(SavedFileError, match="expected format version 2, got"):
+        load(tmp_path)
