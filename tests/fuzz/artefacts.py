@@ -586,7 +586,7 @@ ARTEFACTS: dict[str, Artefact] = {
     "rows-csv": Artefact(_make_csv, _load_table, share=0.6),
     "rows-jsonl": Artefact(_make_jsonl, _load_table, share=0.6),
     "rows-parquet": Artefact(_make_rows_parquet, _load_table, share=0.6),
-    "rows-dataset": Artefact(_make_dataset, _load_dataset, share=0.6),
+    "rows-dataset": Artefact(_make_dataset, _load_dataset, share=0.6, given=("saved",)),
     "images": Artefact(_make_images, _load_table, share=2.0),
     "cells": Artefact(_make_cells, _read_cells),
     "mix": Artefact(_make_mix, _read_mix, anywhere=True),
