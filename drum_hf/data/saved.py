@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-__all__ = ["SavedTable", "map_table", "read_table", "write_table"]
+__all__ = ["SavedTable", "map_table", "read_saved_table", "write_table"]
 
 FORMAT_VERSION = 1
 _FILE_NAME = "triplets.parquet"
@@ -189,7 +189,7 @@ class SavedTable(NamedTuple):
     by_reference: bool
 
 
-def read_table(file: Path, image_root: str | os.PathLike[str] | None = None) -> SavedTable:
+def read_saved_table(file: Path, image_root: str | os.PathLike[str] | None = None) -> SavedTable:
     """Read a table into memory; errors as of `TripletTable.load`."""
     import pyarrow as pa
 

@@ -34,7 +34,7 @@ from .rows import (
     shorten,
     take,
 )
-from .saved import image_references, map_table, read_table, table_file, write_table
+from .saved import image_references, map_table, read_saved_table, table_file, write_table
 
 if TYPE_CHECKING:
     import datasets
@@ -423,7 +423,7 @@ class TripletTable:
                 refers to is not in `image_root`; or the Arrow file can't be written.
         """
         file = table_file(path)
-        saved = map_table(file, image_root, cache_dir) if mmap else read_table(file, image_root)
+        saved = map_table(file, image_root, cache_dir) if mmap else read_saved_table(file, image_root)
         table = cls(saved.records, saved.images, max_pixels=max_pixels, cache_images=cache_images)
         table._files = (file,)
         table.fingerprint = saved.fingerprint  # found to be that of the rows

@@ -35,7 +35,7 @@ from ..training.pricing import ScorePlan, plan_scores
 from ..types import LVLM
 from ..utils.files import write_text
 from ..utils.manifest import write_manifest
-from .examples import at_their_best, pick_rows, shown
+from .examples import at_their_best, pick_rows, shown_column
 from .plots import plot_shots
 from .report import limits, write_report
 
@@ -404,7 +404,7 @@ def make_examples(
             query = queries.query(query_id, draft=drafts[query_id])
             found = retriever(query, k=min(shots, len(retriever)))
             utilities = asked.score([(query_id, (d.id,)) for d in found.demonstrations]) - bare[query_id]
-            columns[title] = shown(
+            columns[title] = shown_column(
                 found.demonstrations,
                 result.answers[row],
                 bool(best[title][row]),

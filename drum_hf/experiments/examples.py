@@ -9,7 +9,7 @@ import numpy as np
 
 from ..types import Demonstration
 
-__all__ = ["at_their_best", "pick_rows", "shown"]
+__all__ = ["at_their_best", "pick_rows", "shown_column"]
 
 
 def at_their_best(values: np.ndarray) -> np.ndarray:
@@ -38,7 +38,7 @@ def pick_rows(right: Sequence[np.ndarray], count: int) -> list[int]:
     return rows
 
 
-def shown(
+def shown_column(
     demonstrations: Sequence[Demonstration],
     answer: str,
     correct: bool,

@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import SavedFileError
 from ..evaluation.statistics import paired_bootstrap
 
-__all__ = ["main", "read_json", "summarise"]
+__all__ = ["main", "read_json", "summarize"]
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         ) from error
 
 
-def summarise(folders: Sequence[str | Path]) -> str:
+def summarize(folders: Sequence[str | Path]) -> str:
     """A Markdown summary over folders of one task: means over worlds, gap closed, DRUM - EPR at each budget.
 
     The gap closed is (DRUM - SIT+draft) / (oracle - SIT+draft) of the means. Paired intervals resample queries within
@@ -79,7 +79,7 @@ def summarise(folders: Sequence[str | Path]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of the summary."""
-    sys.stdout.write(summarise(list(sys.argv[1:] if argv is None else argv)))
+    sys.stdout.write(summarize(list(sys.argv[1:] if argv is None else argv)))
 
 
 if __name__ == "__main__":

@@ -527,7 +527,7 @@ class DemoIndex:
         Raises:
             SavedFileError: the disk is full, or the folder can't be written.
         """
-        with replacing_folder(directory, owns=_index_files.OWNS) as folder:
+        with replacing_folder(directory, owns=_index_files.INDEX_FILES) as folder:
             self.write(folder)
 
     def write(self, folder: Path) -> None:

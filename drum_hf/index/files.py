@@ -20,7 +20,7 @@ VECTORS, META = "vectors.safetensors", "index.json"
 FILES = (VECTORS, META)
 #: The list of an index in shards, and what an index of either kind consists of.
 SHARDS = "shards.json"
-OWNS = (*FILES, SHARDS, "shard-[0-9][0-9][0-9][0-9][0-9]")
+INDEX_FILES = (*FILES, SHARDS, "shard-[0-9][0-9][0-9][0-9][0-9]")
 _ENTRIES: dict[str, type] = dict.fromkeys(("kind", "storage", "vectors_sha256", "entries_sha256"), str)
 _ENTRIES |= dict.fromkeys(("format_version", "dimension", "hnsw_m", "ef_construction", "ef_search"), int)
 _ENTRIES |= dict.fromkeys(("pq_bytes", "nprobe", "refine"), int)

@@ -21,7 +21,7 @@ from ..errors import (
 )
 from ..utils.files import leads_outside, read_folder, read_json, replacing_folder
 from .demo_index import DemoIndex, SharedLock
-from .files import OWNS, SHARDS
+from .files import INDEX_FILES, SHARDS
 
 __all__ = ["SHARD_ROWS", "ShardedIndex"]
 
@@ -235,7 +235,7 @@ class ShardedIndex:
             raise SavedFileError(f"expected a new or empty folder to build into; {target} holds files")
         current, number = cls(dimension, shard_rows=shard_rows, **options), 0
         seen: set[str] = set()
-        with replacing_folder(target, owns=OWNS) as folder:
+        with replacing_folder(target, owns=INDEX_FILES) as folder:
             for ids, vectors, groups in blocks:
                 twice = [id for id in ids if id in seen]
                 if twice:
@@ -262,7 +262,7 @@ class ShardedIndex:
             SavedFileError: the disk is full, or the folder can't be written.
         """
         self.compact()
-        with self._lock.reading(), replacing_folder(directory, owns=OWNS) as folder:
+        with self._lock.reading(), replacing_folder(directory, owns=INDEX_FILES) as folder:
             for number, shard in enumerate(self.shards):
                 shard.write(folder / _shard_name(number))
             self._write_meta(folder, len(self.shards))

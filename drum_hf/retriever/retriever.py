@@ -735,7 +735,7 @@ class DemoRetriever:
         folder = Path(directory)
         with self._lock:
             state = self._state(include_index)  # embedded before others are kept waiting
-            with replacing_folder(folder, owns=_saved.OWNS) as partial:
+            with replacing_folder(folder, owns=_saved.RETRIEVER_FILES) as partial:
                 _saved.write(state, partial, **what, repo_id=repo_id)
         if push_to_hub:
             self.push_to_hub(repo_id or folder.resolve().name, **what, **hub)

@@ -31,7 +31,7 @@ __all__ = [
     "CONFIG",
     "Adapter",
     "Images",
-    "OWNS",
+    "RETRIEVER_FILES",
     "SavedForm",
     "SavedRetriever",
     "load",
@@ -54,9 +54,9 @@ SUPPORT_ENCODER, PLOT, MANIFEST = "support_encoder", "plot.png", "manifest.json"
 _MODULES, _ST_CONFIG = "modules.json", "config_sentence_transformers.json"
 _FOLDERS = (ENCODER, SUPPORT_ENCODER, INDEX)
 #: What a folder consists of, the configuration and the card aside.
-PARTS = (*_FOLDERS, SUPPORT, PLOT)
+SAVED_PARTS = (*_FOLDERS, SUPPORT, PLOT)
 #: All that a save may write, at the top of the folder.
-OWNS = (*PARTS, CONFIG, CARD, MANIFEST, _MODULES, _ST_CONFIG)
+RETRIEVER_FILES = (*SAVED_PARTS, CONFIG, CARD, MANIFEST, _MODULES, _ST_CONFIG)
 #: Files that a retriever may list: at the top, as its index (of a kind that ships), and in a folder at all. Which
 #: files an encoder consists of, its loader knows.
 _AT_TOP = frozenset({SUPPORT, PLOT, _MODULES, _ST_CONFIG})
@@ -259,12 +259,12 @@ def _shown(model: str, *, is_local: bool) -> str:
 # Finding
 
 
-def patterns(parts: Iterable[str] = PARTS) -> list[str]:
-    """What of a repository belongs to these of the `PARTS`."""
+def patterns(parts: Iterable[str] = SAVED_PARTS) -> list[str]:
+    """What of a repository belongs to these of the `SAVED_PARTS`."""
     return [CONFIG, *(f"{part}/*" if part in _FOLDERS else part for part in parts)]
 
 
-def locate(name_or_path: str | os.PathLike[str], *, parts: Iterable[str] = PARTS, **hub: Any) -> Path:
+def locate(name_or_path: str | os.PathLike[str], *, parts: Iterable[str] = SAVED_PARTS, **hub: Any) -> Path:
     """The folder, or a snapshot of the repository.
 
     Raises:
@@ -454,7 +454,7 @@ def _read_plot(folder: Path, config: Mapping[str, Any]) -> bytes | None:
 # Checks
 
 
-def _read_config(folder: Path, *, parts: Collection[str] = PARTS) -> dict[str, Any]:
+def _read_config(folder: Path, *, parts: Collection[str] = SAVED_PARTS) -> dict[str, Any]:
     """The configuration, once every file has been found to be one that a retriever has, and what was saved.
 
     Args:

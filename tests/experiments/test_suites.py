@@ -20,7 +20,7 @@ from drum_hf.evaluation.registry import Comparison
 from drum_hf.evaluation.statistics import paired_bootstrap
 from drum_hf.experiments.suites import SUITES, load_suite, plan_suite, run_suite
 from drum_hf.experiments.suites.cells import Cell, CellFiles, Values
-from drum_hf.experiments.suites.results import summarise
+from drum_hf.experiments.suites.results import summarize_suite
 from drum_hf.experiments.suites.spec import split_name
 from drum_hf.retriever.retriever import DemoRetriever
 from drum_hf.scores.feedback import Feedback
@@ -250,7 +250,7 @@ def test_worlds_are_the_groups_and_seeds_are_averaged(suite_file):
             held[world, name, seed] = values
             cell = Cell(data.name, world, "first", "", spec.encoders[0], name, seed, 2)
             cells[cell] = Values([f"q{i}" for i in range(20)], values, ["a"] * 20, [["x"]] * 20, 7 + seed)
-    task = summarise(spec, cells)["tasks"]["colours"]
+    task = summarize_suite(spec, cells)["tasks"]["colours"]
     ours = np.concatenate([(held[w, "drum", 0] + held[w, "drum", 1]) / 2 for w in data.seeds])
     theirs = np.concatenate([held[w, "sit", 0] for w in data.seeds])
     groups = [5] * 20 + [6] * 20

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from drum_hf.errors import SavedFileError
-from drum_hf.experiments.summary import main, summarise
+from drum_hf.experiments.summary import main, summarize
 
 LEVELS = {"sit+draft": 0.2, "oracle": 1.0, "drum": 0.8, "drum-rank": 0.4, "epr": 0.6}
 
@@ -25,7 +25,7 @@ def write(folder, seed, task="vqa", shift=0.0):
 
 def test_means_gap_and_paired_difference(tmp_path, capsys):
     folders = [write(tmp_path / "a", 1), write(tmp_path / "b", 2, shift=-0.1)]
-    text = summarise(folders)
+    text = summarize(folders)
     assert "| drum | 75.0 | 80.0 | 70.0 |" in text
     assert "drum 75%, drum-rank 25%, epr 50%" in text
     assert "| 100 | 75.0 | 25.0 | +50.0 [" in text
@@ -37,7 +37,7 @@ def test_missing_results_and_mixed_tasks_are_refused(tmp_path):
     write(tmp_path / "a", 1)
     write(tmp_path / "b", 2, task="captioning")
     with pytest.raises(ValueError, match="one task"):
-        summarise([tmp_path / "a", tmp_path / "b"])
+        summarize([tmp_path / "a", tmp_path / "b"])
     (tmp_path / "b" / "values.json").unlink()
     with pytest.raises(SavedFileError, match=r"values\.json"):
-        summarise([tmp_path / "b"])
+        summarize([tmp_path / "b"])

@@ -52,13 +52,13 @@ def run_suite(
         on_cell: called after each cell that was carried out.
 
     Returns:
-        What `summary.json` holds; see `drum_hf.experiments.suites.results.summarise`.
+        What `summary.json` holds; see `drum_hf.experiments.suites.results.summarize_suite`.
 
     Raises:
         DependencyError: matplotlib (or bm25s, for a suite that has it) is not installed.
         LeakError: support set and queries overlap.
     """
-    from .results import read_cells, summarise, write_results
+    from .results import read_cells, summarize_suite, write_results
     from .runner import SuiteRun
     from .tables import write_pages
 
@@ -67,7 +67,7 @@ def run_suite(
         require("bm25s", "the BM25 strategy")
     run = SuiteRun(spec, out_dir, lvlms=lvlms, make_world=make_world, store=store, on_cell=on_cell)
     cells = read_cells(run.run(), run.files)
-    summary = summarise(spec, cells, limits=run.limits)
+    summary = summarize_suite(spec, cells, limits=run.limits)
     out = Path(out_dir)
     write_results(spec, cells, summary, out)
     write_pages(spec, summary, out, examples=run.examples, command=command)

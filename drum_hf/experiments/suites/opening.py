@@ -23,7 +23,7 @@ __all__ = ["MakeWorld", "encoder_key", "open_data", "open_lvlm"]
 logger = logging.getLogger(__name__)
 
 
-class World(Protocol):
+class WorldTables(Protocol):
     """A seeded task: rows to demonstrate with, and rows to be asked."""
 
     @property
@@ -34,7 +34,7 @@ class World(Protocol):
 
 
 #: (seed, task=, difficulty=) -> a world, such as `drum_hf.playground.make_world`.
-MakeWorld = Callable[..., World]
+MakeWorld = Callable[..., WorldTables]
 
 
 def open_data(data: DataSpec, seed: int, make_world: MakeWorld | None = None) -> tuple[TripletTable, TripletTable]:

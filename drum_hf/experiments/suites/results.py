@@ -18,7 +18,7 @@ from ..demo import TASK_METRICS
 from .cells import Cell, CellFiles, Values
 from .spec import DataSpec, LVLMSpec, SuiteSpec, split_name
 
-__all__ = ["label_of", "read_cells", "summarise", "title_of", "write_results"]
+__all__ = ["label_of", "read_cells", "summarize_suite", "data_title", "write_results"]
 
 
 def label_of(name: str) -> str:
@@ -64,7 +64,7 @@ class _Block:
         return int(np.rint(np.mean(counts))) if counts else None
 
 
-def summarise(
+def summarize_suite(
     spec: SuiteSpec, cells: Mapping[Cell, Values], *, limits: Mapping[str, Sequence[str]] | None = None
 ) -> dict[str, Any]:
     """The numbers of a suite, JSON-ready.
@@ -94,12 +94,12 @@ def summarise(
             task["limits"] = list((limits or {}).get(data.name, ()))
             about = {"data": data.name, "task": data.task, "lvlm": lvlm.name, "encoder": encoder}
             trained_on = {"trained_on": spec.lvlms[0].name} if moved else {}
-            tasks[title_of(spec, data, lvlm, encoder)] = about | trained_on | task
+            tasks[data_title(spec, data, lvlm, encoder)] = about | trained_on | task
     return content
 
 
-def title_of(spec: SuiteSpec, data: DataSpec, lvlm: LVLMSpec, encoder: str) -> str:
-    """What a task is called in the summary; see `summarise`."""
+def data_title(spec: SuiteSpec, data: DataSpec, lvlm: LVLMSpec, encoder: str) -> str:
+    """What a task is called in the summary; see `summarize_suite`."""
     several = len(spec.lvlms) * len(spec.encoders) > 1
     moved = lvlm in spec.transfer
     return " · ".join([data.name, *([lvlm.name] if several and not moved else []), *([encoder] if several else [])])

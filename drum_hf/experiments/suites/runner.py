@@ -23,10 +23,10 @@ from ...training.arguments import own_arguments
 from ...training.methods import METHODS
 from ...types import LVLM
 from ..demo import TASK_METRICS, choices_of, left_out_of
-from ..examples import at_their_best, pick_rows, shown
+from ..examples import at_their_best, pick_rows, shown_column
 from .cells import Cell, CellFiles, Values, digest
 from .opening import MakeWorld, encoder_key, open_data, open_lvlm
-from .results import label_of, title_of
+from .results import data_title, label_of
 from .retrievers import TrainedRetriever, train_retriever
 from .spec import DataSpec, LVLMSpec, SuiteSpec, split_name
 
@@ -222,11 +222,11 @@ class SuiteRun:
             columns = {}
             for name, values in found.items():
                 demos = [bench.support[d] for d in values.demonstrations[row]]
-                columns[label_of(name)] = shown(demos, values.answers[row], bool(right[name][row]))
+                columns[label_of(name)] = shown_column(demos, values.answers[row], bool(right[name][row]))
             about = {"image": gold.image, "prompt": gold.prompt, "gold": gold.response}
             if any(STRATEGIES[name].needs_draft for name in found):
                 about["draft"] = bench.drafts[gold.id]
-            title = title_of(spec, data, spec.lvlms[0], spec.encoders[0])
+            title = data_title(spec, data, spec.lvlms[0], spec.encoders[0])
             examples.append({"task": title, "query": about, "columns": columns})
         return examples
 

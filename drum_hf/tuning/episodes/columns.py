@@ -14,7 +14,7 @@ from ...errors import ColumnError, EmptySupportError, RowError
 CONCEPT_COLUMNS = ("image", "concepts", "question", "answer", "options", "caption")
 
 
-def match_columns(data: Any, columns: Mapping[str, str], concepts: Mapping[str, str] | None) -> dict[str, str]:
+def match_concept_columns(data: Any, columns: Mapping[str, str], concepts: Mapping[str, str] | None) -> dict[str, str]:
     import datasets
 
     if isinstance(data, datasets.DatasetDict):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from ...data import MAX_PIXELS, TripletTable
 from ...errors import ColumnError, EmptySupportError, RowError
 from ...types import content_key
-from .columns import match_columns, open_texts, row_check, triplet_texts
+from .columns import match_concept_columns, open_texts, row_check, triplet_texts
 
 if TYPE_CHECKING:
     import datasets
@@ -123,7 +123,7 @@ class ConceptTable:
                 raise ColumnError(f"expected concepts= to name the columns prompt, response or label, got {unknown}")
             pictures, texts = data, triplet_texts(data)
         else:
-            names = match_columns(data, columns or {}, concepts)
+            names = match_concept_columns(data, columns or {}, concepts)
             pictures, texts = open_texts(
                 data, names["image"], on_bad_rows=on_bad_rows, image_root=image_root, max_pixels=max_pixels
             )
