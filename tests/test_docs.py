@@ -58,7 +58,7 @@ def test_every_page_is_in_the_navigation_once():
     nav = listed(yaml.safe_load((TOP / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
     written = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
     examples = {f"examples/{path.stem}.md" for path in (TOP / "examples").glob("*.py")}
-    project = {"index.md", "contributing.md", "changelog.md", "releasing.md", "examples.md"}
+    project = {"index.md", "contributing.md", "changelog.md", "releasing.md", "security-policy.md", "examples.md"}
     assert sorted(nav) == sorted(written | examples | project)
 
 
