@@ -62,7 +62,7 @@ def _check(args: argparse.Namespace) -> int:
         group=group_of(args),
         image_root=args.image_root,
         limit=args.limit,
-        check_image=None if processor is None else image_check(processor),
+        check_image=None if processor is None else image_check(lambda: processor),
     )
     if args.json:
         bad = [{"row": row, "problem": problem} for row, problem in report.bad_rows]

@@ -787,7 +787,7 @@ class RowCheck:
                     "pass image_root= with the folder that holds the images"
                 )
         if not os.path.exists(full):
-            raise ImageError(f"no such file: {_brief(full)}")
+            raise ImageError(f"no such file: {_tail(full)}")
         if not os.path.isfile(full):  # a pipe would never end
             raise ImageError(f"expected a file, {_brief(path)} is none; name the image")
         return full
@@ -893,6 +893,11 @@ def majority(texts: Iterable[Any]) -> str | None:
     """Most frequent text, the earliest of equals; None where there is none."""
     counted = Counter(text for text in texts if isinstance(text, str))
     return counted.most_common(1)[0][0] if counted else None
+
+
+def _tail(path: str) -> str:
+    """The end of a path, which tells files apart."""
+    return repr(path if len(path) <= 300 else f"…{path[-300:]}")
 
 
 def _brief(value: Any) -> str:

@@ -40,7 +40,7 @@ def shown(text: object, *, most: int = 300) -> str:
 
 
 def printable(text: str) -> str:
-    """Text of several lines that is safe to print at a terminal, as by `shown`: line breaks and tabs stay.
+    r"""Text of several lines that is safe to print at a terminal, as by `shown`: line breaks and tabs stay.
 
     The escapes are JSON's, so that JSON stays JSON.
 

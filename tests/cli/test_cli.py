@@ -163,7 +163,7 @@ def test_demo_writes_what_it_promises(tmp_path, capsys):
     assert (out / "report.html").exists() and list(out.glob("*.png"))
     texts = [*out.glob("*.json"), *out.glob("*.html"), *out.glob("*.md"), *tmp_path.glob("*.json")]
     assert len(texts) > 4 and [path.name for path in texts if str(tmp_path) in path.read_text()] == []
-    assert content["command"].startswith("drum-hf ")
+    assert content["command"].startswith("drum-hf")
     assert len(DemoRetriever.from_pretrained(out / "retriever")) == 240
 
 

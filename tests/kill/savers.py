@@ -27,8 +27,7 @@ from drum_hf import DemoRetriever
 from drum_hf.cli import main as main_of_drum_hf
 from drum_hf.data import TripletTable
 from drum_hf.index.demo_index import DemoIndex
-
-from ..hub_server import LocalHub, serving, used_here
+from tests.hub_server import LocalHub, serving, used_here
 
 #: What is saved: by `save_pretrained`, `save` of a table and of an index, `drum-hf index --add`, `push_to_hub`.
 KINDS = ("retriever", "table", "index", "add", "push")

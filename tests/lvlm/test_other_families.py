@@ -358,9 +358,11 @@ def test_budgets_are_checked(tmp: Path) -> None:
 
 
 def test_families_that_the_auto_class_does_not_know_are_named(tmp_path: Path) -> None:
-    from transformers import BertConfig
+    from transformers import BertConfig, BertModel
 
-    BertConfig().save_pretrained(tmp_path)
+    BertModel(BertConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, vocab_size=9)).save_pretrained(
+        tmp_path
+    )
     with pytest.raises(ModelError, match=r"AutoModelForImageTextToText knows.*OpenAILVLM"):
         TransformersLVLM.from_pretrained(tmp_path)
 

@@ -156,7 +156,9 @@ def test_scores_are_those_of_the_same_model_run_here(family, tmp_path_factory):
     """What is read from prompt log-probabilities is what `TransformersLVLM` scores, chat template and all."""
     from tiny import load_lvlm
 
-    own = load_lvlm(family, Path(tmp_path_factory.getbasetemp()), system="Look at the picture.")
+    own = load_lvlm(
+        family, Path(tmp_path_factory.getbasetemp()), system="Look at the picture.", score_end_of_turn=False
+    )
     noise = np.random.default_rng(0)
     wide, tall = (Image.fromarray(noise.integers(0, 256, (*s, 3), dtype=np.uint8)) for s in ((24, 40), (40, 24)))
     shots = (

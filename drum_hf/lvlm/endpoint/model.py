@@ -23,7 +23,7 @@ from ...errors import ContextOverflowError, EndpointError, ScoringUnsupportedErr
 from ...types import ICLRequest
 from ...utils.optional import bar_options
 from ...utils.redaction import body_secrets, redacted
-from ..answers import REASONING_MARKERS, combine_answers, wanted_answers
+from ..answers import REASONING_MARKERS, combine_answers, one_begins_another, wanted_answers
 from ..prompts import ImagePosition
 from .chat_api import ChatMessages, PromptLengths, answer_text
 from .fleet import ChatFleet, Greeting
@@ -382,6 +382,13 @@ class OpenAILVLM:
     # ---- scores ----
 
     def _score_prompts(self, requests: Sequence[ICLRequest], wanted: list[list[str]], progress: bool) -> np.ndarray:
+        begun = next((request for request in requests if one_begins_another(request.choices)), None)
+        if begun is not None:
+            logger.warning(
+                "a choice of query %r begins another; the endpoint's scores leave the end of the turn out, so that "
+                "the longer choice is never likelier. Rename the choices, or score with TransformersLVLM",
+                begun.query.id,
+            )
         # Requests that differ in their responses alone share what is asked.
         keys = [[(_conversation(request), answer) for answer in wanted[i]] for i, request in enumerate(requests)]
         first: dict[tuple[Hashable, str], int] = {}
