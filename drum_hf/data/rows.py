@@ -897,7 +897,8 @@ def majority(texts: Iterable[Any]) -> str | None:
 
 def _tail(path: str) -> str:
     """The end of a path, which tells files apart."""
-    return repr(path if len(path) <= 300 else f"…{path[-300:]}")
+    shown = repr(path[-200:])
+    return shown if len(path) <= 200 and len(shown) <= 200 else f"'…{shown[-180:].lstrip(chr(39))}"
 
 
 def _brief(value: Any) -> str:
